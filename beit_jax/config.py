@@ -1,0 +1,352 @@
+"""Settings: frozen dataclasses, and the one place a config file becomes one.
+
+A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`. `parse` turns it, once, into
+the dataclass of the job it names, and rejects unknown keys, missing keys, wrong types and bad
+values by the key's full name, before anything is compiled. Below this edge the code sees only
+frozen dataclasses: no `config.get(key, default)`.
+
+This file imports nothing from the package, so that every other part may import it.
+
+    config = parse(DataConfig, {"source": "embedded", "image_size": 224, ...}, path="config.data")
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message is one line and starts with the setting's full name."""
+
+
+def check(condition: bool, name: str, message: str) -> None:
+    """Raises `ConfigError("name: message")` unless `condition` holds.
+
+    Inside a dataclass' `__post_init__`, `name` is the field's own name; `parse` puts the path of
+    the section in front.
+    """
+    if not condition:
+        raise ConfigError(f"{name}: {message}")
+
+
+def parse(cls: type[T], values: Mapping[str, Any], *, path: str = "config") -> T:
+    """Turns nested mappings into the frozen dataclass `cls`.
+
+    Args:
+      cls: a dataclass whose fields are int, float, bool, str, tuples of these, other such
+        dataclasses, or `X | None`.
+      values: mapping from field name to value (a `ConfigDict` or a dict from JSON).
+      path: the section's full name, for messages.
+
+    Returns:
+      An instance of `cls`.
+
+    Raises:
+      ConfigError: an unknown key, a missing key, a wrong type, or a value `cls` rejects.
+    """
+    if not isinstance(values, Mapping) and not hasattr(values, "keys"):
+        raise ConfigError(f"{path}: expected a section with keys, got {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values.keys():
+        if key not in fields:
+            known = ", ".join(sorted(fields))
+            raise ConfigError(f"{path}.{key}: unknown key; the keys of {path} are: {known}")
+    parsed = {}
+    for name, field in fields.items():
+        if name in values.keys():
+            parsed[name] = _value(hints[name], values[name], f"{path}.{name}")
+        elif (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        ):
+            raise ConfigError(f"{path}.{name}: missing")
+    try:
+        return cls(**parsed)
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}") from None
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """Checks one value against a type hint; ints pass as floats, lists as tuples."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        (hint,) = [option for option in options if option is not type(None)]
+        return _value(hint, value, name)
+    if dataclasses.is_dataclass(hint):
+        return parse(hint, value, path=name)
+    if origin is tuple:
+        item, *_ = typing.get_args(hint)
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name}: expected a list, got {value!r}")
+        return tuple(_value(item, each, f"{name}[{i}]") for i, each in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(
+            f"{name}: expected {hint.__name__}, got {value!r} ({type(value).__name__})"
+        )
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{name}: must be finite, got {value!r}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain nested dicts and lists that `parse` and JSON take."""
+    plain = dataclasses.asdict(config)
+
+    def listify(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: listify(item) for key, item in value.items()}
+        return [listify(item) for item in value] if isinstance(value, tuple) else value
+
+    return listify(plain)
+
+
+def one_of(value: str, name: str, *options: str) -> None:
+    """Raises `ConfigError` unless `value` is among `options`."""
+    check(value in options, name, f"must be one of {', '.join(options)}; got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder. Sizes: paper §2.4 (base, large); tiny and small follow DeiT.
+
+    `positions` chooses the architecture's position information:
+      "relative_shared": one relative-position-bias table for all blocks (BEiT+ pre-training).
+      "relative_per_block": a table per block (BEiT+ fine-tuning).
+      "absolute": learned absolute embeddings (the paper's plain ViT, tables 1 to 4).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int
+    image_size: int = 224
+    patch_size: int = 16
+    positions: str = "relative_shared"
+    layer_scale_init: float | None = 0.1  # gamma's start; None: no LayerScale
+    drop_path_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    dtype: str = "auto"  # matmuls: "auto" is bfloat16 on accelerators, float32 on CPU
+    residual_dtype: str = "float32"  # the stream between blocks (official: float32 under AMP)
+    scan_unroll: int = 1  # blocks per scan step: 1 compiles fastest, `layers` runs fastest on TPU
+    remat: str = "none"  # "none", "dots" (keep matmul results) or "full"
+
+    def __post_init__(self):
+        for name in ("layers", "width", "heads", "mlp_width", "image_size", "patch_size"):
+            check(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
+        check(
+            self.image_size % self.patch_size == 0,
+            "image_size",
+            f"{self.image_size} is not a multiple of patch_size {self.patch_size}",
+        )
+        check(
+            self.width % self.heads == 0,
+            "width",
+            f"{self.width} is not a multiple of heads {self.heads}",
+        )
+        one_of(self.positions, "positions", "relative_shared", "relative_per_block", "absolute")
+        one_of(self.dtype, "dtype", "auto", "float32", "bfloat16")
+        one_of(self.residual_dtype, "residual_dtype", "float32", "bfloat16")
+        one_of(self.remat, "remat", "none", "dots", "full")
+        check(0 <= self.drop_path_rate < 1, "drop_path_rate", "must be in [0, 1)")
+        check(self.scan_unroll >= 1, "scan_unroll", "must be at least 1")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Patches in an image, without the class token."""
+        return self.grid**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The frozen tokenizer that names the targets.
+
+    `kind` "dalle": the DALL-E dVAE (§1a), stride 8, vocabulary 8192. "dvae": one's own discrete
+    VAE (§1b), trained with `tasks/tokenizer.py`, stride 2**levels.
+    """
+
+    kind: str
+    path: str = ""  # safetensors file; "" with `random_weights` only
+    random_weights: bool = False  # for trying the machinery: ids then mean nothing
+    vocabulary: int = 8192
+    image_size: int = 112
+    dtype: str = "float32"  # of the convolutions; ids near ties depend on it
+    width: int = 256  # hidden channels (both kinds)
+    levels: int = 3  # dvae: halvings
+    codebook_width: int = 512  # dvae
+    sha256: str = ""  # of the file at `path`; "" means not checked
+
+    def __post_init__(self):
+        one_of(self.kind, "kind", "dalle", "dvae")
+        one_of(self.dtype, "dtype", "float32", "bfloat16")
+        check(self.vocabulary > 1, "vocabulary", f"must be at least 2, got {self.vocabulary}")
+        check(
+            self.image_size > 0 and self.image_size % self.stride == 0,
+            "image_size",
+            f"{self.image_size} is not a positive multiple of the stride {self.stride}",
+        )
+        check(self.width > 0 and self.width % 4 == 0, "width", "must be a multiple of 4")
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the token view per token, along one side."""
+        return 8 if self.kind == "dalle" else 2**self.levels
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side."""
+        return self.image_size // self.stride
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which patches are hidden (§2.2).
+
+    `kind`:
+      "block": the official generator: at most `count`, never more.
+      "block_exact": the same, then forced to exactly `count` (BEiT v2's).
+      "block_paper": Algorithm 1 as printed: uniform aspect, loop until more than `ratio` is masked.
+      "random": exactly `count` patches, uniformly (table 4's ablation).
+    """
+
+    kind: str = "block"
+    count: int = 75  # official num_mask_patches for 14 x 14
+    ratio: float = 0.4  # "block_paper" only
+    min_block: int = 16
+    max_block: int | None = None  # None: no limit but what is left
+    min_aspect: float = 0.3  # aspect in [min_aspect, 1 / min_aspect]
+
+    def __post_init__(self):
+        one_of(self.kind, "kind", "block", "block_exact", "block_paper", "random")
+        check(self.count >= 1, "count", f"must be at least 1, got {self.count}")
+        check(0 < self.ratio < 1, "ratio", f"must be in (0, 1), got {self.ratio}")
+        check(self.min_block >= 1, "min_block", f"must be at least 1, got {self.min_block}")
+        check(0 < self.min_aspect <= 1, "min_aspect", "must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Pre-training views (§2.1): jitter, flip, one crop box for both views."""
+
+    min_crop_scale: float = 0.08  # area share of the crop; BEiT v2: 0.2
+    max_crop_scale: float = 1.0
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    flip: bool = True
+
+    def __post_init__(self):
+        check(
+            0 < self.min_crop_scale <= self.max_crop_scale <= 1,
+            "min_crop_scale",
+            f"need 0 < min_crop_scale <= max_crop_scale <= 1, got {self.min_crop_scale} and "
+            f"{self.max_crop_scale}",
+        )
+        for name in ("brightness", "contrast", "saturation"):
+            check(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from and what becomes of them.
+
+    `source`: "embedded[:N]" (made by code), "folder:PATH" (images at any depth, local or gs://),
+    "tfds:NAME" (any TFDS data set with an image feature).
+    `eval_source`: the held-out images; "" withholds `holdout` images of `source` from training
+    (embedded and folder sources).
+    """
+
+    source: str
+    split: str = "train"  # tfds only
+    eval_source: str = ""
+    eval_split: str = "validation"  # tfds only
+    holdout: int = 0  # images of `source` kept for evaluation where eval_source is ""
+    image_size: int = 224  # view 1, for the encoder
+    token_image_size: int = 112  # view 2, for the tokenizer
+    normalization: str = "half"  # "half": mean = std = 0.5; "imagenet"
+    max_bad_share: float = 0.01  # of the images read; more that can't be decoded end the run
+    exif_orientation: bool = True  # turn photographs upright; the official loader does not
+    workers: int = 0  # parallel decoders; 0: as many as cores
+    prefetch: int = 2  # batches ahead
+    augment: AugmentConfig = AugmentConfig()
+    mask: MaskConfig = MaskConfig()
+
+    def __post_init__(self):
+        one_of(self.normalization, "normalization", "half", "imagenet")
+        check(self.image_size > 0, "image_size", "must be positive")
+        check(self.token_image_size > 0, "token_image_size", "must be positive")
+        check(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
+        check(self.holdout >= 0, "holdout", "must not be negative")
+        check(self.workers >= 0, "workers", "must not be negative")
+        check(self.prefetch >= 0, "prefetch", "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (§4). The learning rate is absolute: it is not scaled with the batch."""
+
+    learning_rate: float  # peak
+    min_learning_rate: float = 1e-5  # the cosine's end
+    warmup_steps: int
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.05
+    clip_norm: float | None = None  # global norm; None: no clipping
+    accumulate: int = 1  # micro-batches per step
+    max_bad_steps: int = 10  # non-finite updates in a row that end the run
+
+    def __post_init__(self):
+        check(self.learning_rate > 0, "learning_rate", "must be positive")
+        check(self.min_learning_rate >= 0, "min_learning_rate", "must not be negative")
+        check(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
+        check(self.accumulate >= 1, "accumulate", "must be at least 1")
+        check(self.max_bad_steps >= 1, "max_bad_steps", "must be at least 1")
+        check(self.weight_decay >= 0, "weight_decay", "must not be negative")
+        check(
+            self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive or None"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length, batch, devices, logging and checkpoints: what every job has."""
+
+    steps: int
+    batch_size: int  # global
+    seed: int = 0
+    fsdp: int = 1  # devices over which parameters are sharded; the rest are data-parallel
+    log_every: int = 50  # steps
+    eval_every: int = 0  # steps; 0: only at the end
+    eval_batches: int = 0  # 0: every held-out image
+    picture_every: int = 0  # steps; 0: only at the end
+    checkpoint_every: int = 1000  # steps; 0: no
+    checkpoint_minutes: float = 10.0  # at least this often too; 0: no
+    keep_checkpoints: int = 3
+    init_from: str = ""  # workdir or checkpoint of another run: its weights start this one
+    on_corrupt_checkpoint: str = "fall_back"  # to the one before; or "fail"
+
+    def __post_init__(self):
+        check(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")
+        check(self.batch_size >= 1, "batch_size", f"must be at least 1, got {self.batch_size}")
+        check(self.fsdp >= 1, "fsdp", f"must be at least 1, got {self.fsdp}")
+        check(self.log_every >= 1, "log_every", "must be at least 1")
+        check(self.keep_checkpoints >= 2, "keep_checkpoints", "keep at least 2: one may be damaged")
+        one_of(self.on_corrupt_checkpoint, "on_corrupt_checkpoint", "fall_back", "fail")
+        for name in ("eval_every", "eval_batches", "picture_every", "checkpoint_every"):
+            check(getattr(self, name) >= 0, name, "must not be negative")
+        check(self.checkpoint_minutes >= 0, "checkpoint_minutes", "must not be negative")
