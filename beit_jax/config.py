@@ -53,17 +53,15 @@ def parse(cls: type[T], values: Mapping[str, Any], *, path: str = "config") -> T
         raise ConfigError(f"{path}: expected a section with keys, got {values!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    for key in values.keys():
+    for key in values:
         if key not in fields:
             known = ", ".join(sorted(fields))
             raise ConfigError(f"{path}.{key}: unknown key; the keys of {path} are: {known}")
     parsed = {}
     for name, field in fields.items():
-        if name in values.keys():
+        if name in values:
             parsed[name] = _value(hints[name], values[name], f"{path}.{name}")
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{path}.{name}: missing")
     try:
         return cls(**parsed)
@@ -317,9 +315,7 @@ class OptimizerConfig:
         check(self.accumulate >= 1, "accumulate", "must be at least 1")
         check(self.max_bad_steps >= 1, "max_bad_steps", "must be at least 1")
         check(self.weight_decay >= 0, "weight_decay", "must not be negative")
-        check(
-            self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive or None"
-        )
+        check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive or None")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

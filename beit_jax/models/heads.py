@@ -1,0 +1,88 @@
+"""What sits on the encoder: for pre-training, the linear head that names visual tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from beit_jax.config import ModelConfig
+from beit_jax.models.functional import Functional, functional
+from beit_jax.models.vit import Encoder, compute_dtype, pretraining_init
+
+
+class MaskedImageModel(nnx.Module):
+    """Encoder and `lm_head`, a linear layer on the final tokens (§3.2: no MLP, no tied weights)."""
+
+    def __init__(self, config: ModelConfig, *, vocabulary: int, rngs: nnx.Rngs):
+        self.encoder = Encoder(config, mask_token=True, final_norm=True, rngs=rngs)
+        self.dtype = compute_dtype(config)
+        self.lm_head = nnx.Linear(config.width, vocabulary, kernel_init=pretraining_init, rngs=rngs)
+
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        mask: jax.Array,
+        positions: jax.Array | None = None,
+        drop_path_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Predicts visual tokens.
+
+        Args:
+          images: normalised, float `[b, s, s, 3]`.
+          mask: bool `[b, grid, grid]` or `[b, grid²]`; true patches are hidden.
+          positions: int `[b, m]`, the patches to predict, row-major; None predicts all.
+          drop_path_key: randomness for drop path; None for inference.
+
+        Returns:
+          Logits, float32 `[b, m, vocabulary]` (m = grid² where `positions` is None).
+        """
+        tokens = self.encoder(images, mask=mask, drop_path_key=drop_path_key)[:, 1:]
+        if positions is not None:
+            # Only what is scored goes through the head: at 75 of 196 it saves 4 % of BEiT-B's
+            # FLOPs and most of the logits' memory.
+            tokens = jnp.take_along_axis(tokens, positions[:, :, None], axis=1)
+        kernel = self.lm_head.kernel.astype(self.dtype)
+        # Accumulated and kept in float32: the cross-entropy should not see rounded logits.
+        logits = jnp.einsum(
+            "bmd,dv->bmv",
+            tokens.astype(self.dtype),
+            kernel,
+            preferred_element_type=jnp.float32,
+        )
+        return logits + self.lm_head.bias[...]
+
+
+def masked_image_model(config: ModelConfig, *, vocabulary: int) -> Functional:
+    """`MaskedImageModel` as pure `init(key) -> params` and `apply(params, ...)`."""
+    return functional(
+        functools.partial(_build_masked_image_model, config=config, vocabulary=vocabulary)
+    )
+
+
+def _build_masked_image_model(
+    rngs: nnx.Rngs, *, config: ModelConfig, vocabulary: int
+) -> MaskedImageModel:
+    return MaskedImageModel(config, vocabulary=vocabulary, rngs=rngs)
+
+
+def masked_positions(mask: jax.Array, *, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Turns masks with varying counts into a fixed number of slots.
+
+    Args:
+      mask: bool `[b, grid, grid]` or `[b, n]`.
+      slots: how many positions to return; at least the largest count a mask can have.
+
+    Returns:
+      `positions` int32 `[b, slots]`, the masked patches in row-major order and then unmasked ones
+      as filling, and `weights` float32 `[b, slots]`, 1 where the position is masked.
+    """
+    flat = mask.reshape(mask.shape[0], -1).astype(bool)
+    order = jnp.argsort(~flat, axis=1, stable=True)[:, :slots].astype(jnp.int32)
+    return order, jnp.take_along_axis(flat, order, axis=1).astype(jnp.float32)
+
+
+def mim_head_flops(config: ModelConfig, *, vocabulary: int, slots: int) -> float:
+    """Forward FLOPs of the head for one image, two per multiply-add."""
+    return 2.0 * slots * config.width * vocabulary

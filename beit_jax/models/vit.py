@@ -1,0 +1,350 @@
+"""The BEiT encoder: patches in, contextual tokens out (paper §2; official modeling_pretrain.py).
+
+Shapes use one alphabet: b images, n tokens (1 class token + grid² patches), d width, h heads,
+k head width, l layers. Blocks are stacked: every parameter under `blocks` has a leading layer axis
+and `lax.scan` runs over it, so that init rescaling, drop-path rates and layer-wise learning rates
+are broadcasts over that axis.
+
+Parameters, as a plain nested dict:
+
+    patch_embed/{kernel [p, p, 3, d], bias [d]}
+    cls_token [1, 1, d]        mask_token [1, 1, d]*        pos_embed [1, n, d]*
+    relative_position_bias/table [t, h]*                    (shared by all blocks)
+    blocks/norm1/{scale, bias}  blocks/norm2/{scale, bias}  blocks/{gamma_1, gamma_2} [l, d]*
+    blocks/attention/{query, value, proj}/{kernel, bias}    blocks/attention/key/kernel
+    blocks/attention/relative_position_bias/table [l, t, h]*
+    blocks/mlp/{fc1, fc2}/{kernel, bias}
+    norm/{scale, bias}*
+    (* where the configuration has it)
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from beit_jax.config import ModelConfig
+
+# Official mean and standard deviation of [0, 1] pixels, RGB (datasets.py:42-44).
+NORMALIZATIONS = {
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+# Rows of a relative-position table after the (2g-1)² patch offsets: class token to patch, patch to
+# class token, class token to itself (modeling_finetune.py:91-93).
+EXTRA_TABLE_ROWS = 3
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype of matmuls: bfloat16 on accelerators, float32 on CPU, unless the config says."""
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def normalize(images: jax.Array, *, kind: str) -> jax.Array:
+    """uint8 images `[b, s, s, 3]` → float32, zero mean and unit variance by `kind`."""
+    mean, std = (jnp.asarray(values, jnp.float32) for values in NORMALIZATIONS[kind])
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def pretraining_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Normal with standard deviation 0.02, cut at ±0.02, i.e. at ±1σ (modeling_pretrain.py:21)."""
+    return 0.02 * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
+
+
+def table_rows(grid: int) -> int:
+    """Rows of a relative-position table for a `grid` × `grid` image: 732 for 14."""
+    return (2 * grid - 1) ** 2 + EXTRA_TABLE_ROWS
+
+
+@functools.cache
+def relative_position_index(grid: int) -> np.ndarray:
+    """Which table row the bias of (query, key) is: int32 `[n, n]`, n = 1 + grid² (§3.5)."""
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    rows = table_rows(grid)
+    n = grid * grid + 1
+    index = np.empty((n, n), np.int32)
+    delta_row = row[:, None] - row[None, :] + grid - 1
+    delta_column = column[:, None] - column[None, :] + grid - 1
+    index[1:, 1:] = delta_row * (2 * grid - 1) + delta_column
+    index[0, :] = rows - 3  # query is the class token
+    index[:, 0] = rows - 2  # key is the class token
+    index[0, 0] = rows - 1
+    return index
+
+
+class RelativePositionBias(nnx.Module):
+    """A learned bias of attention scores per head and relative position."""
+
+    def __init__(self, config: ModelConfig):
+        self.grid = config.grid
+        self.table = nnx.Param(jnp.zeros((table_rows(config.grid), config.heads)))
+
+    def __call__(self) -> jax.Array:
+        """Bias, float32 `[h, n, n]`."""
+        return rearrange(self.table[relative_position_index(self.grid)], "q k h -> h q k")
+
+
+class PatchEmbed(nnx.Module):
+    """Cuts an image into patches, row by row, and projects each: a conv of stride = kernel."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        p = config.patch_size
+        self.patch_size = p
+        self.dtype = compute_dtype(config)
+        self.kernel = nnx.Param(pretraining_init(rngs.params(), (p, p, 3, config.width)))
+        self.bias = nnx.Param(jnp.zeros((config.width,)))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """`[b, s, s, 3]` → `[b, grid², d]`."""
+        p = self.patch_size
+        patches = rearrange(images, "b (r p) (c q) i -> b (r c) (p q i)", p=p, q=p)
+        kernel = rearrange(self.kernel[...], "p q i d -> (p q i) d")
+        return patches.astype(self.dtype) @ kernel.astype(self.dtype) + self.bias.astype(self.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with bias on queries and values, none on keys (§3.4)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.heads = config.heads
+        self.dtype = compute_dtype(config)
+        linear = functools.partial(
+            nnx.Linear,
+            config.width,
+            config.width,
+            dtype=self.dtype,
+            kernel_init=pretraining_init,
+            rngs=rngs,
+        )
+        self.query, self.value, self.proj = linear(), linear(), linear()
+        self.key = linear(use_bias=False)
+        if config.positions == "relative_per_block":
+            self.relative_position_bias = RelativePositionBias(config)
+
+    def __call__(self, x: jax.Array, *, shared_bias: jax.Array | None) -> jax.Array:
+        """`[b, n, d]` → `[b, n, d]`; `shared_bias` is added to the scores: `[h, n, n]`."""
+
+        def heads_first(linear: nnx.Linear) -> jax.Array:
+            # Slicing the weight by head, not the activation, saves a copy on TPU.
+            kernel = rearrange(linear.kernel[...], "d (h k) -> d h k", h=self.heads)
+            y = jnp.einsum("bnd,dhk->bhnk", x.astype(self.dtype), kernel.astype(self.dtype))
+            if linear.bias is not None:
+                bias = rearrange(linear.bias[...], "(h k) -> h 1 k", h=self.heads)
+                y = y + bias.astype(self.dtype)
+            return y
+
+        query, key, value = (heads_first(each) for each in (self.query, self.key, self.value))
+        query = query * query.shape[-1] ** -0.5
+        scores = jnp.einsum("bhqk,bhnk->bhqn", query, key, preferred_element_type=jnp.float32)
+        if hasattr(self, "relative_position_bias"):
+            scores = scores + self.relative_position_bias()
+        if shared_bias is not None:
+            scores = scores + shared_bias
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        mixed = jnp.einsum("bhqn,bhnk->bqhk", weights, value)
+        return self.proj(rearrange(mixed, "b n h k -> b n (h k)"))
+
+
+class Mlp(nnx.Module):
+    """Linear, exact (erf) GELU, linear."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        linear = functools.partial(
+            nnx.Linear, dtype=compute_dtype(config), kernel_init=pretraining_init, rngs=rngs
+        )
+        self.fc1 = linear(config.width, config.mlp_width)
+        self.fc2 = linear(config.mlp_width, config.width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[b, n, d]` → `[b, n, d]`."""
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+def layer_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with float32 statistics, giving the matmuls' dtype."""
+    return nnx.LayerNorm(
+        config.width,
+        epsilon=config.layer_norm_epsilon,
+        dtype=compute_dtype(config),
+        use_fast_variance=False,  # E[x²] - E[x]² loses digits where the mean is large
+        rngs=rngs,
+    )
+
+
+def drop_path(x: jax.Array, *, rate: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Drops a residual branch for whole samples with probability `rate`; rescales the kept ones."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1))
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros_like(x))
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block with LayerScale and drop path (§3.3)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.norm2 = layer_norm(config, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+        self.layer_scale = config.layer_scale_init is not None
+        if self.layer_scale:
+            self.gamma_1 = nnx.Param(jnp.full((config.width,), config.layer_scale_init))
+            self.gamma_2 = nnx.Param(jnp.full((config.width,), config.layer_scale_init))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        shared_bias: jax.Array | None,
+        rate: jax.Array,
+        drop_path_key: jax.Array | None,
+    ) -> jax.Array:
+        """`[b, n, d]` → `[b, n, d]` in the dtype of `x` (the residual stream's)."""
+        # The two branches draw independently.
+        keys = (None, None) if drop_path_key is None else jax.random.split(drop_path_key)
+        y = self.attention(self.norm1(x), shared_bias=shared_bias).astype(x.dtype)
+        if self.layer_scale:
+            y = y * self.gamma_1.astype(x.dtype)
+        x = x + drop_path(y, rate=rate, key=keys[0])
+        y = self.mlp(self.norm2(x)).astype(x.dtype)
+        if self.layer_scale:
+            y = y * self.gamma_2.astype(x.dtype)
+        return x + drop_path(y, rate=rate, key=keys[1])
+
+
+def stacked_blocks(config: ModelConfig, *, rngs: nnx.Rngs) -> Block:
+    """A `Block` whose every parameter has a leading axis of `config.layers`.
+
+    The projections back into the residual stream are divided by √(2l) in block l, counted from 1
+    (paper §2.5; modeling_pretrain.py:89-97).
+    """
+    graphdef = None
+
+    def one(key: jax.Array) -> dict:
+        nonlocal graphdef
+        graphdef, state = nnx.split(Block(config, rngs=nnx.Rngs(params=key)))
+        return nnx.to_pure_dict(state)
+
+    params = jax.vmap(one)(jax.random.split(rngs.params(), config.layers))
+    depth = jnp.sqrt(2.0 * jnp.arange(1, config.layers + 1))[:, None, None]
+    for linear in (params["attention"]["proj"], params["mlp"]["fc2"]):
+        linear["kernel"] = linear["kernel"] / depth
+    return nnx.merge(graphdef, params)
+
+
+class Encoder(nnx.Module):
+    """Vision transformer over patches, with masking.
+
+    Args:
+      config: sizes and variant.
+      mask_token: whether masked patches can be replaced (pre-training).
+      final_norm: whether tokens are normalised at the end. Fine-tuning with mean pooling has no
+        final norm: its `fc_norm` comes after the pooling.
+      rngs: `params` is drawn from.
+    """
+
+    def __init__(self, config: ModelConfig, *, mask_token: bool, final_norm: bool, rngs: nnx.Rngs):
+        d = config.width
+        self.config = config
+        self.patch_embed = PatchEmbed(config, rngs=rngs)
+        self.cls_token = nnx.Param(pretraining_init(rngs.params(), (1, 1, d)))
+        if mask_token:
+            self.mask_token = nnx.Param(pretraining_init(rngs.params(), (1, 1, d)))
+        if config.positions == "absolute":
+            self.pos_embed = nnx.Param(pretraining_init(rngs.params(), (1, config.tokens + 1, d)))
+        if config.positions == "relative_shared":
+            self.relative_position_bias = RelativePositionBias(config)
+        self.blocks = stacked_blocks(config, rngs=rngs)
+        if final_norm:
+            self.norm = layer_norm(config, rngs=rngs)
+
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        drop_path_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Encodes images.
+
+        Args:
+          images: normalised, float `[b, s, s, 3]`.
+          mask: bool `[b, grid²]` or `[b, grid, grid]`; true patches are replaced by the mask
+            token.
+          drop_path_key: randomness for drop path; None runs every branch (inference).
+
+        Returns:
+          Tokens `[b, 1 + grid², d]`, the class token first; normalised where there is a final norm.
+        """
+        x, _ = self._trunk(images, mask=mask, drop_path_key=drop_path_key, every_layer=False)
+        return self.norm(x) if hasattr(self, "norm") else x
+
+    def hidden_states(self, images: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Embeddings and the raw output of every block, `[l + 1, b, n, d]`; no final norm."""
+        _, states = self._trunk(images, mask=mask, drop_path_key=None, every_layer=True)
+        return states
+
+    def embed(self, images: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Patch tokens, masked, behind the class token: `[b, n, d]` in the residual dtype."""
+        config = self.config
+        b, height, width, _ = images.shape
+        if (height, width) != (config.image_size, config.image_size):
+            raise ValueError(
+                f"images are {height} × {width}; this encoder's image_size is {config.image_size}"
+            )
+        dtype = jnp.dtype(config.residual_dtype)
+        x = self.patch_embed(images).astype(dtype)
+        if mask is not None:
+            hidden = mask.reshape(b, config.tokens, 1).astype(bool)
+            x = jnp.where(hidden, self.mask_token.astype(dtype), x)
+        cls_token = jnp.broadcast_to(self.cls_token.astype(dtype), (b, 1, config.width))
+        x = jnp.concatenate([cls_token, x], axis=1)
+        if hasattr(self, "pos_embed"):  # after masking: masked patches keep their position
+            x = x + self.pos_embed.astype(dtype)
+        return x
+
+    def _trunk(self, images, *, mask, drop_path_key, every_layer):
+        config = self.config
+        x = self.embed(images, mask=mask)
+        shared_bias = (
+            self.relative_position_bias() if hasattr(self, "relative_position_bias") else None
+        )
+        graphdef, state = nnx.split(self.blocks)
+        rates = jnp.linspace(0.0, config.drop_path_rate, config.layers)
+        if drop_path_key is None or config.drop_path_rate == 0:
+            keys = None
+        else:
+            keys = jax.random.split(drop_path_key, config.layers)
+
+        def body(x, layer):
+            params, rate, key = layer
+            block = nnx.merge(graphdef, params)
+            y = block(x, shared_bias=shared_bias, rate=rate, drop_path_key=key)
+            return y, (x if every_layer else None)
+
+        if config.remat == "full":
+            body = jax.checkpoint(body)
+        elif config.remat == "dots":
+            body = jax.checkpoint(
+                body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            )
+        layers = (nnx.to_pure_dict(state), rates, keys)
+        unroll = min(config.scan_unroll, config.layers)
+        last, inputs = jax.lax.scan(body, x, layers, unroll=unroll)
+        return last, jnp.concatenate([inputs, last[None]]) if every_layer else None
+
+
+def encoder_flops(config: ModelConfig) -> float:
+    """Forward FLOPs of one image, two per multiply-add, matmuls only: 35.13e9 for base at 224."""
+    n, d = config.tokens + 1, config.width
+    patches = 2 * config.tokens * 3 * config.patch_size**2 * d
+    projections = 2 * n * d * (4 * d + 2 * config.mlp_width)
+    attention = 2 * 2 * n * n * d
+    return float(patches + config.layers * (projections + attention))

@@ -1,0 +1,64 @@
+"""Pictures a person looks at: what a tokenizer keeps, and what a model fills in."""
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw
+
+_GAP = 4
+_CAPTION = 14
+_MIN_SIDE = 96  # small images are enlarged to at least this, pixel by pixel
+
+
+def contact_sheet(rows: list[list[np.ndarray]], *, captions: list[str]) -> np.ndarray:
+    """Puts images of equal size into a captioned grid.
+
+    Args:
+      rows: each a list of uint8 `[s, s, 3]`, one per caption.
+      captions: what each column shows.
+
+    Returns:
+      uint8 `[h, w, 3]`.
+    """
+    side = rows[0][0].shape[0]
+    scale = max(1, -(-_MIN_SIDE // side))
+    cell = side * scale
+    width = len(captions) * (cell + _GAP) + _GAP
+    height = _CAPTION + len(rows) * (cell + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, caption in enumerate(captions):
+        draw.text((_GAP + column * (cell + _GAP), 1), caption, fill="black")
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            tile = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(tile, (_GAP + c * (cell + _GAP), _CAPTION + _GAP + r * (cell + _GAP)))
+    return np.asarray(sheet)
+
+
+def hide_patches(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Greys out masked patches.
+
+    Args:
+      images: uint8 `[b, s, s, 3]`.
+      mask: bool `[b, grid, grid]`.
+    """
+    side = images.shape[1] // mask.shape[1]
+    hidden = mask.astype(bool).repeat(side, axis=1).repeat(side, axis=2)[..., None]
+    return np.where(hidden, np.uint8(128), images)
+
+
+def to_uint8(images: np.ndarray, *, side: int | None = None) -> np.ndarray:
+    """Float images in [0, 1] `[b, s, s, 3]` → uint8, resized to `side` where it is given."""
+    images = np.clip(np.asarray(images) * 255 + 0.5, 0, 255).astype(np.uint8)
+    if side is None or side == images.shape[1]:
+        return images
+    resize = [Image.fromarray(image).resize((side, side)) for image in images]
+    return np.stack([np.asarray(image) for image in resize])
+
+
+def save_png(path: str, image: np.ndarray) -> None:
+    """Writes uint8 `[h, w, 3]`, local or gs://."""
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as file:
+        Image.fromarray(image).save(file, format="PNG")

@@ -1,0 +1,363 @@
+"""Masked image modelling: the main job, told whole.
+
+Two uint8 views and a mask per image come from the host. On the device: the frozen tokenizer names
+view 2 → token ids `[b, grid, grid]`; the encoder sees view 1 with masked patches replaced; the head
+predicts the ids of the masked patches; the loss is their cross-entropy, averaged over every masked
+patch of the global batch.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from beit_jax import pictures
+from beit_jax.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+    check,
+    to_dict,
+)
+from beit_jax.models.flops import matmul_flops
+from beit_jax.models.functional import Functional
+from beit_jax.models.heads import masked_image_model, masked_positions
+from beit_jax.models.vit import normalize
+from beit_jax.tasks.feed import first_images, image_feed
+from beit_jax.tokenizers.loading import load_params, open_tokenizer
+from beit_jax.tokenizers.tokenizer import Tokenizer
+from beit_jax.training import loop
+from beit_jax.training.state import Batch, Sums, Task
+
+PICTURES = 8  # held-out images in the reconstruction picture
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything a pre-training run is made of."""
+
+    task: str = "pretrain"
+    run: RunConfig
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    reference: str = ""  # what the published run reached, printed at the start
+
+    def __post_init__(self):
+        grid = self.model.grid
+        check(
+            self.tokenizer.grid == grid,
+            "tokenizer.image_size",
+            f"{self.tokenizer.image_size} gives {self.tokenizer.grid} × {self.tokenizer.grid}"
+            f" tokens, the model has {grid} × {grid} patches",
+        )
+        for name, value, wanted in (
+            ("image_size", self.data.image_size, self.model.image_size),
+            ("token_image_size", self.data.token_image_size, self.tokenizer.image_size),
+        ):
+            check(value == wanted, f"data.{name}", f"{value}, but the consumer takes {wanted}")
+        check(
+            self.data.mask.count <= grid * grid,
+            "data.mask.count",
+            f"{self.data.mask.count} patches of {grid * grid}",
+        )
+        if self.optimizer.warmup_steps > self.run.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than run.steps,"
+                f" {self.run.steps}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenStatistics:
+    """What is known about held-out tokens without looking at images.
+
+    Attributes:
+      entropy: nats, of the masked tokens' distribution: the loss of a model that ignores the
+        image.
+      majority_accuracy: of always naming the most frequent token.
+      chance_loss: ln(vocabulary).
+      codes_used: token ids that occur.
+      tokens: masked tokens counted.
+    """
+
+    entropy: float
+    majority_accuracy: float
+    chance_loss: float
+    codes_used: int
+    tokens: int
+
+
+def run(config: PretrainConfig, *, workdir: str) -> dict[str, Any]:
+    """Pre-trains, writes `summary.json` and `reconstruction.png`, and returns the summary."""
+    # Here and not above: the step is measured where TensorFlow is not installed.
+    from beit_jax.data import masking
+
+    began = time.perf_counter()
+    loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
+    slots = masking.max_masked(config.data.mask, grid=config.model.grid)
+    tokenizer = open_tokenizer(config.tokenizer)
+    tokenizer_params = load_params(config.tokenizer)
+    model = masked_image_model(config.model, vocabulary=tokenizer.vocabulary)
+    task = pretrain_task(
+        model, tokenizer, tokenizer_params=tokenizer_params, config=config, slots=slots
+    )
+    feed = image_feed(
+        config.data,
+        run=config.run,
+        grid=config.model.grid,
+        keys=("image", "token_image", "mask"),
+    )
+
+    statistics = token_statistics(tokenizer, tokenizer_params, feed.evaluation())
+    log_expectations(statistics, config)
+    draw = functools.partial(reconstructions, model, tokenizer, tokenizer_params, config=config)
+    sample = first_images(feed.evaluation(), count=PICTURES)
+
+    trained = loop.train(
+        task,
+        feed,
+        run=config.run,
+        optimizer_config=config.optimizer,
+        config=to_dict(config),
+        workdir=workdir,
+        picture=(lambda state: draw(state.params, sample)) if sample else None,
+    )
+    summary = summarize(trained, statistics, workdir=workdir, began=began)
+    if sample and jax.process_index() == 0:
+        pictures.save_png(f"{workdir}/reconstruction.png", draw(trained.state.params, sample))
+    return summary
+
+
+def pretrain_task(
+    model: Functional,
+    tokenizer: Tokenizer,
+    *,
+    tokenizer_params: Any,
+    config: PretrainConfig,
+    slots: int,
+) -> Task:
+    """The job as the train loop wants it.
+
+    Args:
+      model: from `masked_image_model`.
+      tokenizer: names the targets; frozen.
+      tokenizer_params: its weights; a decoder among them stays on the host.
+      config: for the normalisation.
+      slots: masked positions that are scored per image, at least the largest mask.
+    """
+    encoder_params = {k: v for k, v in tokenizer_params.items() if k != "decoder"}
+    normalization = config.data.normalization
+
+    def prepare(frozen: Any, batch: Batch) -> Batch:
+        """uint8 views and masks → normalised images, positions, their token ids and weights."""
+        ids = tokenizer.encode(frozen, batch["token_image"])
+        positions, weights = masked_positions(batch["mask"], slots=slots)
+        labels = jnp.take_along_axis(ids.reshape(ids.shape[0], -1), positions, axis=1)
+        if "valid" in batch:  # padding of a last batch counts for nothing
+            weights = weights * batch["valid"][:, None]
+        return {
+            "image": normalize(batch["image"], kind=normalization),
+            "mask": batch["mask"].astype(bool),
+            "positions": positions,
+            "labels": labels,
+            "weights": weights,
+        }
+
+    def sums(params: Any, batch: Batch, drop_path_key: jax.Array | None) -> Sums:
+        logits = model.apply(
+            params,
+            batch["image"],
+            mask=batch["mask"],
+            positions=batch["positions"],
+            drop_path_key=drop_path_key,
+        )
+        labels, weights = batch["labels"], batch["weights"]
+        picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        cross_entropy = jax.nn.logsumexp(logits, axis=-1) - picked
+        correct = jnp.argmax(logits, axis=-1) == labels
+        return {
+            "loss": (cross_entropy * weights).sum(),
+            "correct": (correct * weights).sum(),
+            "weight": weights.sum(),
+        }
+
+    def loss(params: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Sums]:
+        del step
+        result = sums(params, batch, key)
+        return result["loss"], result
+
+    def evaluate(params: Any, frozen: Any, batch: Batch) -> Sums:
+        return sums(params, prepare(frozen, batch), None)
+
+    def metrics(totals: Sums) -> dict[str, jax.Array]:
+        return {
+            "loss": totals["loss"] / totals["weight"],
+            "mlm_acc": totals["correct"] / totals["weight"],
+        }
+
+    return Task(
+        init=model.init,
+        prepare=prepare,
+        loss=loss,
+        evaluate=evaluate,
+        metrics=metrics,
+        frozen=encoder_params,
+        flops_per_image=flops_per_image(model, tokenizer, config=config, slots=slots),
+    )
+
+
+def flops_per_image(
+    model: Functional, tokenizer: Tokenizer, *, config: PretrainConfig, slots: int
+) -> float:
+    """Matmul FLOPs of a training step per image: 3 × the student's forward + the tokenizer's."""
+    size, grid = config.model.image_size, config.model.grid
+    student = matmul_flops(
+        lambda params, image, mask, positions: model.apply(
+            params, image, mask=mask, positions=positions
+        ),
+        model.shapes(),
+        jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1, grid, grid), jnp.bool_),
+        jax.ShapeDtypeStruct((1, slots), jnp.int32),
+    )
+    naming = matmul_flops(
+        tokenizer.encode,
+        jax.eval_shape(tokenizer.init, jax.random.key(0)),
+        jax.ShapeDtypeStruct((1, tokenizer.image_size, tokenizer.image_size, 3), jnp.uint8),
+    )
+    return 3 * student + naming
+
+
+def token_statistics(
+    tokenizer: Tokenizer, params: Any, batches: Iterable[dict[str, np.ndarray]]
+) -> TokenStatistics | None:
+    """Counts the masked tokens of held-out images; None where there are no held-out images."""
+    encode = jax.jit(tokenizer.encode)
+    encoder_params = {k: v for k, v in params.items() if k != "decoder"}
+    counts = np.zeros(tokenizer.vocabulary, np.int64)
+    for batch in batches:
+        ids = np.asarray(encode(encoder_params, batch["token_image"]))
+        hidden = batch["mask"].astype(bool) & batch["valid"].astype(bool)[:, None, None]
+        counts += np.bincount(ids[hidden], minlength=tokenizer.vocabulary)
+    if jax.process_count() > 1:
+        counts = multihost_utils.process_allgather(counts).sum(axis=0)
+    total = counts.sum()
+    if total == 0:
+        return None
+    shares = counts[counts > 0] / total
+    return TokenStatistics(
+        entropy=float(-(shares * np.log(shares)).sum()),
+        majority_accuracy=float(shares.max()),
+        chance_loss=math.log(tokenizer.vocabulary),
+        codes_used=int((counts > 0).sum()),
+        tokens=int(total),
+    )
+
+
+def log_expectations(statistics: TokenStatistics | None, config: PretrainConfig) -> None:
+    """Says what the loss will be compared with; shouts where the tokens look broken."""
+    vocabulary = config.tokenizer.vocabulary
+    logging.info(
+        "chance: loss ln(%d) = %.3f, accuracy %.2g",
+        vocabulary,
+        math.log(vocabulary),
+        1 / vocabulary,
+    )
+    if statistics is not None:
+        logging.info(
+            "held-out tokens: entropy %.3f nats (the loss of a model that ignores the image), the"
+            " most frequent one is %.2f %% of %d; %d of %d codes occur",
+            statistics.entropy,
+            100 * statistics.majority_accuracy,
+            statistics.tokens,
+            statistics.codes_used,
+            vocabulary,
+        )
+        if statistics.majority_accuracy > 0.5:
+            logging.error(
+                "ONE TOKEN IS %.0f %% OF ALL: the tokenizer has collapsed, or its input is not"
+                " what it was trained on. There is nothing to learn from these tokens.",
+                100 * statistics.majority_accuracy,
+            )
+    if config.reference:
+        logging.info("published reference: %s", config.reference)
+
+
+def reconstructions(
+    model: Functional,
+    tokenizer: Tokenizer,
+    tokenizer_params: Any,
+    params: Any,
+    sample: dict[str, np.ndarray],
+    *,
+    config: PretrainConfig,
+) -> np.ndarray:
+    """A picture: original, masked, decoded with the predicted tokens, decoded with the true ones.
+
+    In the third column the tokens of visible patches are the true ones. Both decoded columns are
+    left out where the tokenizer has no decoder.
+    """
+    grid = config.model.grid
+    ids = jax.jit(tokenizer.encode)(
+        {k: v for k, v in tokenizer_params.items() if k != "decoder"}, sample["token_image"]
+    )
+    host_params = jax.device_get(params)
+    logits = jax.jit(model.apply)(
+        host_params,
+        normalize(sample["image"], kind=config.data.normalization),
+        mask=sample["mask"],
+    )
+    predicted = jnp.argmax(logits, axis=-1).reshape(-1, grid, grid).astype(jnp.int32)
+    filled = jnp.where(sample["mask"].astype(bool), predicted, ids)
+    columns = {
+        "original": sample["image"],
+        "masked": pictures.hide_patches(sample["image"], sample["mask"]),
+    }
+    if "decoder" in tokenizer_params:
+        decode = jax.jit(tokenizer.decode)
+        side = config.model.image_size
+        columns["predicted"] = pictures.to_uint8(decode(tokenizer_params, filled), side=side)
+        columns["tokenizer"] = pictures.to_uint8(decode(tokenizer_params, ids), side=side)
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    return pictures.contact_sheet(rows, captions=list(columns))
+
+
+def summarize(
+    trained: loop.Trained, statistics: TokenStatistics | None, *, workdir: str, began: float
+) -> dict[str, Any]:
+    """Writes and returns `summary.json`; figures of an earlier call that did the work are kept."""
+    path = epath.Path(workdir) / "summary.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    speed = trained.images_per_second
+    seconds = time.perf_counter() - began
+    if speed is None:  # nothing was left to do
+        speed, seconds = before.get("images_per_second"), before.get("seconds", seconds)
+    summary = {
+        "steps": int(trained.state.step),
+        "loss": trained.evaluation.get("loss"),
+        "accuracy": trained.evaluation.get("mlm_acc"),
+        "token_entropy": statistics.entropy if statistics else None,
+        "majority_accuracy": statistics.majority_accuracy if statistics else None,
+        "chance_loss": statistics.chance_loss if statistics else None,
+        "codes_used": statistics.codes_used if statistics else None,
+        "images_per_second": speed,
+        "seconds": seconds,
+    }
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary

@@ -1,0 +1,250 @@
+"""Train a discrete VAE of one's own (§1b): the tokenizer for images DALL-E's was not made for.
+
+Gumbel-softmax over the vocabulary with an annealed temperature, reconstruction error and a
+divergence from the uniform distribution that keeps codes in use. Ends with `tokenizer.safetensors`,
+which `config.tokenizer.path` of a pre-training run takes.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+
+from beit_jax import pictures
+from beit_jax.config import (
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+    check,
+    to_dict,
+)
+from beit_jax.models.flops import matmul_flops
+from beit_jax.tasks.feed import first_images, image_feed
+from beit_jax.tokenizers import dvae
+from beit_jax.tokenizers.loading import save_params
+from beit_jax.training import loop
+from beit_jax.training.state import Batch, Sums, Task
+
+PICTURES = 8
+COLLAPSED = 0.05  # a perplexity under this share of the vocabulary is shouted about
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VaeConfig:
+    """The discrete VAE's losses.
+
+    Defaults are the official module's (modeling_discrete_vae.py:124-136), temperature apart: it is
+    annealed, as DALL-E's was (from 1 to 1/16).
+    """
+
+    temperature_start: float = 1.0
+    temperature_end: float = 1 / 16
+    temperature_steps: int = 0  # of the anneal; 0: the whole run
+    kl_weight: float = 0.0  # times the mean divergence per position, in nats
+    straight_through: bool = False
+    reconstruction: str = "mse"  # or "smooth_l1"
+
+    def __post_init__(self):
+        check(self.temperature_end > 0, "temperature_end", "must be positive")
+        check(
+            self.temperature_start >= self.temperature_end,
+            "temperature_start",
+            "must not be under temperature_end",
+        )
+        check(self.kl_weight >= 0, "kl_weight", "must not be negative")
+        check(self.temperature_steps >= 0, "temperature_steps", "must not be negative")
+        check(self.reconstruction in ("mse", "smooth_l1"), "reconstruction", "is mse or smooth_l1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerTaskConfig:
+    """Everything a tokenizer run is made of."""
+
+    task: str = "tokenizer"
+    run: RunConfig
+    tokenizer: TokenizerConfig
+    vae: VaeConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+
+    def __post_init__(self):
+        check(self.tokenizer.kind == "dvae", "tokenizer.kind", "only a dvae can be trained")
+        check(
+            self.data.token_image_size == self.tokenizer.image_size,
+            "data.token_image_size",
+            f"{self.data.token_image_size}, but the tokenizer takes {self.tokenizer.image_size}",
+        )
+        check(
+            self.data.mask.count <= self.tokenizer.grid**2,
+            "data.mask.count",
+            f"{self.data.mask.count} of {self.tokenizer.grid**2}",
+        )
+
+
+def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
+    """Trains a tokenizer; writes its weights, `summary.json` and `reconstruction.png`."""
+    began = time.perf_counter()
+    loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
+    task = tokenizer_task(config)
+    feed = image_feed(
+        config.data,
+        run=config.run,
+        grid=config.tokenizer.grid,
+        keys=("token_image",),
+    )
+    draw = functools.partial(reconstructions, config=config)
+    sample = first_images(feed.evaluation(), count=PICTURES)
+    trained = loop.train(
+        task,
+        feed,
+        run=config.run,
+        optimizer_config=config.optimizer,
+        config=to_dict(config),
+        workdir=workdir,
+        picture=(lambda state: draw(state.params, sample)) if sample else None,
+    )
+    shout_if_collapsed(trained.evaluation, vocabulary=config.tokenizer.vocabulary)
+    params = jax.device_get(trained.state.params)
+    path = epath.Path(workdir) / "summary.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    summary = {
+        **trained.evaluation,
+        "steps": int(trained.state.step),
+        "images_per_second": trained.images_per_second or before.get("images_per_second"),
+        "seconds": time.perf_counter() - began,
+        "tokenizer": f"{workdir}/tokenizer.safetensors",
+    }
+    if jax.process_index() == 0:
+        save_params(f"{workdir}/tokenizer.safetensors", params, config=config.tokenizer)
+        if sample:
+            pictures.save_png(f"{workdir}/reconstruction.png", draw(params, sample))
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def temperature(config: VaeConfig, *, steps: int, step: jax.Array) -> jax.Array:
+    """Geometric from start to end over the anneal, then constant."""
+    share = jnp.clip(step / (config.temperature_steps or steps), 0.0, 1.0)
+    log_start, log_end = math.log(config.temperature_start), math.log(config.temperature_end)
+    return jnp.exp(log_start + share * (log_end - log_start))
+
+
+def tokenizer_task(config: TokenizerTaskConfig) -> Task:
+    """The job as the train loop wants it; sums are over images, code counts over positions."""
+    vae = dvae.discrete_vae(config.tokenizer)
+    vocabulary = config.tokenizer.vocabulary
+
+    def prepare(frozen: Any, batch: Batch) -> Batch:
+        del frozen
+        pixels = dvae.normalize(batch["token_image"].astype(jnp.float32) / 255.0)
+        valid = batch.get("valid", jnp.ones(pixels.shape[0], bool))
+        return {"pixels": pixels, "valid": valid.astype(jnp.float32)}
+
+    def sums(reconstruction: jax.Array, logits: jax.Array, batch: Batch) -> Sums:
+        pixels, valid = batch["pixels"], batch["valid"]
+
+        def error(kind: str) -> jax.Array:
+            per_image = jax.vmap(functools.partial(dvae.reconstruction_loss, kind=kind))
+            return (per_image(reconstruction, pixels) * valid).sum()
+
+        ids = jnp.argmax(logits, axis=-1).reshape(pixels.shape[0], -1)
+        counts = jnp.zeros(vocabulary).at[ids].add(jnp.broadcast_to(valid[:, None], ids.shape))
+        return {
+            "mse": error("mse"),
+            "l1": error("l1"),
+            "kl": (dvae.kl_to_uniform(logits).mean((1, 2)) * valid).sum(),
+            "objective": error(config.vae.reconstruction),
+            "codes": counts,
+            "weight": valid.sum(),
+        }
+
+    def loss(params: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Sums]:
+        output = vae.apply(
+            params,
+            batch["pixels"],
+            key=key,
+            temperature=temperature(config.vae, steps=config.run.steps, step=step),
+            straight_through=config.vae.straight_through,
+            method="gumbel_forward",
+        )
+        result = sums(output.reconstruction, output.logits, batch)
+        result["objective"] = result["objective"] + config.vae.kl_weight * result["kl"]
+        return result["objective"], result
+
+    def evaluate(params: Any, frozen: Any, batch: Batch) -> Sums:
+        """With hard tokens, as the tokenizer is used."""
+        batch = prepare(frozen, batch)
+        logits = vae.apply(params, batch["pixels"], method="logits")
+        decoded = vae.apply(params, jnp.argmax(logits, axis=-1), method="decode")
+        return sums(decoded, logits, batch)
+
+    def metrics(totals: Sums) -> dict[str, jax.Array]:
+        weight = totals["weight"]
+        shares = totals["codes"] / jnp.maximum(totals["codes"].sum(), 1)
+        entropy = -jnp.sum(shares * jnp.log(jnp.where(shares > 0, shares, 1.0)))
+        return {
+            "loss": totals["objective"] / weight,
+            "reconstruction_mse": totals["mse"] / weight,
+            "reconstruction_l1": totals["l1"] / weight,
+            "kl": totals["kl"] / weight,
+            "codes_used": (totals["codes"] > 0).sum().astype(jnp.float32),
+            "code_perplexity": jnp.exp(entropy),
+        }
+
+    size = config.tokenizer.image_size
+    forward = matmul_flops(
+        lambda params, image: vae.apply(
+            params,
+            image,
+            key=jax.random.key(0),
+            temperature=1.0,
+            method="gumbel_forward",
+        ),
+        vae.shapes(),
+        jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
+    )
+    return Task(
+        init=vae.init,
+        prepare=prepare,
+        loss=loss,
+        evaluate=evaluate,
+        metrics=metrics,
+        frozen={},
+        flops_per_image=3 * forward,
+    )
+
+
+def shout_if_collapsed(evaluation: dict[str, float], *, vocabulary: int) -> None:
+    """Logs an error where few codes carry all images."""
+    if not evaluation:
+        return
+    perplexity, used = evaluation["code_perplexity"], evaluation["codes_used"]
+    if perplexity < COLLAPSED * vocabulary:
+        logging.error(
+            "THE CODEBOOK HAS COLLAPSED: perplexity %.1f of %d, %d codes in use. Raise"
+            " config.vae.kl_weight, anneal slower, or take a smaller vocabulary.",
+            perplexity,
+            vocabulary,
+            int(used),
+        )
+
+
+def reconstructions(
+    params: Any, sample: dict[str, np.ndarray], *, config: TokenizerTaskConfig
+) -> np.ndarray:
+    """A picture: originals and what is left of them after the tokens."""
+    tokenizer = dvae.dvae_tokenizer(config.tokenizer)
+    host_params = jax.device_get(params)
+    ids = jax.jit(tokenizer.encode)(host_params, sample["token_image"])
+    decoded = pictures.to_uint8(jax.jit(tokenizer.decode)(host_params, ids))
+    rows = [list(row) for row in zip(sample["token_image"], decoded, strict=True)]
+    return pictures.contact_sheet(rows, captions=["original", "tokenizer"])

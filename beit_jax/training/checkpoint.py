@@ -1,0 +1,246 @@
+"""Checkpoints: saved in the background, restored in a fixed order of precedence, never half.
+
+A run's directory holds `checkpoints/<step>/{state, config}` and `config.json`. What a run starts
+from, first match wins:
+
+1. the newest readable checkpoint of its own directory (the same command resumes);
+2. `config.run.init_from`, the parameters of another run, with a fresh optimizer and step 0;
+3. fresh parameters from `config.run.seed`.
+
+A checkpoint that can't be read (cut off while it was copied, say) is set aside under
+`unreadable_checkpoints/` with a loud warning, and the one before it is taken.
+"""
+
+import json
+import time
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from beit_jax.config import ConfigError, RunConfig
+from beit_jax.training.optim import path_name
+from beit_jax.training.state import TrainState
+
+_FIELDS = ("step", "params", "opt_state", "skipped", "skipped_in_row")
+
+
+class Checkpoints:
+    """The checkpoints of one run's directory.
+
+    Args:
+      workdir: the run's directory, local or gs://.
+      run: how often to save and how many to keep.
+      config: the resolved config, saved beside every checkpoint and as `config.json`.
+    """
+
+    def __init__(self, workdir: str, *, run: RunConfig, config: dict[str, Any]):
+        self._root = epath.Path(workdir).absolute() if "://" not in workdir else epath.Path(workdir)
+        self._run = run
+        self._config = config
+        self._last_save = time.monotonic()
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._root / "checkpoints",
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(self._run.keep_checkpoints),
+                cleanup_tmp_directories=True,  # left by a process killed while saving
+            ),
+            item_names=("state", "config"),
+        )
+
+    def write_config(self) -> None:
+        """Writes `config.json`; raises ConfigError where the run's own one has another model."""
+        path = self._root / "config.json"
+        if path.exists() and self._manager.latest_step() is not None:
+            changed = _differences(json.loads(path.read_text()), self._config)
+            fixed = [each for each in changed if each.startswith(("model.", "tokenizer.voc"))]
+            if fixed:
+                raise ConfigError(
+                    f"config.{fixed[0]}: differs from the checkpoint in {self._root}"
+                    f" ({'; '.join(fixed)}); choose another --workdir"
+                )
+            for each in changed:
+                logging.info("changed since the checkpoint was written: config.%s", each)
+        if jax.process_index() == 0:
+            self._root.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self._config, indent=2) + "\n")
+
+    def latest_step(self) -> int | None:
+        """The newest checkpoint's step."""
+        return self._manager.latest_step()
+
+    def restore(self, shapes: TrainState) -> TrainState | None:
+        """The newest readable checkpoint, placed as `shapes` says; None where there is none.
+
+        Raises:
+          ValueError: no checkpoint could be read, or the newest can't and the config says to fail.
+        """
+        first_error = None
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(shapes))),
+                )
+                state = TrainState(**restored["state"])
+                _check_shapes(state, shapes)
+                if first_error is not None:
+                    self._set_aside(above=step)
+                return state
+            except Exception as error:
+                logging.error("checkpoint %d in %s can't be read: %s", step, self._root, error)
+                if self._run.on_corrupt_checkpoint == "fail":
+                    raise
+                first_error = first_error or error
+        if first_error is not None:
+            raise ValueError(
+                f"no checkpoint in {self._root}/checkpoints can be read; the newest says:"
+                f" {first_error}"
+            ) from first_error
+        return None
+
+    def _set_aside(self, *, above: int) -> None:
+        """Moves checkpoints newer than `above` away, so that their steps can be saved again."""
+        aside = self._root / "unreadable_checkpoints"
+        newer = [step for step in self._manager.all_steps() if step > above]
+        self._manager.close()
+        if jax.process_index() == 0:
+            aside.mkdir(parents=True, exist_ok=True)
+            for step in newer:
+                target = aside / f"{step}-{int(time.time())}"
+                (self._root / "checkpoints" / str(step)).rename(target)
+                logging.error("unreadable checkpoint %d moved to %s", step, target)
+        if jax.process_count() > 1:
+            ocp.multihost.sync_global_processes("beit_jax_set_aside")
+        self._manager = self._open()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps, by steps or by minutes."""
+        run = self._run
+        by_steps = run.checkpoint_every and step % run.checkpoint_every == 0
+        minutes = (time.monotonic() - self._last_save) / 60
+        by_time = run.checkpoint_minutes and minutes >= run.checkpoint_minutes
+        return bool(by_steps or by_time)
+
+    def save(self, state: TrainState, *, step: int) -> None:
+        """Starts saving in the background; does nothing where this step is saved already."""
+        if self._manager.latest_step() == step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_as_dict(state)),
+                config=ocp.args.JsonSave(self._config),
+            ),
+            force=True,
+        )
+        self._last_save = time.monotonic()
+
+    def check(self) -> None:
+        """Raises what went wrong in the background."""
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits for the last save to be complete."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def restore_params(source: str, *, shapes: Any) -> Any:
+    """Parameters of another run.
+
+    Args:
+      source: a run's directory (its newest checkpoint is taken) or one checkpoint, the folder
+        named after its step.
+      shapes: the wanted parameters, `ShapeDtypeStruct`s with shardings.
+
+    Raises:
+      ConfigError: no checkpoint there, or its parameters have other names or shapes; all are
+        listed.
+    """
+    name = "config.run.init_from"
+    stored = saved_params_shapes(source, name=name)
+    wanted = {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    have = {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+    problems = [f"missing {key}" for key in wanted if key not in have]
+    problems += [f"unused {key}" for key in have if key not in wanted]
+    problems += [
+        f"{key} is {tuple(have[key])}, needed {tuple(wanted[key])}"
+        for key in wanted
+        if key in have and tuple(have[key]) != tuple(wanted[key])
+    ]
+    if problems:
+        raise ConfigError(f"{name}: {source} does not fit: {'; '.join(problems)}")
+    # Only the parameters are read; the placeholder leaves the optimizer's moments on disk.
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            _state_folder(source, name=name),
+            args=ocp.args.PyTreeRestore(
+                item={"params": shapes},
+                restore_args=ocp.checkpoint_utils.construct_restore_args({"params": shapes}),
+                partial_restore=True,
+            ),
+        )
+    return restored["params"]
+
+
+def saved_params_shapes(source: str, *, name: str = "checkpoint") -> Any:
+    """Names and shapes of a checkpoint's parameters, without reading them."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(_state_folder(source, name=name))
+    return metadata.item_metadata.tree["params"]
+
+
+def saved_config(source: str, *, name: str = "checkpoint") -> dict[str, Any]:
+    """The resolved config a checkpoint was written with."""
+    folder = _state_folder(source, name=name).parent / "config"
+    (path,) = [path for path in folder.iterdir() if path.name == "metadata"]
+    return json.loads(path.read_text())
+
+
+def _state_folder(source: str, *, name: str) -> epath.Path:
+    """`<workdir>/checkpoints/<newest>/state` or `<checkpoint>/state`."""
+    path = epath.Path(source)
+    path = path if "://" in source else path.absolute()
+    if (path / "state").exists():
+        return path / "state"
+    steps = []
+    if (path / "checkpoints").exists():
+        steps = [int(each.name) for each in (path / "checkpoints").iterdir() if each.name.isdigit()]
+    if not steps:
+        raise ConfigError(f"{name}: no checkpoint in {source}")
+    return path / "checkpoints" / str(max(steps)) / "state"
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in _FIELDS}
+
+
+def _check_shapes(state: TrainState, shapes: TrainState) -> None:
+    """Orbax checks too, but the stored shape of a wrong target once went through silently."""
+    for (path, leaf), (_, wanted) in zip(
+        jax.tree_util.tree_leaves_with_path(state),
+        jax.tree_util.tree_leaves_with_path(shapes),
+        strict=True,
+    ):
+        if leaf.shape != wanted.shape or leaf.dtype != wanted.dtype:
+            raise ValueError(
+                f"{path_name(path)} is {leaf.dtype}{leaf.shape} in the checkpoint,"
+                f" needed {wanted.dtype}{wanted.shape}"
+            )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Readable differences of two nested dicts."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path}: was {old!r}, now {new!r}"]

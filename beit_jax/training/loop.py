@@ -1,0 +1,304 @@
+"""The train loop of every job: `train` reads like a table of contents."""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+
+from beit_jax.config import OptimizerConfig, RunConfig
+from beit_jax.training import checkpoint, metrics, optim, sharding, state
+from beit_jax.training.state import Task, TrainState
+
+HostBatch = dict[str, np.ndarray]
+# Steps dispatched before the host waits for the device: enough to hide the host's work, few enough
+# to bound the batches in flight.
+STEPS_IN_FLIGHT = 2
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row were not finite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Feed:
+    """What a job reads.
+
+    Attributes:
+      training: `start_step -> iterator` of this host's part of every global batch, without end.
+      evaluation: a fresh pass over the held-out images, this host's part.
+      metrics: numbers about the data so far (images replaced, say).
+    """
+
+    training: Callable[[int], Iterator[HostBatch]]
+    evaluation: Callable[[], Iterable[HostBatch]]
+    metrics: Callable[[], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How a run ended.
+
+    Attributes:
+      state: the last train state.
+      evaluation: metrics on the held-out images.
+      images_per_second: median over the logged intervals; None where no step was left to do.
+      seconds: of the whole call.
+    """
+
+    state: TrainState
+    evaluation: dict[str, float]
+    images_per_second: float | None
+    seconds: float
+
+
+def train(
+    task: Task,
+    feed: Feed,
+    *,
+    run: RunConfig,
+    optimizer_config: OptimizerConfig,
+    config: dict[str, Any],
+    workdir: str,
+    picture: Callable[[TrainState], np.ndarray] | None = None,
+) -> Trained:
+    """Trains to `run.steps`, from wherever the run's directory stands.
+
+    Args:
+      task: the job.
+      feed: its data.
+      run: length, batch, logging, checkpoints.
+      optimizer_config: AdamW and its schedule.
+      config: the resolved config, for the record.
+      workdir: the run's directory.
+      picture: draws the model's work, uint8 `[h, w, 3]`; called every `run.picture_every` steps.
+
+    Raises:
+      ConfigError: something does not fit, before anything is compiled.
+      NonFiniteError: `optimizer_config.max_bad_steps` updates in a row were not finite.
+    """
+    began = time.perf_counter()
+    mesh = open_mesh(run=run, accumulate=optimizer_config.accumulate)
+    optimizer = optim.adamw(optimizer_config)
+    schedule = optim.learning_rate(optimizer_config, steps=run.steps)
+    shapes = state.state_shapes(task, optimizer, mesh)
+    _log_size(shapes, mesh)
+
+    checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
+    checkpoints.write_config()
+    train_state = restore_or_init(task, optimizer, checkpoints, shapes=shapes, run=run)
+    start_step = int(train_state.step)
+    log = metrics.MetricsLog(workdir, start_step=start_step)
+    frozen = jax.device_put(task.frozen, NamedSharding(mesh, sharding.REPLICATED))
+    evaluate = functools.partial(run_evaluation, jax.jit(task.evaluate), task, feed, frozen, mesh)
+
+    step_function = functools.partial(
+        state.train_step,
+        task=task,
+        config=optimizer_config,
+        optimizer=optimizer,
+        schedule=schedule,
+        seed=run.seed,
+    )
+    speeds: list[float] = []
+    try:
+        if start_step < run.steps:
+            train_state, speeds = _run_steps(
+                step_function,
+                train_state,
+                frozen,
+                task=task,
+                feed=feed,
+                run=run,
+                max_bad_steps=optimizer_config.max_bad_steps,
+                mesh=mesh,
+                checkpoints=checkpoints,
+                log=log,
+                evaluate=evaluate,
+                picture=picture,
+            )
+            checkpoints.save(train_state, step=run.steps)
+        evaluation = evaluate(train_state.params)
+        if evaluation:
+            log.write(run.steps, {f"eval_{name}": value for name, value in evaluation.items()})
+            logging.info("step %d held-out: %s", run.steps, _join(evaluation))
+    finally:
+        checkpoints.close()
+        log.close()
+    return Trained(
+        state=train_state,
+        evaluation=evaluation,
+        images_per_second=float(np.median(speeds)) if speeds else None,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def open_mesh(*, run: RunConfig, accumulate: int) -> Mesh:
+    """The mesh of all devices, once the batch is known to divide over it."""
+    mesh = sharding.make_mesh(fsdp=run.fsdp)
+    sharding.check_batch(
+        run.batch_size, accumulate=accumulate, mesh=mesh, processes=jax.process_count()
+    )
+    return mesh
+
+
+def restore_or_init(
+    task: Task,
+    optimizer: Any,
+    checkpoints: checkpoint.Checkpoints,
+    *,
+    shapes: TrainState,
+    run: RunConfig,
+) -> TrainState:
+    """The state to start from; the order of precedence is `checkpoint`'s module docstring."""
+    restored = checkpoints.restore(shapes)
+    if restored is not None:
+        logging.info("resumed at step %d of %d", int(restored.step), run.steps)
+        return restored
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    if run.init_from:
+        params = checkpoint.restore_params(run.init_from, shapes=shapes.params)
+        logging.info("parameters from %s", run.init_from)
+        fresh = functools.partial(state.state_from_params, optimizer=optimizer)
+        return jax.jit(fresh, out_shardings=places)(params)
+    fresh = functools.partial(state.init_state, task, optimizer)
+    return jax.jit(fresh, out_shardings=places)(jax.random.key(run.seed))
+
+
+def run_evaluation(
+    evaluate: Callable, task: Task, feed: Feed, frozen: Any, mesh: Mesh, params: Any
+) -> dict[str, float]:
+    """Metrics over all held-out images; empty where there are none."""
+    total = None
+    for batch in feed.evaluation():
+        sums = evaluate(params, frozen, sharding.to_devices(batch, mesh))
+        total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
+    if total is None:
+        return {}
+    return {name: float(value) for name, value in task.metrics(total).items()}
+
+
+def _run_steps(
+    step_function,
+    train_state,
+    frozen,
+    *,
+    task,
+    feed,
+    run,
+    max_bad_steps,
+    mesh,
+    checkpoints,
+    log,
+    evaluate,
+    picture,
+):
+    """Steps until `run.steps`, with everything that happens between them."""
+    step = int(train_state.step)
+    batches = feed.training(step)
+    clock = metrics.Clock(
+        images_per_step=run.batch_size, flops_per_image=task.flops_per_image, steps=run.steps
+    )
+    batch = sharding.to_devices(next(batches), mesh)
+    compiled = _compile(step_function, train_state, frozen, batch)
+    in_flight: collections.deque = collections.deque()
+    speeds = []
+    clock.restart(step=step)
+    while step < run.steps:
+        train_state, step_metrics = compiled(train_state, frozen, batch)
+        step += 1
+        in_flight.append((step, step_metrics))
+        while len(in_flight) > STEPS_IN_FLIGHT:
+            _stop_if_bad(*in_flight.popleft(), limit=max_bad_steps)
+        if step < run.steps:
+            # The device works on the step just dispatched while the host fetches the next batch.
+            waiting = time.perf_counter()
+            batch = next(batches)
+            clock.waited(time.perf_counter() - waiting)
+            batch = sharding.to_devices(batch, mesh)
+
+        logs = step % run.log_every == 0 or step == run.steps
+        evaluates = run.eval_every and step % run.eval_every == 0 and step < run.steps
+        draws = picture is not None and run.picture_every and step % run.picture_every == 0
+        saves = checkpoints.due(step)
+        if not (logs or evaluates or draws or saves):
+            continue
+        while in_flight:
+            _stop_if_bad(*in_flight.popleft(), limit=max_bad_steps)
+        if logs:
+            values = {name: float(value) for name, value in step_metrics.items()}
+            values |= feed.metrics()
+            speed = clock.report(step=step)
+            speeds.append(speed["images_per_second"])
+            log.write(step, values | speed)
+            logging.info(
+                "%s", metrics.console_line(step, steps=run.steps, metrics=values, speed=speed)
+            )
+            checkpoints.check()
+        if evaluates:
+            evaluation = evaluate(train_state.params)
+            if evaluation:
+                log.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
+                logging.info("step %d held-out: %s", step, _join(evaluation))
+        if draws:
+            log.write_picture(step, "reconstruction", picture(train_state))
+        if saves:
+            checkpoints.save(train_state, step=step)
+        clock.restart(step=step)
+    return train_state, speeds
+
+
+def _compile(step_function, train_state, frozen, batch):
+    """Compiles the step for these shapes and places; the state's buffers are reused."""
+    began = time.perf_counter()
+    places = jax.tree.map(lambda leaf: leaf.sharding, train_state)
+    jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(places, None))
+    compiled = jitted.lower(train_state, frozen, batch).compile()
+    logging.info("compiled the train step in %.1f s", time.perf_counter() - began)
+    return compiled
+
+
+def _stop_if_bad(step: int, step_metrics: dict[str, jax.Array], *, limit: int) -> None:
+    """Waits for a step's metrics; raises after `limit` skipped updates in a row.
+
+    The parameters are those of the last good update, so checkpoints up to here are sound; none is
+    written after this.
+    """
+    in_row = int(step_metrics["skipped_in_row"])
+    if in_row:
+        logging.warning(
+            "step %d: loss %s, gradient norm %s: the update is skipped (%d in a row)",
+            step,
+            float(step_metrics["loss"]),
+            float(step_metrics["grad_norm"]),
+            in_row,
+        )
+    if in_row >= limit:
+        raise NonFiniteError(
+            f"step {step}: {in_row} updates in a row were not finite"
+            f" (config.optimizer.max_bad_steps); loss {float(step_metrics['loss'])},"
+            f" gradient norm {float(step_metrics['grad_norm'])}."
+            " The last checkpoint is from before and sound."
+        )
+
+
+def _log_size(shapes: TrainState, mesh: Mesh) -> None:
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
+    device = jax.devices()[0]
+    logging.info(
+        "%s parameters; %d × %s in a mesh of %s",
+        f"{count:,}",
+        jax.device_count(),
+        device.device_kind,
+        " × ".join(f"{name} {size}" for name, size in mesh.shape.items()),
+    )
+
+
+def _join(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,165 @@
+"""Where numbers go: TensorBoard (clu), `metrics.jsonl`, and a line on the console a human likes."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+# Dense bfloat16 peak, FLOP/s per device as JAX counts them (v2 and v3 count cores).
+# Google's and NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops() -> float | None:
+    """Peak bfloat16 FLOP/s of one device, None where the chip is unknown (a CPU, say)."""
+    return PEAK_FLOPS.get(jax.devices()[0].device_kind)
+
+
+class MetricsLog:
+    """Writes scalars and pictures; on process 0 only.
+
+    Args:
+      workdir: the run's directory.
+      start_step: lines and events of later steps are from a run that was cut off after its last
+        checkpoint; they are dropped from `metrics.jsonl`, since those steps are done again.
+    """
+
+    def __init__(self, workdir: str, *, start_step: int):
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._writer = None
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            kept = [line for line in read(str(self._path)) if line["step"] <= start_step]
+            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._writer = _summary_writer(workdir)
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes numbers for a step; not-finite ones become null in the JSON."""
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in scalars.items()}
+        plain = {name: v if np.isfinite(v) else None for name, v in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **plain}) + "\n")
+        if self._writer is not None:
+            self._writer.write_scalars(step, values)
+
+    def write_picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Shows a uint8 `[h, w, 3]` picture in TensorBoard."""
+        if self._writer is not None:
+            self._writer.write_images(step, {name: image[None]})
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _summary_writer(workdir: str) -> Any:
+    """A TensorBoard writer, or None (said once) where clu or TensorFlow is not installed."""
+    try:
+        # Here and not above: clu imports TensorFlow, and this package must import without it.
+        from clu import metric_writers
+    except ImportError as error:
+        logging.warning("no TensorBoard files, only metrics.jsonl: %s", error)
+        return None
+    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(workdir))
+
+
+def read(path: str) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    lines = []
+    for line in epath.Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Clock:
+    """Throughput, the share of time spent waiting for data, and the time left.
+
+    Args:
+      images_per_step: the global batch.
+      flops_per_image: of a training step, for MFU.
+      steps: of the whole run.
+    """
+
+    def __init__(self, *, images_per_step: int, flops_per_image: float, steps: int):
+        self._images = images_per_step
+        self._flops = flops_per_image
+        self._steps = steps
+        self._peak = peak_flops()
+        self.restart(step=0)
+
+    def restart(self, *, step: int) -> None:
+        """Starts an interval; what is in between (evaluation, saving) does not count."""
+        self._since, self._step, self._waiting = time.perf_counter(), step, 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Adds time that the loop waited for a batch."""
+        self._waiting += seconds
+
+    def report(self, *, step: int) -> dict[str, float]:
+        """Speed of the interval that ends at `step`."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        done = max(step - self._step, 1)
+        per_second = done * self._images / seconds
+        per_chip = per_second / jax.device_count()
+        report = {
+            "images_per_second": per_second,
+            "images_per_second_per_chip": per_chip,
+            "data_wait_share": self._waiting / seconds,
+            "seconds_left": (self._steps - step) * seconds / done,
+        }
+        if self._peak is not None:
+            report["mfu"] = per_chip * self._flops / self._peak
+        return report
+
+
+def console_line(
+    step: int, *, steps: int, metrics: Mapping[str, float], speed: Mapping[str, float]
+) -> str:
+    """One line: where the run is, what it has learned, how fast it goes, when it ends."""
+    shown = [f"step {step:>{len(str(steps))}}/{steps}"]
+    for name, value in metrics.items():
+        if name == "learning_rate":
+            shown.append(f"lr {value:.2e}")
+        elif name in ("skipped", "skipped_in_row", "replaced_images"):
+            if value:
+                shown.append(f"{name} {value:.0f}")
+        else:
+            shown.append(f"{name} {value:.4g}")
+    speeds = [f"{speed['images_per_second']:.1f} img/s"]
+    if jax.device_count() > 1:
+        speeds.append(f"{speed['images_per_second_per_chip']:.1f} img/s/chip")
+    if "mfu" in speed:
+        speeds.append(f"mfu {speed['mfu']:.1%}")
+    speeds.append(f"data wait {speed['data_wait_share']:.0%}")
+    minutes, seconds = divmod(int(speed["seconds_left"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    speeds.append(f"eta {hours}:{minutes:02}:{seconds:02}")
+    return "  ".join(shown) + "  |  " + "  ".join(speeds)

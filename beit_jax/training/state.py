@@ -1,0 +1,181 @@
+"""The train state and the train step: what happens to the parameters once a batch is on devices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from beit_jax.config import OptimizerConfig
+from beit_jax.training import optim, sharding
+
+Batch = dict[str, jax.Array]
+# Sums over a batch; `weight` divides the others. Sums add up over micro-batches, hosts and eval
+# batches, means don't.
+Sums = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything a checkpoint holds.
+
+    Attributes:
+      step: int32 scalar, steps done, skipped ones included; the schedule and all randomness
+        follow it.
+      params: nested dict, float32.
+      opt_state: optax state.
+      skipped: int32, non-finite updates skipped so far.
+      skipped_in_row: int32, those since the last good one.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a job gives to the shared train loop.
+
+    Attributes:
+      init: `key -> params`.
+      prepare: `(frozen, batch) -> batch`, what needs no gradient (normalise, tokenise).
+      loss: `(params, batch, key, step) -> (loss_sum, sums)`. `sums["weight"]` is what the loss
+        sum and the other sums are divided by; it must not depend on the parameters.
+      evaluate: `(params, frozen, batch) -> sums` on held-out images; `batch["valid"]` marks
+        padding.
+      metrics: sums → scalars by name; "loss" is among them.
+      frozen: parameters that are not trained (the tokenizer's), passed to prepare and evaluate.
+      flops_per_image: of a training step, matmuls, forward and backward, for MFU.
+    """
+
+    init: Callable[[jax.Array], Any]
+    prepare: Callable[[Any, Batch], Batch]
+    loss: Callable[[Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Sums]]
+    evaluate: Callable[[Any, Any, Batch], Sums]
+    metrics: Callable[[Sums], dict[str, jax.Array]]
+    frozen: Any
+    flops_per_image: float
+
+
+def init_state(task: Task, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """A fresh train state; runs under `jax.jit` and `jax.eval_shape`."""
+    return state_from_params(task.init(key), optimizer=optimizer)
+
+
+def state_from_params(params: Any, *, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0 with these parameters and a fresh optimizer."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        skipped=zero,
+        skipped_in_row=zero,
+    )
+
+
+def state_shapes(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The train state's shapes, dtypes and shardings; nothing is materialised."""
+    shapes = jax.eval_shape(lambda key: init_state(task, optimizer, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        sharding.shardings(shapes, mesh),
+    )
+
+
+def train_step(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    task: Task,
+    config: OptimizerConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on one global batch.
+
+    The loss is the weighted mean over the global batch, whatever the number of devices and
+    micro-batches: gradients of sums are added up and divided by the total weight once. An update
+    whose loss or gradient norm is not finite is skipped and counted.
+
+    Returns:
+      The new state and scalar metrics: the task's, `grad_norm` (before the clip),
+      `learning_rate`, `skipped` and `skipped_in_row`.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    batch = task.prepare(frozen, batch)
+    gradients, sums = _gradients(
+        state.params, batch, key, state.step, task=task, micro_batches=config.accumulate
+    )
+    gradients = jax.tree.map(lambda g: g / sums["weight"], gradients)
+    norm = optax.tree.norm(gradients)
+    metrics = task.metrics(sums)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+
+    clipped = optim.clip_by_norm(gradients, norm=norm, limit=config.clip_norm)
+    directions, opt_state = optimizer.update(clipped, state.opt_state, state.params)
+    rate = schedule(state.step)
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + skipped,
+        skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1).astype(jnp.int32),
+    )
+    metrics |= {
+        "grad_norm": norm,
+        "learning_rate": rate,
+        "skipped": new_state.skipped,
+        "skipped_in_row": new_state.skipped_in_row,
+    }
+    return new_state, metrics
+
+
+def _gradients(
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    step: jax.Array,
+    *,
+    task: Task,
+    micro_batches: int,
+) -> tuple[Any, Sums]:
+    """Gradients of the loss sum, and the sums, over all micro-batches."""
+    differentiate = jax.grad(task.loss, has_aux=True)
+    if micro_batches == 1:
+        return differentiate(params, batch, key, step)
+
+    # Every k-th image goes into the same micro-batch: no image leaves its device.
+    split = jax.tree.map(
+        lambda x: jnp.moveaxis(
+            x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 1, 0
+        ),
+        batch,
+    )
+
+    def add(total, micro):
+        index, part = micro
+        result = differentiate(params, part, jax.random.fold_in(key, index), step)
+        return jax.tree.map(jnp.add, total, result), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(differentiate, params, first, key, step)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), split))
+    return total

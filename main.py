@@ -1,0 +1,61 @@
+"""Runs the job a config file describes.
+
+    python main.py --config=configs/quickstart.py
+    python main.py --config=configs/beit_large.py --workdir=gs://bucket/run --config.run.seed=1
+
+The same command again continues the run in `--workdir` (default: runs/<config name>).
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file; --config.key=value overrides a setting."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Checkpoints, metrics and results, local or gs://; runs/<config name>."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Parses the config, runs its job; a setting that is wrong is one line and exit code 2."""
+    if len(argv) > 1:
+        return _fail(f"unexpected arguments: {' '.join(argv[1:])}")
+    if _CONFIG.value is None:
+        return _fail("--config is missing; try --config=configs/quickstart.py")
+    # After the flags: an unknown one should not wait for JAX to be imported.
+    from beit_jax import jobs
+    from beit_jax.config import ConfigError
+    from beit_jax.tokenizers.loading import TokenizerFileError
+    from beit_jax.training.loop import NonFiniteError
+
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    try:
+        jobs.run(_CONFIG.value.to_dict(), workdir=_WORKDIR.value or f"runs/{name}")
+    except (ConfigError, TokenizerFileError, FileNotFoundError, NonFiniteError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with config_flags' tracebacks turned into the line that matters."""
+    logging.use_absl_handler()
+    flags.FLAGS.set_default("stderrthreshold", "info")
+    logging.set_verbosity(logging.INFO)
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        sys.exit(_fail(lines[0] if lines else repr(error)))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

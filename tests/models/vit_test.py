@@ -1,0 +1,235 @@
+"""The encoder against its specification, and against `transformers` with the same weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beit_jax.config import ConfigError, ModelConfig
+from beit_jax.models import heads, vit
+from beit_jax.models.functional import flatten
+
+TINY = ModelConfig(
+    layers=3,
+    width=32,
+    heads=4,
+    mlp_width=64,
+    image_size=24,
+    patch_size=8,
+    drop_path_rate=0.0,
+    dtype="float32",
+)
+VOCABULARY = 40
+VARIANTS = {
+    "beit+": TINY,
+    "plain": dataclasses.replace(TINY, positions="absolute", layer_scale_init=None),
+    "per_block": dataclasses.replace(TINY, positions="relative_per_block"),
+}
+
+
+def relative_error(ours, theirs):
+    """Largest difference over the largest value."""
+    return np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(4, 24, 24, 3)).astype(np.float32)
+    mask = np.zeros((4, 9), bool)
+    for row, count in zip(mask, (4, 3, 1, 4), strict=True):  # ragged, as official masks are
+        row[rng.permutation(9)[:count]] = True
+    labels = rng.integers(0, VOCABULARY, (4, 9))
+    return images, mask, labels
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_loss_and_every_gradient_equal_transformers(variant, batch):
+    """Float32, same weights: 1e-4 relative for all-position logits, loss and each gradient."""
+    torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
+    from tests.models import beit_peer
+
+    config = VARIANTS[variant]
+    images, mask, labels = batch
+    peer = beit_peer.masked_image_model(config, vocabulary=VOCABULARY)
+    params = beit_peer.to_ours(dict(peer.named_parameters()), layers=config.layers)
+    output = peer(
+        torch.from_numpy(images.transpose(0, 3, 1, 2)), bool_masked_pos=torch.from_numpy(mask)
+    )
+    loss = torch.nn.functional.cross_entropy(
+        output.logits[torch.from_numpy(mask)], torch.from_numpy(labels[mask])
+    )
+    loss.backward()
+    peer_gradients = beit_peer.to_ours(
+        {name: p.grad for name, p in peer.named_parameters()}, layers=config.layers
+    )
+
+    model = heads.masked_image_model(config, vocabulary=VOCABULARY)
+    logits = jax.jit(model.apply)(params, images, mask=mask)
+    assert relative_error(logits, output.logits.detach().numpy()) < 1e-4
+
+    def our_loss(params):
+        positions, weights = heads.masked_positions(jnp.asarray(mask), slots=5)
+        logits = model.apply(params, images, mask=mask, positions=positions)
+        picked = jnp.take_along_axis(jnp.asarray(labels), positions, axis=1)
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), picked[..., None], axis=-1)[..., 0]
+        return (nll * weights).sum() / weights.sum()
+
+    our, gradients = jax.jit(jax.value_and_grad(our_loss))(params)
+    assert abs(our - loss.item()) / loss.item() < 1e-4
+    ours, theirs = flatten(gradients), flatten(peer_gradients)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert relative_error(ours[name], theirs[name]) < 1e-4, name
+
+
+def test_relative_position_index_literally():
+    """A 2 × 2 grid: nine patch offsets, then the three class-token rows."""
+    expected = [
+        [11, 9, 9, 9, 9],
+        [10, 4, 3, 1, 0],
+        [10, 5, 4, 2, 1],
+        [10, 7, 6, 4, 3],
+        [10, 8, 7, 5, 4],
+    ]
+    np.testing.assert_array_equal(vit.relative_position_index(2), expected)
+    assert [vit.table_rows(g) for g in (14, 24, 32, 40)] == [732, 2212, 3972, 6244]
+
+
+def test_initialisation_is_the_pre_training_one():
+    """§3.6: cut at ±0.02, effective deviation 0.0108, 1/√(2l), zeros and LayerScale."""
+    config = dataclasses.replace(TINY, width=256, heads=4, mlp_width=512, layer_scale_init=1e-5)
+    params = heads.masked_image_model(config, vocabulary=VOCABULARY).init(jax.random.key(0))
+    flat = flatten(params)
+    for name, value in flat.items():
+        value = np.asarray(value)
+        if name.endswith("/bias") or name.endswith("table"):
+            assert (value == 0).all(), name
+        elif name.endswith("/scale"):
+            assert (value == 1).all(), name
+        elif "gamma" in name:
+            assert (value == np.float32(1e-5)).all(), name
+        elif name.endswith(("proj/kernel", "fc2/kernel")):
+            for layer, kernel in enumerate(value, start=1):
+                limit = 0.02 / np.sqrt(2 * layer)
+                assert 0.98 * limit < np.abs(kernel).max() <= limit * 1.0001, (name, layer)
+                np.testing.assert_allclose(kernel.std(), 0.0108 / np.sqrt(2 * layer), rtol=0.02)
+        else:
+            assert np.abs(value).max() <= 0.02, name
+            if value.size > 5000:
+                np.testing.assert_allclose(value.std(), 0.0108, rtol=0.02)
+    blocks = params["encoder"]["blocks"]["attention"]["query"]["kernel"]
+    assert not np.allclose(blocks[0], blocks[1]), "each block draws its own weights"
+
+
+def test_masked_patches_are_invisible(batch):
+    """Changing hidden pixels changes nothing; changing seen ones changes every prediction."""
+    images, mask, _ = batch
+    model = heads.masked_image_model(TINY, vocabulary=VOCABULARY)
+    params = model.init(jax.random.key(1))
+    pixels = mask.reshape(4, 3, 3).repeat(8, 1).repeat(8, 2)[..., None]
+    apply = jax.jit(lambda images: model.apply(params, images, mask=mask))
+    base = apply(images)
+    np.testing.assert_array_equal(base, apply(np.where(pixels, 5.0, images)))
+    assert np.abs(base - apply(np.where(pixels, images, images + 1.0))).min(axis=-1).max() > 0
+
+
+@pytest.mark.parametrize("unroll", [2, 3])
+def test_unrolling_and_remat_do_not_change_the_numbers(unroll, batch):
+    images, mask, _ = batch
+    model = heads.masked_image_model(TINY, vocabulary=VOCABULARY)
+    params = model.init(jax.random.key(1))
+    other = heads.masked_image_model(
+        dataclasses.replace(TINY, scan_unroll=unroll, remat="dots" if unroll == 2 else "full"),
+        vocabulary=VOCABULARY,
+    )
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda p: (model.apply(p, images, mask=mask) ** 2).mean()))(params)
+
+    ours, others = flatten(gradient(model)), flatten(gradient(other))
+    for a, b in zip(ours.values(), others.values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_states_end_in_what_the_final_norm_takes(batch):
+    images, mask, _ = batch
+    model = heads.masked_image_model(TINY, vocabulary=VOCABULARY)
+    params = model.init(jax.random.key(1))
+    encoder = heads.functional(
+        lambda rngs: vit.Encoder(TINY, mask_token=True, final_norm=True, rngs=rngs)
+    )
+    states = encoder.apply(params["encoder"], images, mask=mask, method="hidden_states")
+    assert states.shape == (4, 4, 10, 32)
+    mean = states[-1].mean(-1, keepdims=True)
+    normal = (states[-1] - mean) / np.sqrt(states[-1].var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(
+        normal, encoder.apply(params["encoder"], images, mask=mask), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_drop_path_drops_whole_samples_at_the_linear_rate():
+    """A branch is there, scaled by 1 / (1 - p), or not at all; block 0 always is."""
+    x = jnp.ones((20_000, 1, 1))
+    out = np.asarray(vit.drop_path(x, rate=jnp.float32(0.3), key=jax.random.key(0)))
+    assert set(np.unique(out)) == {np.float32(0), np.float32(1 / np.float32(0.7))}
+    assert abs((out > 0).mean() - 0.7) < 0.015
+    np.testing.assert_array_equal(vit.drop_path(x, rate=jnp.float32(0), key=jax.random.key(0)), x)
+
+    config = dataclasses.replace(TINY, drop_path_rate=0.5, layers=1)
+    encoder = heads.functional(
+        lambda rngs: vit.Encoder(config, mask_token=False, final_norm=False, rngs=rngs)
+    )
+    params = encoder.init(jax.random.key(0))
+    images = np.random.default_rng(0).normal(size=(8, 24, 24, 3)).astype(np.float32)
+    np.testing.assert_allclose(
+        encoder.apply(params, images),
+        encoder.apply(params, images, drop_path_key=jax.random.key(3)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_masked_positions_lists_every_masked_patch_once():
+    mask = jnp.asarray([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], bool)
+    positions, weights = heads.masked_positions(mask, slots=3)
+    np.testing.assert_array_equal(positions[0], [1, 3, 4])
+    np.testing.assert_array_equal(weights, [[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    assert positions[1][0] == 4
+
+
+def test_bfloat16_stays_close_to_float32(batch):
+    """bfloat16 keeps 8 bits: logits of size ~1 within a few hundredths."""
+    images, mask, _ = batch
+    model = heads.masked_image_model(TINY, vocabulary=VOCABULARY)
+    params = model.init(jax.random.key(1))
+    half = heads.masked_image_model(
+        dataclasses.replace(TINY, dtype="bfloat16"), vocabulary=VOCABULARY
+    )
+    full = model.apply(params, images, mask=mask)
+    low = half.apply(params, images, mask=mask)
+    assert low.dtype == jnp.float32
+    assert relative_error(low, full) < 0.03
+
+
+def test_wrong_sizes_are_named():
+    with pytest.raises(ConfigError, match="image_size: 30 is not a multiple of patch_size 8"):
+        dataclasses.replace(TINY, image_size=30)
+    with pytest.raises(ConfigError, match="width: 32 is not a multiple of heads 5"):
+        dataclasses.replace(TINY, heads=5)
+    model = heads.masked_image_model(TINY, vocabulary=VOCABULARY)
+    with pytest.raises(ValueError, match="images are 16 × 16; this encoder's image_size is 24"):
+        jax.eval_shape(
+            lambda p: model.apply(p, jnp.zeros((1, 16, 16, 3)), mask=None), model.shapes()
+        )
+
+
+def test_flops_of_base_and_large():
+    """spec: 35.13 and 123.11 GFLOP forward at 224."""
+    base = ModelConfig(layers=12, width=768, heads=12, mlp_width=3072)
+    large = ModelConfig(layers=24, width=1024, heads=16, mlp_width=4096)
+    assert abs(vit.encoder_flops(base) / 1e9 - 35.13) < 0.01
+    assert abs(vit.encoder_flops(large) / 1e9 - 123.11) < 0.01
+    assert abs(heads.mim_head_flops(base, vocabulary=8192, slots=75) / 1e9 - 0.94) < 0.01
