@@ -6,6 +6,7 @@
 The same command again continues the run in `--workdir` (default: runs/<config name>).
 """
 
+import logging as python_logging
 import pathlib
 import sys
 
@@ -47,14 +48,27 @@ def _fail(message: str) -> int:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with config_flags' tracebacks turned into the line that matters."""
-    logging.use_absl_handler()
-    flags.FLAGS.set_default("stderrthreshold", "info")
-    logging.set_verbosity(logging.INFO)
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         sys.exit(_fail(lines[0] if lines else repr(error)))
+    _set_up_logging()
+    return rest
+
+
+def _set_up_logging() -> None:
+    """Time and message; from libraries only warnings, since orbax alone writes pages."""
+    logging.use_absl_handler()
+    if logging.get_verbosity() < logging.INFO:
+        logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    ours = str(pathlib.Path(__file__).parent / "beit_jax")
+    handler.addFilter(
+        lambda record: record.levelno >= python_logging.WARNING
+        or record.pathname.startswith(ours)
+    )
 
 
 if __name__ == "__main__":

@@ -333,7 +333,11 @@ class RunConfig:
     checkpoint_every: int = 1000  # steps; 0: no
     checkpoint_minutes: float = 10.0  # at least this often too; 0: no
     keep_checkpoints: int = 3
-    init_from: str = ""  # workdir or checkpoint of another run: its weights start this one
+    # Weights to start from: another run's workdir or checkpoint, a Hugging Face folder, a
+    # .safetensors of timm, a .pth of unilm.
+    init_from: str = ""
+    init_allow_missing: tuple[str, ...] = ()  # parameters init_from may lack; they start fresh
+    init_allow_unused: tuple[str, ...] = ()  # parameters of init_from that may be left out
     on_corrupt_checkpoint: str = "fall_back"  # to the one before; or "fail"
 
     def __post_init__(self):

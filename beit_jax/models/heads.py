@@ -1,4 +1,4 @@
-"""What sits on the encoder: for pre-training, the linear head that names visual tokens."""
+"""What sits on the encoder: the head that names visual tokens, and the one that names classes."""
 
 import functools
 
@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from beit_jax.config import ModelConfig
+from beit_jax.config import ModelConfig, one_of
 from beit_jax.models.functional import Functional, functional
-from beit_jax.models.vit import Encoder, compute_dtype, pretraining_init
+from beit_jax.models.vit import FINE_TUNING, Encoder, compute_dtype, layer_norm, pretraining_init
 
 
 class MaskedImageModel(nnx.Module):
@@ -65,6 +65,87 @@ def _build_masked_image_model(
     rngs: nnx.Rngs, *, config: ModelConfig, vocabulary: int
 ) -> MaskedImageModel:
     return MaskedImageModel(config, vocabulary=vocabulary, rngs=rngs)
+
+
+class Classifier(nnx.Module):
+    """Encoder, pooling and a linear head, for fine-tuning (§3.7; modeling_finetune.py:333-357).
+
+    Parameters: {"encoder": ..., "fc_norm": {"scale", "bias"}, "head": {"kernel", "bias"}}. With
+    pooling "cls" there is no `fc_norm`: the encoder has its final norm instead.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        classes: int,
+        pooling: str = "mean",
+        init_scale: float = 0.001,
+        rngs: nnx.Rngs,
+    ):
+        one_of(pooling, "pooling", "mean", "cls")
+        self.encoder = Encoder(
+            config, mask_token=False, final_norm=pooling == "cls", init=FINE_TUNING, rngs=rngs
+        )
+        if pooling == "mean":
+            self.fc_norm = layer_norm(config, rngs=rngs)
+
+        def small(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+            return init_scale * FINE_TUNING.weights(key, shape, dtype)
+
+        self.dtype = compute_dtype(config)
+        self.head = nnx.Linear(config.width, classes, kernel_init=small, rngs=rngs)
+
+    def features(self, images: jax.Array, *, drop_path_key: jax.Array | None = None) -> jax.Array:
+        """What the head sees: `[b, s, s, 3]` → `[b, d]`, normalised."""
+        tokens = self.encoder(images, drop_path_key=drop_path_key)
+        if hasattr(self, "fc_norm"):
+            return self.fc_norm(tokens[:, 1:].mean(axis=1))  # the class token is not in the mean
+        return tokens[:, 0]
+
+    def __call__(self, images: jax.Array, *, drop_path_key: jax.Array | None = None) -> jax.Array:
+        """Normalised images, float `[b, s, s, 3]` → logits, float32 `[b, classes]`.
+
+        Args:
+          images: normalised.
+          drop_path_key: randomness for drop path; None for inference.
+        """
+        features = self.features(images, drop_path_key=drop_path_key)
+        logits = jnp.einsum(
+            "bd,dc->bc",
+            features.astype(self.dtype),
+            self.head.kernel.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return logits + self.head.bias[...]
+
+
+def classifier(
+    config: ModelConfig, *, classes: int, pooling: str = "mean", init_scale: float = 0.001
+) -> Functional:
+    """`Classifier` as pure `init(key) -> params` and `apply(params, ...)`.
+
+    Args:
+      config: the encoder's.
+      classes: logits.
+      pooling: "mean" over patch tokens, then a LayerNorm; or "cls", the normalised class token.
+      init_scale: the head starts this much smaller (official `--init_scale`).
+    """
+    return functional(
+        functools.partial(
+            _build_classifier,
+            config=config,
+            classes=classes,
+            pooling=pooling,
+            init_scale=init_scale,
+        )
+    )
+
+
+def _build_classifier(
+    rngs: nnx.Rngs, *, config: ModelConfig, classes: int, pooling: str, init_scale: float
+) -> Classifier:
+    return Classifier(config, classes=classes, pooling=pooling, init_scale=init_scale, rngs=rngs)
 
 
 def masked_positions(mask: jax.Array, *, slots: int) -> tuple[jax.Array, jax.Array]:

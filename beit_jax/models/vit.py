@@ -18,7 +18,9 @@ Parameters, as a plain nested dict:
     (* where the configuration has it)
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,38 @@ def pretraining_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) 
     return 0.02 * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
 
 
+def _fine_tuning_weights(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Normal with standard deviation 0.02; the official cut at ±2 is at ±100σ, none."""
+    return 0.02 * jax.random.normal(key, shape, dtype)
+
+
+def _uniform_patches(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """PyTorch's default for a convolution's weight and bias: uniform within ±1/√fan_in."""
+    fan_in = 3 * shape[0] * shape[1]
+    return jax.random.uniform(key, shape, dtype, -1, 1) / fan_in**0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialization:
+    """How parameters are drawn: functions of `(key, shape)`.
+
+    Attributes:
+      weights: of linear layers, class and mask token and absolute positions.
+      patches: of the patch projection.
+      patch_bias: whether the patch projection's bias is drawn too (like its weight) or 0.
+    """
+
+    weights: Callable[..., jax.Array]
+    patches: Callable[..., jax.Array]
+    patch_bias: bool
+
+
+PRETRAINING = Initialization(pretraining_init, pretraining_init, patch_bias=False)
+# The official fine-tuning class cuts elsewhere and leaves the patch projection as PyTorch makes it
+# (modeling_finetune.py:289-317).
+FINE_TUNING = Initialization(_fine_tuning_weights, _uniform_patches, patch_bias=True)
+
+
 def table_rows(grid: int) -> int:
     """Rows of a relative-position table for a `grid` × `grid` image: 732 for 14."""
     return (2 * grid - 1) ** 2 + EXTRA_TABLE_ROWS
@@ -93,12 +127,14 @@ class RelativePositionBias(nnx.Module):
 class PatchEmbed(nnx.Module):
     """Cuts an image into patches, row by row, and projects each: a conv of stride = kernel."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, init: Initialization, rngs: nnx.Rngs):
         p = config.patch_size
         self.patch_size = p
         self.dtype = compute_dtype(config)
-        self.kernel = nnx.Param(pretraining_init(rngs.params(), (p, p, 3, config.width)))
-        self.bias = nnx.Param(jnp.zeros((config.width,)))
+        shape = (p, p, 3, config.width)
+        self.kernel = nnx.Param(init.patches(rngs.params(), shape))
+        bias = init.patches(rngs.params(), shape)[0, 0, 0] if init.patch_bias else None
+        self.bias = nnx.Param(jnp.zeros((config.width,)) if bias is None else bias)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """`[b, s, s, 3]` → `[b, grid², d]`."""
@@ -111,7 +147,7 @@ class PatchEmbed(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention with bias on queries and values, none on keys (§3.4)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, init: Initialization, rngs: nnx.Rngs):
         self.heads = config.heads
         self.dtype = compute_dtype(config)
         linear = functools.partial(
@@ -119,7 +155,7 @@ class Attention(nnx.Module):
             config.width,
             config.width,
             dtype=self.dtype,
-            kernel_init=pretraining_init,
+            kernel_init=init.weights,
             rngs=rngs,
         )
         self.query, self.value, self.proj = linear(), linear(), linear()
@@ -154,9 +190,9 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """Linear, exact (erf) GELU, linear."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, init: Initialization, rngs: nnx.Rngs):
         linear = functools.partial(
-            nnx.Linear, dtype=compute_dtype(config), kernel_init=pretraining_init, rngs=rngs
+            nnx.Linear, dtype=compute_dtype(config), kernel_init=init.weights, rngs=rngs
         )
         self.fc1 = linear(config.width, config.mlp_width)
         self.fc2 = linear(config.mlp_width, config.width)
@@ -188,11 +224,11 @@ def drop_path(x: jax.Array, *, rate: jax.Array, key: jax.Array | None) -> jax.Ar
 class Block(nnx.Module):
     """A pre-norm transformer block with LayerScale and drop path (§3.3)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, init: Initialization, rngs: nnx.Rngs):
         self.norm1 = layer_norm(config, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, init=init, rngs=rngs)
         self.norm2 = layer_norm(config, rngs=rngs)
-        self.mlp = Mlp(config, rngs=rngs)
+        self.mlp = Mlp(config, init=init, rngs=rngs)
         self.layer_scale = config.layer_scale_init is not None
         if self.layer_scale:
             self.gamma_1 = nnx.Param(jnp.full((config.width,), config.layer_scale_init))
@@ -219,7 +255,7 @@ class Block(nnx.Module):
         return x + drop_path(y, rate=rate, key=keys[1])
 
 
-def stacked_blocks(config: ModelConfig, *, rngs: nnx.Rngs) -> Block:
+def stacked_blocks(config: ModelConfig, *, init: Initialization, rngs: nnx.Rngs) -> Block:
     """A `Block` whose every parameter has a leading axis of `config.layers`.
 
     The projections back into the residual stream are divided by √(2l) in block l, counted from 1
@@ -229,7 +265,7 @@ def stacked_blocks(config: ModelConfig, *, rngs: nnx.Rngs) -> Block:
 
     def one(key: jax.Array) -> dict:
         nonlocal graphdef
-        graphdef, state = nnx.split(Block(config, rngs=nnx.Rngs(params=key)))
+        graphdef, state = nnx.split(Block(config, init=init, rngs=nnx.Rngs(params=key)))
         return nnx.to_pure_dict(state)
 
     params = jax.vmap(one)(jax.random.split(rngs.params(), config.layers))
@@ -247,21 +283,30 @@ class Encoder(nnx.Module):
       mask_token: whether masked patches can be replaced (pre-training).
       final_norm: whether tokens are normalised at the end. Fine-tuning with mean pooling has no
         final norm: its `fc_norm` comes after the pooling.
+      init: how parameters are drawn.
       rngs: `params` is drawn from.
     """
 
-    def __init__(self, config: ModelConfig, *, mask_token: bool, final_norm: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        mask_token: bool,
+        final_norm: bool,
+        init: Initialization = PRETRAINING,
+        rngs: nnx.Rngs,
+    ):
         d = config.width
         self.config = config
-        self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.cls_token = nnx.Param(pretraining_init(rngs.params(), (1, 1, d)))
+        self.patch_embed = PatchEmbed(config, init=init, rngs=rngs)
+        self.cls_token = nnx.Param(init.weights(rngs.params(), (1, 1, d)))
         if mask_token:
-            self.mask_token = nnx.Param(pretraining_init(rngs.params(), (1, 1, d)))
+            self.mask_token = nnx.Param(init.weights(rngs.params(), (1, 1, d)))
         if config.positions == "absolute":
-            self.pos_embed = nnx.Param(pretraining_init(rngs.params(), (1, config.tokens + 1, d)))
+            self.pos_embed = nnx.Param(init.weights(rngs.params(), (1, config.tokens + 1, d)))
         if config.positions == "relative_shared":
             self.relative_position_bias = RelativePositionBias(config)
-        self.blocks = stacked_blocks(config, rngs=rngs)
+        self.blocks = stacked_blocks(config, init=init, rngs=rngs)
         if final_norm:
             self.norm = layer_norm(config, rngs=rngs)
 

@@ -26,7 +26,7 @@ def image_feed(
     train_source = sources.open_source(config, training=True)
     eval_source = sources.open_source(config, training=False)
     shard, shards = jax.process_index(), jax.process_count()
-    bad = pipeline.BadImages(train_source, max_bad_share=config.max_bad_share)
+    bad = pipeline.BadImages(train_source, max_share=config.max_bad_share)
 
     def pick(batch: dict[str, np.ndarray], extra: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
         return {key: batch[key] for key in (*keys, *extra)}
@@ -65,7 +65,7 @@ def image_feed(
     return loop.Feed(
         training=training,
         evaluation=evaluation,
-        metrics=lambda: {"replaced_images": float(bad.replaced)},
+        metrics=lambda: {"replaced_images": float(bad.bad)},
     )
 
 

@@ -156,11 +156,11 @@ def pretrain_task(
     Args:
       model: from `masked_image_model`.
       tokenizer: names the targets; frozen.
-      tokenizer_params: its weights; a decoder among them stays on the host.
+      tokenizer_params: its weights; what only decoding needs stays on the host.
       config: for the normalisation.
       slots: masked positions that are scored per image, at least the largest mask.
     """
-    encoder_params = {k: v for k, v in tokenizer_params.items() if k != "decoder"}
+    encoder_params = tokenizer.encoding_params(tokenizer_params)
     normalization = config.data.normalization
 
     def prepare(frozen: Any, batch: Batch) -> Batch:
@@ -248,7 +248,7 @@ def token_statistics(
 ) -> TokenStatistics | None:
     """Counts the masked tokens of held-out images; None where there are no held-out images."""
     encode = jax.jit(tokenizer.encode)
-    encoder_params = {k: v for k, v in params.items() if k != "decoder"}
+    encoder_params = tokenizer.encoding_params(params)
     counts = np.zeros(tokenizer.vocabulary, np.int64)
     for batch in batches:
         ids = np.asarray(encode(encoder_params, batch["token_image"]))
@@ -314,7 +314,7 @@ def reconstructions(
     """
     grid = config.model.grid
     ids = jax.jit(tokenizer.encode)(
-        {k: v for k, v in tokenizer_params.items() if k != "decoder"}, sample["token_image"]
+        tokenizer.encoding_params(tokenizer_params), sample["token_image"]
     )
     host_params = jax.device_get(params)
     logits = jax.jit(model.apply)(

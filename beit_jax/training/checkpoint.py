@@ -4,7 +4,8 @@ A run's directory holds `checkpoints/<step>/{state, config}` and `config.json`. 
 from, first match wins:
 
 1. the newest readable checkpoint of its own directory (the same command resumes);
-2. `config.run.init_from`, the parameters of another run, with a fresh optimizer and step 0;
+2. `config.run.init_from`, parameters from elsewhere (`restore_params`), with a fresh optimizer and
+   step 0;
 3. fresh parameters from `config.run.seed`.
 
 A checkpoint that can't be read (cut off while it was copied, say) is set aside under
@@ -23,6 +24,11 @@ from etils import epath
 from beit_jax.config import ConfigError, RunConfig
 from beit_jax.training.optim import path_name
 from beit_jax.training.state import TrainState
+
+# Part of this file's face: rule 2 above, and what tools read from a checkpoint.
+from beit_jax.weights.convert import restore_params as restore_params
+from beit_jax.weights.native import saved_config as saved_config
+from beit_jax.weights.native import saved_params_shapes as saved_params_shapes
 
 _FIELDS = ("step", "params", "opt_state", "skipped", "skipped_in_row")
 
@@ -149,72 +155,6 @@ class Checkpoints:
         """Waits for the last save to be complete."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def restore_params(source: str, *, shapes: Any) -> Any:
-    """Parameters of another run.
-
-    Args:
-      source: a run's directory (its newest checkpoint is taken) or one checkpoint, the folder
-        named after its step.
-      shapes: the wanted parameters, `ShapeDtypeStruct`s with shardings.
-
-    Raises:
-      ConfigError: no checkpoint there, or its parameters have other names or shapes; all are
-        listed.
-    """
-    name = "config.run.init_from"
-    stored = saved_params_shapes(source, name=name)
-    wanted = {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    have = {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(stored)}
-    problems = [f"missing {key}" for key in wanted if key not in have]
-    problems += [f"unused {key}" for key in have if key not in wanted]
-    problems += [
-        f"{key} is {tuple(have[key])}, needed {tuple(wanted[key])}"
-        for key in wanted
-        if key in have and tuple(have[key]) != tuple(wanted[key])
-    ]
-    if problems:
-        raise ConfigError(f"{name}: {source} does not fit: {'; '.join(problems)}")
-    # Only the parameters are read; the placeholder leaves the optimizer's moments on disk.
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(
-            _state_folder(source, name=name),
-            args=ocp.args.PyTreeRestore(
-                item={"params": shapes},
-                restore_args=ocp.checkpoint_utils.construct_restore_args({"params": shapes}),
-                partial_restore=True,
-            ),
-        )
-    return restored["params"]
-
-
-def saved_params_shapes(source: str, *, name: str = "checkpoint") -> Any:
-    """Names and shapes of a checkpoint's parameters, without reading them."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(_state_folder(source, name=name))
-    return metadata.item_metadata.tree["params"]
-
-
-def saved_config(source: str, *, name: str = "checkpoint") -> dict[str, Any]:
-    """The resolved config a checkpoint was written with."""
-    folder = _state_folder(source, name=name).parent / "config"
-    (path,) = [path for path in folder.iterdir() if path.name == "metadata"]
-    return json.loads(path.read_text())
-
-
-def _state_folder(source: str, *, name: str) -> epath.Path:
-    """`<workdir>/checkpoints/<newest>/state` or `<checkpoint>/state`."""
-    path = epath.Path(source)
-    path = path if "://" in source else path.absolute()
-    if (path / "state").exists():
-        return path / "state"
-    steps = []
-    if (path / "checkpoints").exists():
-        steps = [int(each.name) for each in (path / "checkpoints").iterdir() if each.name.isdigit()]
-    if not steps:
-        raise ConfigError(f"{name}: no checkpoint in {source}")
-    return path / "checkpoints" / str(max(steps)) / "state"
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

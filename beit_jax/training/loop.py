@@ -163,7 +163,13 @@ def restore_or_init(
         return restored
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     if run.init_from:
-        params = checkpoint.restore_params(run.init_from, shapes=shapes.params)
+        params = checkpoint.restore_params(
+            run.init_from,
+            shapes=shapes.params,
+            fresh=lambda: jax.jit(task.init, out_shardings=places.params)(jax.random.key(run.seed)),
+            allow_missing=run.init_allow_missing,
+            allow_unused=run.init_allow_unused,
+        )
         logging.info("parameters from %s", run.init_from)
         fresh = functools.partial(state.state_from_params, optimizer=optimizer)
         return jax.jit(fresh, out_shardings=places)(params)

@@ -1,0 +1,295 @@
+"""The DALL-E discrete VAE, the tokenizer BEiT was trained with. Inference only.
+
+Architecture and pixel maps: openai/DALL-E `dall_e/{encoder,decoder,utils}.py` (MIT licence), in
+channels-last layout. Parameters are named after the original's:
+
+    {"encoder": {"input": {"kernel", "bias"},
+                 "group_2": {"block_1": {"conv_1": ..., "conv_4": ..., "identity": ...}, ...},
+                 "output": ...},
+     "decoder": {... the same ...}}
+
+Kernels are `[height, width, in, out]`: an original weight `[out, in, height, width]` transposed by
+(2, 3, 1, 0).
+
+    tokenizer = dalle_tokenizer(TokenizerConfig(kind="dalle", random_weights=True))
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from beit_jax.config import TokenizerConfig
+from beit_jax.models.functional import Functional, Params, functional
+from beit_jax.tokenizers.tokenizer import Tokenizer
+
+GROUPS = 4
+BLOCKS_PER_GROUP = 2
+POST_GAIN = 1 / (GROUPS * BLOCKS_PER_GROUP) ** 2  # original: 1 / n_layers ** 2
+LOGIT_LAPLACE_EPSILON = 0.1
+
+
+def _kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """N(0, 1 / fan_in), as dall_e/utils.py's Conv2d; biases are 0.
+
+    Drawn flat: the same numbers, but XLA takes a quarter of the time to compile the draw.
+    """
+    *fan_in, _ = shape
+    values = jax.random.normal(key, (math.prod(shape),), dtype)
+    return values.reshape(shape) / math.sqrt(math.prod(fan_in))
+
+
+def map_pixels(pixels: jax.Array) -> jax.Array:
+    """[0, 1] -> [0.1, 0.9], the range of the logit-Laplace likelihood. Any shape, float."""
+    return (1 - 2 * LOGIT_LAPLACE_EPSILON) * pixels + LOGIT_LAPLACE_EPSILON
+
+
+def unmap_pixels(mapped: jax.Array) -> jax.Array:
+    """The inverse of `map_pixels`, clipped to [0, 1]."""
+    return jnp.clip((mapped - LOGIT_LAPLACE_EPSILON) / (1 - 2 * LOGIT_LAPLACE_EPSILON), 0, 1)
+
+
+def _conv(
+    inputs: int,
+    outputs: int,
+    size: int,
+    *,
+    dtype: jnp.dtype,
+    precision: jax.lax.PrecisionLike,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """Stride 1, zero padding (size - 1) / 2, parameters float32, computed in `dtype`."""
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        padding="SAME",
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        precision=precision,
+        kernel_init=_kernel_init,
+        rngs=rngs,
+    )
+
+
+class Block(nnx.Module):
+    """Pre-activation bottleneck: identity(x) + post_gain × four convolutions of width out/4."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        sizes: tuple[int, int, int, int],
+        dtype: jnp.dtype,
+        precision: jax.lax.PrecisionLike,
+        rngs: nnx.Rngs,
+    ):
+        settings = dict(dtype=dtype, precision=precision, rngs=rngs)
+        hidden = outputs // 4
+        self.conv_1 = _conv(inputs, hidden, sizes[0], **settings)
+        self.conv_2 = _conv(hidden, hidden, sizes[1], **settings)
+        self.conv_3 = _conv(hidden, hidden, sizes[2], **settings)
+        self.conv_4 = _conv(hidden, outputs, sizes[3], **settings)
+        if inputs != outputs:
+            self.identity = _conv(inputs, outputs, 1, **settings)
+        self.widens = inputs != outputs
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[b, h, w, in]` -> `[b, h, w, out]`."""
+        residual = x
+        for conv in (self.conv_1, self.conv_2, self.conv_3, self.conv_4):
+            residual = conv(nnx.relu(residual))
+        identity = self.identity(x) if self.widens else x
+        return identity + POST_GAIN * residual
+
+
+class Group(nnx.Module):
+    """`BLOCKS_PER_GROUP` blocks of one width and resolution."""
+
+    def __init__(self, inputs: int, outputs: int, **settings):
+        for index in range(1, BLOCKS_PER_GROUP + 1):
+            block = Block(inputs if index == 1 else outputs, outputs, **settings)
+            setattr(self, f"block_{index}", block)
+
+    def outputs(self, x: jax.Array) -> dict[str, jax.Array]:
+        """Every block's output, by the block's name, in order."""
+        results = {}
+        for index in range(1, BLOCKS_PER_GROUP + 1):
+            x = results[f"block_{index}"] = getattr(self, f"block_{index}")(x)
+        return results
+
+
+class Encoder(nnx.Module):
+    """Images -> token logits, at an eighth of the resolution."""
+
+    def __init__(
+        self,
+        *,
+        width: int = 256,
+        vocabulary: int = 8192,
+        dtype: jnp.dtype = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        rngs: nnx.Rngs,
+    ):
+        settings = dict(dtype=dtype, precision=precision, rngs=rngs)
+        self.input = _conv(3, width, 7, **settings)
+        channels = width
+        for index in range(1, GROUPS + 1):
+            outputs = width * 2 ** (index - 1)
+            group = Group(channels, outputs, sizes=(3, 3, 3, 1), **settings)
+            setattr(self, f"group_{index}", group)
+            channels = outputs
+        # The original keeps this one convolution in float32 when the others are float16.
+        self.output = _conv(channels, vocabulary, 1, **(settings | {"dtype": jnp.float32}))
+
+    def stages(self, images: jax.Array) -> dict[str, jax.Array]:
+        """Everything on the way, by the name of its parameters ("input", "group_1/block_1", ...).
+
+        Args:
+          images: `[b, s, s, 3]` float32, after `map_pixels`; s a multiple of 8.
+
+        Returns:
+          Name -> `[b, h, w, channels]`, in the order of computation and before pooling. "output"
+          is last: the logits, float32 `[b, s/8, s/8, vocabulary]`. Under jit, what is not used is
+          not kept.
+        """
+        x = self.input(images)
+        results = {"input": x}
+        for index in range(1, GROUPS + 1):
+            blocks = getattr(self, f"group_{index}").outputs(x)
+            results |= {f"group_{index}/{name}": output for name, output in blocks.items()}
+            x = blocks[f"block_{BLOCKS_PER_GROUP}"]
+            if index < GROUPS:
+                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        results["output"] = self.output(nnx.relu(x))
+        return results
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """`[b, s, s, 3]` float32, after `map_pixels` -> logits float32 `[b, s/8, s/8, v]`."""
+        return self.stages(images)["output"]
+
+
+class TokenConv(nnx.Module):
+    """A 1×1 convolution of one-hot tokens, done as a lookup of the kernel's rows.
+
+    One-hot vectors of a 14×14 grid and 8192 tokens would be 6.4 MB an image.
+    """
+
+    def __init__(self, vocabulary: int, outputs: int, *, rngs: nnx.Rngs):
+        shape = (1, 1, vocabulary, outputs)
+        self.kernel = nnx.Param(_kernel_init(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """`[b, h, w]` integers -> float32 `[b, h, w, out]`; NaN where an id does not exist."""
+        return jnp.take(self.kernel[0, 0], ids, axis=0) + self.bias[...]
+
+
+class Decoder(nnx.Module):
+    """Token ids -> the parameters of a logit-Laplace distribution, at 8 times the resolution."""
+
+    def __init__(
+        self,
+        *,
+        width: int = 256,
+        vocabulary: int = 8192,
+        dtype: jnp.dtype = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        rngs: nnx.Rngs,
+    ):
+        settings = dict(dtype=dtype, precision=precision, rngs=rngs)
+        channels = width // 2  # original: n_init = 128 with n_hid = 256
+        self.input = TokenConv(vocabulary, channels, rngs=rngs)  # always float32
+        for index in range(1, GROUPS + 1):
+            outputs = width * 2 ** (GROUPS - index)
+            group = Group(channels, outputs, sizes=(1, 3, 3, 3), **settings)
+            setattr(self, f"group_{index}", group)
+            channels = outputs
+        self.output = _conv(channels, 6, 1, **settings)
+
+    def stages(self, ids: jax.Array) -> dict[str, jax.Array]:
+        """Everything on the way, as `Encoder.stages`.
+
+        Args:
+          ids: integers `[b, h, w]`.
+
+        Returns:
+          Name -> `[b, height, width, channels]`, before upsampling. "output" is last: float32
+          `[b, 8h, 8w, 6]`, three logit means and three log scales.
+        """
+        x = self.input(ids)
+        results = {"input": x}
+        for index in range(1, GROUPS + 1):
+            blocks = getattr(self, f"group_{index}").outputs(x)
+            results |= {f"group_{index}/{name}": output for name, output in blocks.items()}
+            x = blocks[f"block_{BLOCKS_PER_GROUP}"]
+            if index < GROUPS:
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # nearest neighbour
+        results["output"] = self.output(nnx.relu(x)).astype(jnp.float32)
+        return results
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """`[b, h, w]` integers -> float32 `[b, 8h, 8w, 6]`."""
+        return self.stages(ids)["output"]
+
+
+def dalle_networks(
+    config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = None
+) -> dict[str, Functional]:
+    """The networks named by `config`.
+
+    Args:
+      config: its `width`, `vocabulary` and `dtype` are used.
+      precision: of the convolutions. None on TPU means one bfloat16 pass, even for float32 inputs.
+
+    Returns:
+      "encoder" and "decoder", each with its own parameters.
+    """
+    settings = dict(
+        width=config.width,
+        vocabulary=config.vocabulary,
+        dtype=jnp.dtype(config.dtype),
+        precision=precision,
+    )
+    return {
+        "encoder": functional(lambda rngs: Encoder(**settings, rngs=rngs)),
+        "decoder": functional(lambda rngs: Decoder(**settings, rngs=rngs)),
+    }
+
+
+def dalle_tokenizer(
+    config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = None
+) -> Tokenizer:
+    """The DALL-E discrete VAE as a tokenizer.
+
+    Args:
+      config: of kind "dalle".
+      precision: of the convolutions, as for `dalle_networks`.
+
+    Returns:
+      The functions. Their params are {"encoder": ..., "decoder": ...}; the decoder may be missing.
+    """
+    networks = dalle_networks(config, precision=precision)
+
+    def init(key: jax.Array) -> Params:
+        keys = dict(zip(networks, jax.random.split(key, len(networks)), strict=True))
+        return {name: network.init(keys[name]) for name, network in networks.items()}
+
+    def pixel_logits(params: Params, pixels: jax.Array) -> jax.Array:
+        return networks["encoder"].apply(params["encoder"], map_pixels(pixels))
+
+    def pixel_decode(params: Params, ids: jax.Array) -> jax.Array:
+        output = networks["decoder"].apply(params["decoder"], ids)
+        return unmap_pixels(nnx.sigmoid(output[..., :3]))
+
+    return Tokenizer(
+        vocabulary=config.vocabulary,
+        image_size=config.image_size,
+        grid=config.grid,
+        init=init,
+        encoding_params=lambda params: {"encoder": params["encoder"]},
+        pixel_logits=pixel_logits,
+        pixel_decode=pixel_decode,
+    )

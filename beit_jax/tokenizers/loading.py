@@ -1,0 +1,209 @@
+"""Opens the tokenizer a config names, and reads and writes its weights.
+
+A tokenizer file is a safetensors file (no pickle, no PyTorch): float tensors named by their path in
+the parameter tree ("encoder/input/kernel"), and under the metadata key "tokenizer" a JSON object
+with the settings they fit.
+
+    tokenizer = open_tokenizer(config)
+    params = load_params(config)
+    ids = jax.jit(tokenizer.encode)(params, images)
+"""
+
+import hashlib
+import json
+import os
+import struct
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from absl import logging
+from etils import epath
+
+from beit_jax.config import ConfigError, TokenizerConfig
+from beit_jax.models.functional import Params, flatten, unflatten
+from beit_jax.tokenizers.dalle import dalle_tokenizer
+from beit_jax.tokenizers.dvae import dvae_tokenizer
+from beit_jax.tokenizers.tokenizer import Tokenizer
+
+METADATA_KEY = "tokenizer"
+# What a file must agree on with the config. Not image_size: the networks are convolutional.
+SETTINGS = {
+    "dalle": ("kind", "vocabulary", "width"),
+    "dvae": ("kind", "vocabulary", "width", "levels", "codebook_width"),
+}
+HOW_TO_GET = {
+    "dalle": (
+        "get DALL-E's weights with `wget -O encoder.pkl https://cdn.openai.com/dall-e/encoder.pkl` "
+        "and `wget -O decoder.pkl https://cdn.openai.com/dall-e/decoder.pkl`, and convert them "
+        "with `python -m beit_jax.weights convert-tokenizer`; or train a tokenizer of your own "
+        "with configs/dvae.py"
+    ),
+    "dvae": "train one with `python main.py --config=configs/dvae.py`",
+}
+
+
+class TokenizerFileError(ValueError):
+    """A tokenizer file is damaged or does not fit the config. The message is one line."""
+
+
+def open_tokenizer(
+    config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = None
+) -> Tokenizer:
+    """The pure functions of the tokenizer `config` names. Reads no file.
+
+    Args:
+      config: the tokenizer's settings.
+      precision: of the convolutions. None on TPU means one bfloat16 pass, even for float32 inputs.
+    """
+    if config.kind == "dalle":
+        return dalle_tokenizer(config, precision=precision)
+    return dvae_tokenizer(config, precision=precision)
+
+
+def load_params(config: TokenizerConfig, *, name: str = "config.tokenizer") -> Params:
+    """Reads the weights of the tokenizer `config` names.
+
+    Args:
+      config: `path` is local or `gs://`. With `random_weights`, no file is read and the weights
+        are drawn from a fixed key.
+      name: the section's full name, for messages.
+
+    Returns:
+      A plain nested dict of float32 arrays, as `open_tokenizer(config).init` gives it. A "dalle"
+      file may lack the decoder.
+
+    Raises:
+      ConfigError: neither `path` nor `random_weights` is set.
+      FileNotFoundError: there is no such file; the message says how to get one.
+      TokenizerFileError: the file is not what `sha256` names, is damaged, was made with other
+        settings, or its tensors do not fit.
+    """
+    tokenizer = open_tokenizer(config)
+    if config.random_weights:
+        logging.warning(
+            "%s.random_weights is set: the tokenizer's weights are random and its ids mean "
+            "nothing%s. Good for trying the machinery only.",
+            name,
+            f" ({name}.path {config.path} is not read)" if config.path else "",
+        )
+        return jax.jit(tokenizer.init)(jax.random.key(0))
+    if not config.path:
+        raise ConfigError(f"{name}.path: empty; {HOW_TO_GET[config.kind]}")
+
+    content = _read(config, name=name)
+    tensors, settings = _parse(content, path=config.path)
+    del content
+    for key in SETTINGS[config.kind]:
+        if settings.get(key) != getattr(config, key):
+            raise TokenizerFileError(
+                f"{name}.{key}: {getattr(config, key)!r}, but {config.path} was made with "
+                f"{settings.get(key)!r}"
+            )
+    expected = flatten(jax.eval_shape(tokenizer.init, jax.random.key(0)))
+    if config.kind == "dalle" and not any(key.startswith("decoder/") for key in tensors):
+        expected = {key: leaf for key, leaf in expected.items() if key.startswith("encoder/")}
+    _check_tensors(tensors, expected, path=config.path)
+    return unflatten({key: np.asarray(tensors[key], np.float32) for key in expected})
+
+
+def save_params(path: str | os.PathLike, params: Params, *, config: TokenizerConfig) -> None:
+    """Writes a tokenizer file. Readers see the old file or the whole new one, nothing between.
+
+    Args:
+      path: local or `gs://`; the folder is made, an existing file is replaced.
+      params: as `open_tokenizer(config).init` gives them; for "dalle", "decoder" may be missing.
+      config: the settings they fit, written into the file.
+
+    Raises:
+      TokenizerFileError: `params` do not fit `config`.
+    """
+    path = epath.Path(path)
+    expected = flatten(jax.eval_shape(open_tokenizer(config).init, jax.random.key(0)))
+    if config.kind == "dalle" and "decoder" not in params:
+        expected = {key: leaf for key, leaf in expected.items() if key.startswith("encoder/")}
+    tensors = {key: np.asarray(leaf) for key, leaf in flatten(params).items()}
+    _check_tensors(tensors, expected, path=str(path))
+    tensors = {key: np.ascontiguousarray(leaf, np.float32) for key, leaf in tensors.items()}
+    # image_size says what the weights were made for; nothing checks it.
+    settings = {key: getattr(config, key) for key in (*SETTINGS[config.kind], "image_size")}
+    content = safetensors.numpy.save(tensors, metadata={METADATA_KEY: json.dumps(settings)})
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(config: TokenizerConfig, *, name: str) -> bytes:
+    """The file's bytes, compared with `config.sha256` if that is set."""
+    path = epath.Path(config.path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{name}.path: {config.path} does not exist; {HOW_TO_GET[config.kind]}"
+        )
+    if path.is_dir():
+        raise TokenizerFileError(f"{name}.path: {config.path} is a folder, not a safetensors file")
+    content = path.read_bytes()
+    if config.sha256:
+        found = hashlib.sha256(content).hexdigest()
+        if found != config.sha256.lower():
+            raise TokenizerFileError(
+                f"{name}.sha256: {config.sha256}, but {config.path} has {found}"
+            )
+    return content
+
+
+def _parse(content: bytes, *, path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A tokenizer file's tensors by "/"-joined name, and its settings."""
+    try:
+        tensors = safetensors.numpy.load(content)
+    except safetensors.SafetensorError as error:
+        hint = (
+            "; it starts like a pickle or zip file: convert it first" if _pickled(content) else ""
+        )
+        raise TokenizerFileError(
+            f"{path} ({len(content)} bytes) is not a whole safetensors file: {error}{hint}"
+        ) from None
+    # safetensors.numpy drops the metadata. The file starts with the length of a JSON header, a
+    # little-endian uint64; the load above has checked both.
+    (length,) = struct.unpack("<Q", content[:8])
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    try:
+        settings = json.loads(metadata[METADATA_KEY])
+    except (KeyError, json.JSONDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise TokenizerFileError(
+            f"{path} is a safetensors file, but not one of a tokenizer: its metadata lacks a JSON "
+            f"object {METADATA_KEY!r}; DALL-E's weights are converted with "
+            "`python -m beit_jax.weights convert-tokenizer`"
+        )
+    return {key.replace(".", "/"): tensor for key, tensor in tensors.items()}, settings
+
+
+def _pickled(content: bytes) -> bool:
+    return content[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"PK")
+
+
+def _check_tensors(
+    tensors: dict[str, np.ndarray], expected: dict[str, jax.ShapeDtypeStruct], *, path: str
+) -> None:
+    """Raises one error that names every tensor that is missing, unexpected or misshapen."""
+    problems = [f"{key} is missing" for key in sorted(expected.keys() - tensors.keys())]
+    problems += [f"{key} is unexpected" for key in sorted(tensors.keys() - expected.keys())]
+    for key in sorted(expected.keys() & tensors.keys()):
+        found, wanted = tensors[key], expected[key]
+        if found.shape != wanted.shape:
+            problems.append(f"{key} is {list(found.shape)} instead of {list(wanted.shape)}")
+        elif not np.issubdtype(found.dtype, np.floating):
+            problems.append(f"{key} is {found.dtype} instead of a float")
+    if problems:
+        shown = "; ".join(problems[:8])
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise TokenizerFileError(f"{path} does not fit the tokenizer: {shown}{more}")

@@ -1,0 +1,111 @@
+"""This project's own checkpoints, as far as only parameters and the saved config matter.
+
+A checkpoint is a folder `{state, config}` that Orbax wrote: `<workdir>/checkpoints/<step>` of a
+run, with the whole train state; or one written here, with nothing but parameters. Either is read on
+any number of devices, whatever it was written on.
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from beit_jax.config import ConfigError
+from beit_jax.models.functional import Params
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether `source` is a checkpoint of this project or the directory of a run that has one."""
+    try:
+        state_folder(source, name="checkpoint")
+    except ConfigError:
+        return False
+    return True
+
+
+def state_folder(source: str, *, name: str) -> epath.Path:
+    """`<workdir>/checkpoints/<newest>/state` or `<checkpoint>/state`.
+
+    Raises:
+      ConfigError: neither is there; the message starts with `name`.
+    """
+    path = epath.Path(source)
+    path = path if "://" in source else path.absolute()
+    if (path / "state").exists():
+        return path / "state"
+    steps = []
+    if (path / "checkpoints").exists():
+        steps = [int(each.name) for each in (path / "checkpoints").iterdir() if each.name.isdigit()]
+    if not steps:
+        raise ConfigError(f"{name}: no checkpoint in {source}")
+    return path / "checkpoints" / str(max(steps)) / "state"
+
+
+def saved_params_shapes(source: str, *, name: str = "checkpoint") -> Any:
+    """Names and shapes of a checkpoint's parameters, without reading them."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(state_folder(source, name=name))
+    return metadata.item_metadata.tree["params"]
+
+
+def saved_config(source: str, *, name: str = "checkpoint") -> dict[str, Any]:
+    """The resolved config a checkpoint was written with."""
+    folder = state_folder(source, name=name).parent / "config"
+    (path,) = [path for path in folder.iterdir() if path.name == "metadata"]
+    return json.loads(path.read_text())
+
+
+def read_params(source: str, *, shapes: Any = None, name: str = "checkpoint") -> Params:
+    """Reads the parameters and nothing else; an optimizer's moments stay on disk.
+
+    Args:
+      source: a checkpoint or a run's directory (its newest checkpoint is taken).
+      shapes: `ShapeDtypeStruct`s with shardings, exactly the stored names and shapes: the result is
+        placed so. None: NumPy arrays in this process' memory.
+      name: what messages start with.
+
+    Raises:
+      ConfigError: no checkpoint there.
+    """
+    folder = state_folder(source, name=name)
+    if shapes is None:
+        item = saved_params_shapes(source, name=name)
+        item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), item)
+        # Never the sharding file: it names devices that this machine may not have.
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    else:
+        item = shapes
+        restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            folder,
+            args=ocp.args.PyTreeRestore(
+                item={"params": item},
+                restore_args={"params": restore_args},
+                partial_restore=True,
+            ),
+        )
+    return restored["params"]
+
+
+def write_params(path: str, params: Params, *, config: dict[str, Any]) -> None:
+    """Writes a checkpoint of parameters alone, good for `config.run.init_from` and `export`.
+
+    Args:
+      path: the folder to make, local or gs://; replaced if it is there.
+      params: nested dict of arrays.
+      config: what `description.describe` needs, and anything else worth keeping.
+    """
+    target = epath.Path(path) if "://" in path else epath.Path(path).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            target,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave({"params": params}), config=ocp.args.JsonSave(config)
+            ),
+            force=True,
+        )

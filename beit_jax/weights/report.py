@@ -1,0 +1,105 @@
+"""Strictness: what a conversion used, missed and left over, and the one error that says so."""
+
+import collections
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+
+from beit_jax.config import ConfigError
+
+
+class WeightsError(ConfigError):
+    """A file of weights is damaged, dangerous or does not fit. The message is one line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of every name in a conversion.
+
+    Attributes:
+      used: converted.
+      missing: needed but not there (each allowed by name).
+      unused: there but not needed (each allowed by name).
+      rebuilt: there, not read, and computed anew instead: index buffers.
+      reshaped: descriptions of what changed its shape on the way: "name (732, 12) → (2212, 12)".
+      cast: names stored in another precision than float32.
+    """
+
+    used: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    rebuilt: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = []
+        for name in ("used", "missing", "unused", "rebuilt", "reshaped", "cast"):
+            values = getattr(self, name)
+            if name in ("rebuilt", "cast") and not values:
+                continue
+            lines.append(f"{name} ({len(values)}): {compact(values) or 'none'}")
+        return "\n".join(lines)
+
+
+def compact(names: Iterable[str]) -> str:
+    """Names joined by commas, those that differ only in the block's number as one."""
+    counts = collections.Counter(re.sub(r"\b(blocks|layers?)\.\d+\.", r"\1.*.", n) for n in names)
+    return ", ".join(f"{n} (×{count})" if count > 1 else n for n, count in counts.items())
+
+
+def allowed(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern names `name`, a module that holds it ("lm_head"), or matches as a glob."""
+    return any(
+        name == pattern
+        or name.startswith((f"{pattern}/", f"{pattern}."))
+        or fnmatch.fnmatchcase(name, pattern)
+        for pattern in patterns
+    )
+
+
+def check_names(
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    *,
+    source: str,
+    allow_missing: Iterable[str] = (),
+    allow_unused: Iterable[str] = (),
+    hint: str = "",
+) -> tuple[list[str], list[str]]:
+    """Compares names and shapes; everything that is wrong goes into one error.
+
+    Args:
+      wanted: names and shapes that are needed.
+      found: names and shapes that are there.
+      source: for the message.
+      allow_missing: names or patterns that may be missing.
+      allow_unused: names or patterns that may be left over.
+      hint: put at the message's end.
+
+    Returns:
+      The missing and the unused names, all of them allowed.
+
+    Raises:
+      WeightsError: others are missing or unused, or shapes differ.
+    """
+    missing = [name for name in wanted if name not in found]
+    unused = [name for name in found if name not in wanted]
+    bad_missing = [name for name in missing if not allowed(name, allow_missing)]
+    bad_unused = [name for name in unused if not allowed(name, allow_unused)]
+    different = [
+        f"{name} is {tuple(found[name])}, needed {tuple(wanted[name])}"
+        for name in wanted
+        if name in found and tuple(found[name]) != tuple(wanted[name])
+    ]
+    problems = []
+    if bad_missing:
+        problems.append(f"missing {compact(bad_missing)}")
+    if bad_unused:
+        problems.append(f"unused {compact(bad_unused)}")
+    if different:
+        problems.append(compact(different))
+    if problems:
+        raise WeightsError(f"{source} does not fit: {'; '.join(problems)}{hint}")
+    return missing, unused

@@ -1,0 +1,71 @@
+"""Five minutes on a laptop: a small tokenizer, then a small BEiT, on images made by code.
+
+No download. Sizes are ours, chosen so that two CPU cores learn something visible in a few minutes;
+only the method is the paper's: 64 × 64 images cut into 8 × 8 patches, one token of 128 for each.
+
+    python main.py --config=configs/quickstart.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import beit_base, dvae
+
+SIZE = 64  # pixels of the encoder's view; the tokenizer's is half of that, as 112 of 224
+
+
+def get_config() -> ConfigDict:
+    """Two jobs as diffs of `dvae` and `beit_base`."""
+    config = ConfigDict()
+    config.task = "quickstart"
+
+    first = config.tokenizer = dvae.get_config()
+    first.run.steps = 600
+    first.run.batch_size = 32
+    first.run.log_every = 50
+    first.run.eval_every = 0
+    first.run.eval_batches = 0
+    first.run.picture_every = 0
+    first.run.checkpoint_every = 300
+    first.run.keep_checkpoints = 2
+    first.tokenizer.vocabulary = 128
+    first.tokenizer.image_size = SIZE // 2
+    first.tokenizer.levels = 2
+    first.tokenizer.width = 32
+    first.tokenizer.codebook_width = 64
+    first.vae.kl_weight = 0.01
+    first.data = first.data.copy_and_resolve_references()  # its two views differ in size
+    first.data.source = "embedded"
+    first.data.eval_source = ""
+    first.data.holdout = 512
+    first.data.image_size = SIZE
+    first.data.token_image_size = SIZE // 2
+    first.data.augment.min_crop_scale = 0.5
+    first.optimizer.learning_rate = 1e-3
+    first.optimizer.warmup_steps = 50
+    first.optimizer.weight_decay = 0.0
+
+    second = config.pretrain = beit_base.get_config()
+    second.run.steps = 1500
+    second.run.batch_size = 64
+    second.run.log_every = 50
+    second.run.eval_every = 500
+    second.run.eval_batches = 0
+    second.run.picture_every = 500
+    second.run.checkpoint_every = 500
+    second.run.keep_checkpoints = 2
+    second.model.layers = 4
+    second.model.width = 128
+    second.model.heads = 4
+    second.model.mlp_width = 512
+    second.model.image_size = SIZE
+    second.model.patch_size = 8
+    second.model.drop_path_rate = 0.0
+    second.model.scan_unroll = 1
+    second.tokenizer = first.tokenizer.copy_and_resolve_references()
+    second.data = first.data.copy_and_resolve_references()
+    second.data.mask = ConfigDict(
+        {"kind": "block", "count": 24, "min_block": 4, "min_aspect": 0.3}
+    )  # 38 % of 64, as 75 of 196; blocks scaled with the grid
+    second.optimizer.learning_rate = 2e-3
+    second.optimizer.warmup_steps = 100
+    return config

@@ -1,0 +1,349 @@
+"""Sources: what is found, what is held out, and that every file is decoded as Pillow does it."""
+
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image, ImageOps
+
+from beit_jax.config import ConfigError, DataConfig
+from beit_jax.data import sources
+
+
+def _photo(height: int = 60, width: int = 80) -> Image.Image:
+    """A smooth picture that looks different in every orientation."""
+    y, x = np.mgrid[:height, :width]
+    red, green = 255 * x / width, 255 * y / height
+    blue = 127 + 120 * np.sin(x / 9) * np.cos(y / 7)
+    return Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8))
+
+
+def _encode(image: Image.Image, kind: str, **options) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def _decode(data: bytes, exif_orientation: bool = True) -> np.ndarray:
+    # Through tf.function: as in the tf.data graph.
+    decode = tf.function(lambda data: sources.decode_image(data, exif_orientation=exif_orientation))
+    return decode(tf.constant(data)).numpy()
+
+
+def _write(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colour = (7 * number % 256, 100, 200)
+        Image.new("RGB", (20, 10), colour).save(path, "PNG")
+
+
+# ---------------------------------------------------------------------------- decoding
+
+PHOTO = _photo()
+WITH_ALPHA = _photo().convert("RGBA")
+WITH_ALPHA.putalpha(Image.fromarray((np.mgrid[:60, :80][1] * 3).astype(np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "image", "options", "tolerance"),
+    [
+        ("JPEG", PHOTO, {}, 0),
+        ("JPEG", PHOTO.convert("L"), {}, 0),
+        ("JPEG", PHOTO.convert("CMYK"), {"quality": 95}, 2),  # rounding of the conversion
+        ("JPEG", PHOTO, {"progressive": True}, 0),
+        ("JPEG", PHOTO, {"subsampling": 2, "quality": 60}, 0),
+        ("JPEG", PHOTO.resize((1, 1)), {}, 0),
+        ("JPEG", PHOTO.resize((3, 70)), {}, 0),
+        ("PNG", PHOTO, {}, 0),
+        ("PNG", PHOTO.quantize(16), {}, 0),
+        ("PNG", PHOTO.quantize(16), {"transparency": 0}, 0),
+        ("PNG", PHOTO.convert("L"), {}, 0),
+        ("PNG", PHOTO.convert("LA"), {}, 0),
+        ("PNG", PHOTO.convert("1"), {}, 0),
+        ("PNG", WITH_ALPHA, {}, 0),
+        ("PNG", PHOTO.resize((1, 1)), {}, 0),
+        ("BMP", PHOTO, {}, 0),
+        ("BMP", PHOTO.convert("L"), {}, 0),
+        ("BMP", PHOTO.quantize(16), {}, 0),
+        ("BMP", PHOTO.quantize(200), {}, 0),
+        ("BMP", WITH_ALPHA, {}, 0),
+        ("GIF", PHOTO.quantize(32), {}, 0),
+        ("GIF", PHOTO.quantize(32), {"save_all": True, "append_images": [PHOTO.rotate(180)]}, 0),
+        ("WEBP", PHOTO, {}, 0),
+        ("WEBP", PHOTO, {"lossless": True}, 0),
+        ("WEBP", WITH_ALPHA, {}, 0),
+        ("WEBP", WITH_ALPHA, {"lossless": True, "exact": True}, 0),
+    ],
+)
+def test_decodes_what_pillow_decodes(kind, image, options, tolerance):
+    data = _encode(image, kind, **options)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(_decode(data).astype(int) - expected).max() <= tolerance
+
+
+def test_of_16_bits_the_high_8_stay():
+    values = (np.mgrid[:60, :80][1] * 800).astype(np.uint16)
+    decoded = _decode(_encode(Image.fromarray(values), "PNG"))
+    np.testing.assert_array_equal(decoded, np.repeat((values >> 8)[..., None], 3, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(orientation):
+    exif = Image.Exif()
+    exif[0x010F] = "A camera maker"  # before the orientation in the directory
+    exif[0x0112] = orientation
+    exif[0x0132] = "2021:06:15 08:25:04"
+    data = _encode(PHOTO, "JPEG", exif=exif)
+    stored = Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(_decode(data), np.asarray(ImageOps.exif_transpose(stored)))
+    np.testing.assert_array_equal(_decode(data, exif_orientation=False), np.asarray(stored))
+
+
+def _exif_segment(block: bytes) -> bytes:
+    return b"\xff\xe1" + (len(block) + 8).to_bytes(2, "big") + b"Exif\0\0" + block
+
+
+def _little(orientation: int) -> bytes:
+    entry = b"\x12\x01\x03\x00\x01\x00\x00\x00" + orientation.to_bytes(2, "little") + b"\0\0"
+    return b"II*\0\x08\0\0\0\x01\0" + entry + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("segments", "expected"),
+    [
+        (b"", 1),
+        (_exif_segment(_little(6)), 6),
+        (b"\xff\xe1\x00\x06http" + _exif_segment(_little(8)), 8),  # XMP before EXIF
+        (b"\xff\xec\x00\x02" + _exif_segment(_little(3)), 3),  # an empty segment before it
+        (_exif_segment(_little(9)), 1),
+        (_exif_segment(_little(0)), 1),
+        (_exif_segment(b""), 1),
+        (_exif_segment(b"II*\0"), 1),
+        (_exif_segment(b"II*\0\xff\xff\xff\xff"), 1),  # the directory lies outside
+        (_exif_segment(b"II*\0\x08\0\0\0\xff\xff"), 1),  # 65535 entries, none there
+        (_exif_segment(_little(6)[:14]), 1),
+        (b"\xff\xe1\xff\xff", 1),  # a segment longer than the file
+    ],
+)
+def test_exif_is_found_or_does_no_harm(segments, expected):
+    data = _encode(PHOTO, "JPEG")
+    data = data[:2] + segments + (data[2:] if segments[2:4] != b"\xff\xff" else b"")
+    assert tf.function(sources.exif_orientation)(tf.constant(data)).numpy() == expected
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"B",
+        b"no image at all" * 20,
+        _encode(PHOTO, "JPEG")[:-300],
+        _encode(PHOTO, "PNG")[:200],
+        _encode(PHOTO, "WEBP")[:100],
+        _encode(PHOTO.quantize(200), "BMP")[:500],
+        # TensorFlow 2.21 dies of a corrupt heap when it decodes an animated WebP.
+        _encode(PHOTO, "WEBP", save_all=True, append_images=[PHOTO.rotate(90)]),
+        _encode(WITH_ALPHA, "WEBP", save_all=True, append_images=[WITH_ALPHA.rotate(90)]),
+    ],
+)
+def test_what_cannot_be_decoded_is_an_error(data):
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        _decode(data)
+
+
+# ---------------------------------------------------------------------------- folder
+
+
+def test_folder_finds_images_at_any_depth(tmp_path, caplog):
+    _write(tmp_path, "b.JPG", "a/x.png", "a/deep/er/y.jpeg", "a.webp", "z.Gif", "c.bmp")
+    _write(tmp_path, ".hidden.png", ".git/z.png", "notes.txt", "scan.tiff")
+    with caplog.at_level(logging.INFO, logger="absl"):
+        source = sources.open_source(DataConfig(source=f"folder:{tmp_path}"), training=True)
+    names = [source.name(index) for index in range(len(source))]
+    assert names == ["a.webp", "a/deep/er/y.jpeg", "a/x.png", "b.JPG", "c.bmp", "z.Gif"]
+    assert "2 files" in caplog.text
+    assert "scan.tiff" in caplog.text
+    # The format is told by content: all of these are PNGs.
+    for index in range(len(source)):
+        image = source.load(tf.constant(index, tf.int64))["image"].numpy()
+        np.testing.assert_array_equal(image, np.asarray(Image.open(tmp_path / names[index])))
+
+
+def test_folder_follows_links_but_not_in_circles(tmp_path):
+    _write(tmp_path / "elsewhere", "linked.png")
+    _write(tmp_path / "root", "a/plain.png")
+    (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/a/up").symlink_to(tmp_path / "root")
+    source = sources.open_source(DataConfig(source=f"folder:{tmp_path}/root"), training=True)
+    assert [source.name(index) for index in range(len(source))] == [
+        "a/plain.png",
+        "link/linked.png",
+    ]
+
+
+def test_remote_listing_agrees_with_the_local_one(tmp_path, monkeypatch):
+    _write(tmp_path, "b.jpg", "a/x.png", "a/deep/er/y.jpeg", ".hidden.png", ".git/z.png", "n.txt")
+    local = sorted(sources._walk(str(tmp_path)))
+
+    # Object stores list folders with a slash at the end.
+    def listdir(path: str) -> list[str]:
+        real = tmp_path / path.removeprefix("gs://bucket")[1:]
+        return [each.name + "/" * each.is_dir() for each in real.iterdir()]
+
+    monkeypatch.setattr(tf.io.gfile, "listdir", listdir)
+    monkeypatch.setattr(tf.io.gfile, "isdir", lambda path: False)
+    assert (
+        sorted(sources._walk("gs://bucket/"))
+        == local
+        == [
+            "a/deep/er/y.jpeg",
+            "a/x.png",
+            "b.jpg",
+            "n.txt",
+        ]
+    )
+
+
+def _names(config: DataConfig, *, training: bool) -> set[str]:
+    source = sources.open_source(config, training=training)
+    return {source.name(index) for index in range(len(source))}
+
+
+def test_held_out_files_are_never_trained_on(tmp_path):
+    _write(tmp_path, *(f"{number % 3}/{number}.png" for number in range(30)))
+    config = DataConfig(source=f"folder:{tmp_path}", holdout=7)
+    training, held_out = _names(config, training=True), _names(config, training=False)
+    assert len(held_out) == 7
+    assert len(training) == 23
+    assert not training & held_out
+    # They are a sample, not the first or last in order.
+    assert held_out not in (set(sorted(training | held_out)[:7]), set(sorted(training)[-7:]))
+
+
+def test_new_files_do_not_move_old_ones_into_training(tmp_path):
+    _write(tmp_path, *(f"{number}.png" for number in range(40)))
+    config = DataConfig(source=f"folder:{tmp_path}", holdout=10)
+    before = _names(config, training=False)
+    _write(tmp_path, "new.png")
+    after = _names(config, training=False)
+    assert len(before - after) <= 1  # at most one makes room for the new file
+
+
+def test_eval_source_is_taken_whole(tmp_path):
+    _write(tmp_path, "train/a.png", "train/b.png", "val/c.png")
+    config = DataConfig(source=f"folder:{tmp_path}/train", eval_source=f"folder:{tmp_path}/val")
+    assert _names(config, training=True) == {"a.png", "b.png"}
+    assert _names(config, training=False) == {"c.png"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "training", "message"),
+    [
+        ({"source": "folder:{}/no/such"}, True, "config.data.source: no such folder: .*no/such"),
+        ({"source": "folder:"}, True, "config.data.source: no such folder"),
+        ({"source": "folder:{}/empty"}, True, "config.data.source: no images in .*empty"),
+        ({"source": "folder:{}/two", "holdout": 2}, True, "config.data.holdout: 2 of the 2 images"),
+        ({"source": "folder:{}/two"}, False, "config.data.holdout: 0 leaves no images"),
+        ({"source": "embedded"}, False, "config.data.holdout: 0 leaves no images"),
+        ({"source": "embedded:many"}, True, "config.data.source: embedded:NUMBER"),
+        ({"source": "embedded:0"}, True, "config.data.source: embedded:NUMBER"),
+        ({"source": "imagenet"}, True, "config.data.source: must be embedded, "),
+        (
+            {"source": "embedded", "eval_source": "folder:{}/no"},
+            False,
+            "config.data.eval_source: no such folder",
+        ),
+        (
+            {"source": "tfds:imagenet2012"},
+            True,
+            r"config.data.source: no prepared .*ILSVRC2012_img_val.tar.*downloads/manual",
+        ),
+        ({"source": "tfds:mnist", "holdout": 5}, True, "config.data.holdout: .*eval_split"),
+    ],
+)
+def test_errors_name_the_setting(tmp_path, monkeypatch, settings, training, message):
+    (tmp_path / "empty").mkdir()
+    _write(tmp_path, "two/a.png", "two/b.png")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    settings = {
+        name: value.format(tmp_path) if isinstance(value, str) else value
+        for name, value in settings.items()
+    }
+    with pytest.raises(ConfigError, match=message) as error:
+        sources.open_source(DataConfig(**settings), training=training)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------- embedded
+
+
+def _embedded(number: int, *, training: bool = True, start: int = 0, **settings) -> list[dict]:
+    config = DataConfig(source="embedded", image_size=64, holdout=50, **settings)
+    source = sources.open_source(config, training=training)
+    places = tf.data.Dataset.range(start, start + number)
+    return list(places.map(source.load).as_numpy_iterator())
+
+
+def test_embedded_images_are_a_function_of_the_index():
+    whole, part = _embedded(12), _embedded(4, start=8)
+    for first, second in zip(whole[8:], part, strict=True):
+        np.testing.assert_array_equal(first["image"], second["image"])
+        np.testing.assert_array_equal(first["segmentation"], second["segmentation"])
+    assert len({each["image"].tobytes() for each in whole}) == 12
+    held_out = _embedded(12, training=False)
+    assert not {each["image"].tobytes() for each in whole} & {
+        each["image"].tobytes() for each in held_out
+    }
+
+
+def test_embedded_sizes():
+    source = sources.open_source(DataConfig(source="embedded:123"), training=True)
+    assert len(source) == 123
+    config = DataConfig(source="embedded:123", holdout=9)
+    assert len(sources.open_source(config, training=True)) == 123
+    assert len(sources.open_source(config, training=False)) == 9
+
+
+def test_embedded_labels_and_segmentations_agree():
+    images = _embedded(300)
+    labels = [int(each["label"]) for each in images]
+    assert set(labels) == set(range(len(sources.SHAPES)))
+    for each in images:
+        assert each["image"].shape == (80, 80, 3)
+        assert set(np.unique(each["segmentation"])) == {0, each["label"] + 1}
+        assert 0.01 < (each["segmentation"] > 0).mean() < 0.6
+
+
+def test_embedded_shapes_are_what_they_are_called():
+    """Area over the square of the extent tells a full shape from a thin one, whatever the angle."""
+
+    def fill(each: dict) -> float:
+        y, x = np.nonzero(each["segmentation"])
+        extent = np.hypot(np.ptp(x) + 1, np.ptp(y) + 1)
+        return len(x) / extent**2
+
+    fills = {name: [] for name in sources.SHAPES}
+    for each in _embedded(300):
+        fills[sources.SHAPES[each["label"]]].append(fill(each))
+    mean = {name: np.mean(values) for name, values in fills.items()}
+    assert mean["disc"] == pytest.approx(np.pi / 8, abs=0.02)
+    assert mean["ring"] < 0.75 * mean["disc"]
+    assert mean["frame"] < mean["square"]
+    assert mean["crescent"] < mean["half disc"] < mean["disc"]
+
+
+def test_embedded_hidden_patches_follow_from_their_neighbours():
+    """An image's own colours predict a patch far better than the average over images does."""
+    images = np.stack([each["image"] for each in _embedded(200)]).astype(float) / 255
+    patches = images.reshape(200, 10, 8, 10, 8, 3).mean((2, 4))  # [image, row, column, rgb]
+    around = (patches[:, :-2, 1:-1] + patches[:, 2:, 1:-1]) / 2
+    around = (around + (patches[:, 1:-1, :-2] + patches[:, 1:-1, 2:]) / 2) / 2
+    error = ((patches[:, 1:-1, 1:-1] - around) ** 2).mean()
+    variance = patches.var((0, 1, 2)).mean()
+    assert error < 0.35 * variance
+    # And there is something to predict within an image.
+    assert images.reshape(200, -1, 3).std(1).mean() > 0.1
