@@ -25,7 +25,11 @@ def main(argv: list[str]) -> int:
     """Parses the config, runs its job; a setting that is wrong is one line and exit code 2."""
     if len(argv) > 1:
         return _fail(f"unexpected arguments: {' '.join(argv[1:])}")
-    if _CONFIG.value is None:
+    try:
+        values = _CONFIG.value and _CONFIG.value.to_dict()
+    except OSError as error:  # config_flags keeps a failure to load until the value is asked for
+        return _fail(" ".join(line.strip() for line in str(error).splitlines()))
+    if values is None:
         return _fail("--config is missing; try --config=configs/quickstart.py")
     # After the flags: an unknown one should not wait for JAX to be imported.
     from beit_jax import jobs
@@ -35,7 +39,7 @@ def main(argv: list[str]) -> int:
 
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
-        jobs.run(_CONFIG.value.to_dict(), workdir=_WORKDIR.value or f"runs/{name}")
+        jobs.run(values, workdir=_WORKDIR.value or f"runs/{name}")
     except (ConfigError, TokenizerFileError, FileNotFoundError, NonFiniteError) as error:
         return _fail(str(error))
     return 0
@@ -66,8 +70,7 @@ def _set_up_logging() -> None:
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     ours = str(pathlib.Path(__file__).parent / "beit_jax")
     handler.addFilter(
-        lambda record: record.levelno >= python_logging.WARNING
-        or record.pathname.startswith(ours)
+        lambda record: record.levelno >= python_logging.WARNING or record.pathname.startswith(ours)
     )
 
 

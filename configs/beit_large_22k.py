@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     """`beit_base_22k` with `beit_large`'s model and clip."""
     large = beit_large.get_config()
     config = beit_base_22k.get_config()
-    config.model.update(large.model)
+    for key, value in large.model.items():
+        config.model[key] = value
     config.optimizer.clip_norm = large.optimizer.clip_norm
     return config

@@ -19,20 +19,21 @@ def get_config() -> ConfigDict:
     config.task = "quickstart"
 
     first = config.tokenizer = dvae.get_config()
-    first.run.steps = 600
+    first.run.steps = 700
     first.run.batch_size = 32
     first.run.log_every = 50
     first.run.eval_every = 0
     first.run.eval_batches = 0
     first.run.picture_every = 0
-    first.run.checkpoint_every = 300
+    first.run.checkpoint_every = 350
     first.run.keep_checkpoints = 2
     first.tokenizer.vocabulary = 128
     first.tokenizer.image_size = SIZE // 2
     first.tokenizer.levels = 2
     first.tokenizer.width = 32
     first.tokenizer.codebook_width = 64
-    first.vae.kl_weight = 0.01
+    first.vae.kl_weight = 0.003
+    first.vae.temperature_start = 0.5
     first.data = first.data.copy_and_resolve_references()  # its two views differ in size
     first.data.source = "embedded"
     first.data.eval_source = ""
@@ -40,18 +41,18 @@ def get_config() -> ConfigDict:
     first.data.image_size = SIZE
     first.data.token_image_size = SIZE // 2
     first.data.augment.min_crop_scale = 0.5
-    first.optimizer.learning_rate = 1e-3
+    first.optimizer.learning_rate = 1e-2
     first.optimizer.warmup_steps = 50
     first.optimizer.weight_decay = 0.0
 
     second = config.pretrain = beit_base.get_config()
-    second.run.steps = 1500
+    second.run.steps = 800
     second.run.batch_size = 64
     second.run.log_every = 50
-    second.run.eval_every = 500
+    second.run.eval_every = 200
     second.run.eval_batches = 0
-    second.run.picture_every = 500
-    second.run.checkpoint_every = 500
+    second.run.picture_every = 200
+    second.run.checkpoint_every = 200
     second.run.keep_checkpoints = 2
     second.model.layers = 4
     second.model.width = 128

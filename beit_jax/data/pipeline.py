@@ -353,7 +353,7 @@ def _finish(
     batch_size: int,
 ) -> tf.data.Dataset:
     """Images in parallel, then batches, then masks for a whole batch at once."""
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or _cores()
 
     def add_masks(batch: Element) -> Element:
         masks = masking.draw_masks(batch["key"], config=config.mask, grid=grid)
@@ -376,6 +376,13 @@ def _finish(
     options.threading.private_threadpool_size = workers
     options.threading.max_intra_op_parallelism = 1
     return batches.with_options(options)
+
+
+def _cores() -> int:
+    """Cores this process may use: fewer than the machine has in a container (not told on macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _load_or_replace(source: Source, element: Element) -> Element:

@@ -303,14 +303,18 @@ def _open_folder(
         names = [name for name in names if (name in held_out) != training]
 
     # One tensor, not a Python list: at 14 million names that is memory on every host.
-    table = tf.constant(names)
+    # Bytes, since a file system may hold names that aren't UTF-8.
+    table = tf.constant([os.fsencode(name) for name in names])
     size = len(names)
+
+    def name(index: int) -> str:
+        return table[index].numpy().decode("utf-8", "backslashreplace")
 
     def load(index: tf.Tensor) -> Element:
         data = tf.io.read_file(tf.strings.join([root, table[index]], separator="/"))
         return {"image": decode_image(data, exif_orientation=config.exif_orientation)}
 
-    return Source(size=size, name=lambda index: table[index].numpy().decode(), load=load)
+    return Source(size=size, name=name, load=load)
 
 
 def _lot(name: str) -> bytes:

@@ -126,9 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     # Converting needs no accelerator, and must not take one from a running job.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from absl import logging
+
     from beit_jax.config import ConfigError
     from beit_jax.tokenizers.loading import TokenizerFileError
 
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of metadata that it then finds elsewhere
     run = {
         "export": _export,
         "import": _import,

@@ -95,7 +95,7 @@ def export_checkpoint(
     else:
         _require_suffix(output, ".pth")
         rebuilt = unilm.write(output, state, description=description)
-        load = f"torch.load({output!r})['model']"
+        load = f"torch.load({output!r}, weights_only=True)['model']"
     report = Report(
         used=tuple(params),
         unused=(*unused, *left_out),

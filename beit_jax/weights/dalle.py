@@ -138,10 +138,10 @@ def to_params(
       config: width and vocabulary that are expected.
       source: for messages.
     """
+    some = ", ".join(list(state)[:3])
     state = original_names(state)
     first, last = state.get("blocks.input.w"), state.get("blocks.output.conv.w")
     if first is None or last is None or first.ndim != 4 or last.ndim != 4:
-        some = ", ".join(list(state)[:3])
         raise WeightsError(f"{source} is not DALL-E's {part}: its keys are {some}, ...")
     is_encoder = first.shape[-1] == 7
     if is_encoder != (part == "encoder"):

@@ -82,7 +82,7 @@ def create_model_arguments(description: Description) -> tuple[str, dict[str, Any
     if model.positions == "absolute":
         arguments |= {"use_abs_pos_emb": True, "use_rel_pos_bias": False}
     if model.layer_scale_init is None:
-        arguments["init_values"] = None
+        arguments["init_values"] = 0.0  # not None: create_model leaves out what is None
     if description.task == "encoder":
         arguments["num_classes"] = 0
     elif description.outputs != 1000:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,17 @@ def test_folder_follows_links_but_not_in_circles(tmp_path):
         "a/plain.png",
         "link/linked.png",
     ]
+
+
+def test_a_name_need_not_be_utf8(tmp_path):
+    _write(tmp_path, "plain.png")
+    try:
+        (tmp_path / "plain.png").rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    source = sources.open_source(DataConfig(source=f"folder:{tmp_path}"), training=True)
+    assert source.name(0) == r"caf\xe9.png"
+    assert source.load(tf.constant(0, tf.int64))["image"].shape == (10, 20, 3)
 
 
 def test_remote_listing_agrees_with_the_local_one(tmp_path, monkeypatch):

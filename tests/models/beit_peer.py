@@ -11,28 +11,41 @@ transformers = pytest.importorskip("transformers", reason="the transformers peer
 
 def masked_image_model(config: ModelConfig, *, vocabulary: int):
     """`BeitForMaskedImageModeling` in float32 with every parameter random, zeros included."""
-    model = transformers.BeitForMaskedImageModeling(
-        transformers.BeitConfig(
-            vocab_size=vocabulary,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            intermediate_size=config.mlp_width,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            use_mask_token=True,
-            use_absolute_position_embeddings=config.positions == "absolute",
-            use_shared_relative_position_bias=config.positions == "relative_shared",
-            use_relative_position_bias=config.positions == "relative_per_block",
-            layer_scale_init_value=config.layer_scale_init or 0.0,
-            layer_norm_eps=config.layer_norm_epsilon,
-            drop_path_rate=0.0,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            use_mean_pooling=True,  # else BeitModel adds a second final LayerNorm
-            attn_implementation="eager",
-        )
-    ).eval()
+    # Without mean pooling BeitModel would add a second final LayerNorm.
+    peer_config = _config(config, vocab_size=vocabulary, use_mask_token=True, use_mean_pooling=True)
+    model = transformers.BeitForMaskedImageModeling(peer_config).eval()
+    return _randomized(model, width=config.width)
+
+
+def classifier(config: ModelConfig, *, classes: int, pooling: str):
+    """`BeitForImageClassification` in float32 with every parameter random."""
+    peer_config = _config(config, num_labels=classes, use_mean_pooling=pooling == "mean")
+    model = transformers.BeitForImageClassification(peer_config).eval()
+    return _randomized(model, width=config.width)
+
+
+def _config(config: ModelConfig, **more):
+    return transformers.BeitConfig(
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.mlp_width,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        use_absolute_position_embeddings=config.positions == "absolute",
+        use_shared_relative_position_bias=config.positions == "relative_shared",
+        use_relative_position_bias=config.positions == "relative_per_block",
+        layer_scale_init_value=config.layer_scale_init or 0.0,
+        layer_norm_eps=config.layer_norm_epsilon,
+        drop_path_rate=0.0,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+        **more,
+    )
+
+
+def _randomized(model, *, width: int):
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -41,7 +54,7 @@ def masked_image_model(config: ModelConfig, *, vocabulary: int):
             if is_scale or "lambda" in name:
                 parameter.copy_(1.0 + 0.2 * noise)
             else:
-                parameter.copy_(noise * (0.5 if parameter.ndim > 1 else 0.2) / config.width**0.5)
+                parameter.copy_(noise * (0.5 if parameter.ndim > 1 else 0.2) / width**0.5)
                 if "table" in name or "embed" in name or "token" in name:
                     parameter.copy_(0.5 * noise)
     return model

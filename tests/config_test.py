@@ -1,0 +1,73 @@
+"""Settings that are wrong are named in full, in one line, before anything starts."""
+
+import dataclasses
+
+import pytest
+
+from beit_jax import config, jobs
+from beit_jax.config import ConfigError
+from tests.tasks import tiny
+
+
+def test_round_trip_through_plain_dicts():
+    parsed = jobs.parse_job(tiny.pretrain().to_dict())
+    assert jobs.parse_job(config.to_dict(parsed)) == parsed
+    assert dataclasses.is_dataclass(parsed.data.mask)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("run.batchsize", 8, r"^config\.run\.batchsize: unknown key; the keys of config\.run are"),
+        ("run.steps", "ten", r"^config\.run\.steps: expected int, got 'ten' \(str\)"),
+        ("run.steps", True, r"^config\.run\.steps: expected int, got True"),
+        ("run.steps", 0, r"^config\.run\.steps: must be at least 1, got 0"),
+        ("model.image_size", 30, r"^config\.model\.image_size: 30 is not a multiple of patch_size"),
+        ("model.positions", "rope", r"^config\.model\.positions: must be one of .*; got 'rope'"),
+        (
+            "optimizer.learning_rate",
+            float("nan"),
+            r"^config\.optimizer\.learning_rate: must be fin",
+        ),
+        ("optimizer.clip_norm", -1.0, r"^config\.optimizer\.clip_norm: must be positive"),
+        ("optimizer.warmup_steps", 99, r"^config\.optimizer\.warmup_steps: 99 is more than"),
+        ("data.mask.count", 17, r"^config\.data\.mask\.count: 17 patches of 16"),
+        ("data.image_size", 16, r"^config\.data\.image_size: 16, but the consumer takes 32"),
+        ("data.augment.min_crop_scale", 2.0, r"^config\.data\.augment\.min_crop_scale: need 0 <"),
+        ("tokenizer.image_size", 32, r"^config\.tokenizer\.image_size: 32 gives 8 × 8 tokens"),
+        ("run.keep_checkpoints", 1, r"^config\.run\.keep_checkpoints: keep at least 2"),
+    ],
+)
+def test_one_clear_line(key, value, message):
+    values = tiny.pretrain().to_dict()
+    *sections, last = key.split(".")
+    section = values
+    for name in sections:
+        section = section[name]
+    section[last] = value
+    with pytest.raises(ConfigError, match=message) as caught:
+        jobs.parse_job(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_unknown_jobs():
+    values = tiny.pretrain().to_dict()
+    del values["optimizer"]["learning_rate"]
+    with pytest.raises(ConfigError, match=r"^config\.optimizer\.learning_rate: missing"):
+        jobs.parse_job(values)
+    with pytest.raises(ConfigError, match=r"^config\.task: must be one of .*; got 'dance'"):
+        jobs.parse_job({"task": "dance"})
+
+
+def test_ints_pass_as_floats_and_lists_as_tuples():
+    @dataclasses.dataclass(frozen=True)
+    class Numbers:
+        rate: float
+        sizes: tuple[int, ...] = ()
+        limit: float | None = 1.0
+
+    parsed = config.parse(Numbers, {"rate": 1, "sizes": [1, 2], "limit": None})
+    assert parsed == Numbers(1.0, (1, 2), None)
+    assert isinstance(parsed.rate, float)
+    with pytest.raises(ConfigError, match=r"config\.sizes\[1\]: expected int, got 'x'"):
+        config.parse(Numbers, {"rate": 1, "sizes": [1, "x"]})

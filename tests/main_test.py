@@ -1,0 +1,46 @@
+"""The command line: bad input is one clear line and exit code 2, before anything is written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*arguments, workdir):
+    return subprocess.run(
+        [sys.executable, "main.py", f"--workdir={workdir}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing"),
+        (["--config=tests/tasks/tiny.py", "--config.run.stepz=3"], "stepz"),
+        (["--config=tests/tasks/tiny.py", "--config.run.steps=many"], "many"),
+        (["--config=tests/tasks/tiny.py", "--config.run.batch_size=12"], "batch_size: 12 does not"),
+        (["--config=configs/nothing.py"], "configs/nothing.py"),
+        (
+            ["--config=tests/tasks/tiny.py", "--config.data.source=folder:/nowhere"],
+            "config.data.source: ",
+        ),
+        (["--config=configs/beit_base.py", "--config.run.batch_size=8"], "dalle.safetensors"),
+    ],
+)
+def test_one_line(tmp_path, arguments, message):
+    workdir = tmp_path / "run"
+    result = call(*arguments, workdir=workdir)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2, result.stderr
+    assert len(errors) == 1, result.stderr
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not workdir.exists()

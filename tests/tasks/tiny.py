@@ -1,0 +1,88 @@
+"""Config files for the tests: each job, as small as it can be and still be itself."""
+
+from ml_collections import ConfigDict
+
+from configs import beit_base, dvae, quickstart
+
+
+def shrink_run(run: ConfigDict, *, steps: int) -> None:
+    run.steps = steps
+    run.batch_size = 8
+    run.log_every = 1
+    run.eval_every = 0
+    run.eval_batches = 0
+    run.picture_every = 0
+    run.checkpoint_every = 0
+    run.checkpoint_minutes = 0.0
+    run.keep_checkpoints = 2
+
+
+def shrink_data(data: ConfigDict) -> None:
+    data.source = "embedded:64"
+    data.eval_source = ""
+    data.holdout = 12  # not a multiple of the batch
+    data.workers = 2
+
+
+def pretrain() -> ConfigDict:
+    """Masked image modelling: 32 pixels, 4 × 4 patches, tokens of a random discrete VAE."""
+    config = beit_base.get_config()
+    shrink_run(config.run, steps=12)
+    config.model.layers = 2
+    config.model.width = 32
+    config.model.heads = 2
+    config.model.mlp_width = 64
+    config.model.image_size = 32
+    config.model.patch_size = 8
+    config.model.scan_unroll = 1
+    config.tokenizer.path = ""
+    config.tokenizer.random_weights = True
+    config.tokenizer.kind = "dvae"
+    config.tokenizer.vocabulary = 64
+    config.tokenizer.image_size = 16
+    config.tokenizer.width = 8
+    config.tokenizer.levels = 2
+    config.tokenizer.codebook_width = 8
+    shrink_data(config.data)
+    config.data.mask.count = 6
+    config.data.mask.min_block = 2
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_steps = 3
+    return config
+
+
+def tokenizer() -> ConfigDict:
+    """A discrete VAE of 16 tokens on 16-pixel images."""
+    config = dvae.get_config()
+    shrink_run(config.run, steps=12)
+    config.tokenizer.vocabulary = 16
+    config.tokenizer.image_size = 16
+    config.tokenizer.width = 8
+    config.tokenizer.levels = 2
+    config.tokenizer.codebook_width = 8
+    shrink_data(config.data)
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_steps = 3
+    return config
+
+
+def story() -> ConfigDict:
+    """The quickstart, smaller."""
+    config = quickstart.get_config()
+    for job in (config.tokenizer, config.pretrain):
+        shrink_run(job.run, steps=10)
+        job.tokenizer.vocabulary = 16
+        job.tokenizer.width = 8
+        job.tokenizer.codebook_width = 8
+        shrink_data(job.data)
+        job.optimizer.warmup_steps = 3
+    config.pretrain.model.layers = 2
+    config.pretrain.model.width = 32
+    config.pretrain.model.heads = 2
+    config.pretrain.model.mlp_width = 64
+    return config
+
+
+def get_config(name: str = "pretrain") -> ConfigDict:
+    """For `main.py --config=tests/tasks/tiny.py:NAME`."""
+    return {"pretrain": pretrain, "tokenizer": tokenizer, "story": story}[name]()

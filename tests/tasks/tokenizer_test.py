@@ -1,0 +1,100 @@
+"""Training a tokenizer of one's own, and the whole story with it."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_jax import jobs
+from beit_jax.config import ConfigError
+from beit_jax.tasks import quickstart, tokenizer
+from beit_jax.tokenizers.loading import load_params, open_tokenizer
+from tests.tasks import tiny
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("tokenizer")
+    config = jobs.parse_job(tiny.tokenizer().to_dict())
+    return workdir, config, tokenizer.run(config, workdir=str(workdir))
+
+
+def test_its_file_names_tokens(finished):
+    workdir, config, summary = finished
+    settings = dataclasses.replace(config.tokenizer, path=summary["tokenizer"])
+    params = load_params(settings)
+    opened = open_tokenizer(settings)
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    ids = opened.encode(params, images)
+    assert ids.shape == (3, 4, 4)
+    assert 0 <= int(ids.min()) <= int(ids.max()) < 16
+    assert np.asarray(Image.open(workdir / "reconstruction.png")).std() > 10
+
+
+def test_it_reports_what_matters(finished):
+    _, config, summary = finished
+    assert 1 <= summary["code_perplexity"] <= summary["codes_used"] <= config.tokenizer.vocabulary
+    assert summary["reconstruction_l1"] > 0
+    assert summary["steps"] == 12
+
+
+def test_perplexity_and_codes_by_hand():
+    config = jobs.parse_job(tiny.tokenizer().to_dict())
+    task = tokenizer.tokenizer_task(config)
+    counts = jnp.zeros(16).at[jnp.array([0, 3])].set(jnp.array([6.0, 2.0]))
+    ones = {name: jnp.float32(4) for name in ("objective", "mse", "l1", "kl")}
+    values = task.metrics({**ones, "codes": counts, "weight": jnp.float32(2)})
+    assert float(values["codes_used"]) == 2
+    expected = np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
+    np.testing.assert_allclose(values["code_perplexity"], expected, rtol=1e-6)
+    np.testing.assert_allclose(values["loss"], 2.0)
+
+
+def test_temperature_goes_down_geometrically():
+    config = tokenizer.VaeConfig(temperature_start=1.0, temperature_end=1 / 16)
+    steps = jnp.array([0, 50, 100, 200])
+    np.testing.assert_allclose(
+        tokenizer.temperature(config, steps=100, step=steps), [1, 1 / 4, 1 / 16, 1 / 16], rtol=1e-6
+    )
+    with pytest.raises(ConfigError, match="temperature_start"):
+        tokenizer.VaeConfig(temperature_start=0.01)
+
+
+def test_a_collapsed_codebook_is_shouted_about(caplog):
+    with caplog.at_level(logging.ERROR):
+        tokenizer.shout_if_collapsed({"code_perplexity": 50.0, "codes_used": 60}, vocabulary=128)
+        assert not caplog.text
+        tokenizer.shout_if_collapsed({"code_perplexity": 1.5, "codes_used": 2}, vocabulary=128)
+    assert "THE CODEBOOK HAS COLLAPSED: perplexity 1.5 of 128, 2 codes" in caplog.text
+
+
+def test_gradients_reach_encoder_codebook_and_decoder():
+    config = jobs.parse_job(tiny.tokenizer().to_dict())
+    task = tokenizer.tokenizer_task(config)
+    params = jax.jit(task.init)(jax.random.key(0))
+    image = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+    batch = task.prepare({}, {"token_image": image})
+    gradients, _ = jax.jit(jax.grad(task.loss, has_aux=True))(
+        params, batch, jax.random.key(1), jnp.int32(0)
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.abs(leaf).max() > 0, path
+
+
+@pytest.mark.slow
+def test_the_whole_story_and_again(tmp_path, capsys):
+    """Tokenizer, pre-training, table, picture; the second call continues and changes nothing."""
+    config = jobs.parse_job(tiny.story().to_dict())
+    first = quickstart.run(config, workdir=str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "held-out masked tokens" in printed
+    assert (tmp_path / "reconstruction.png").exists()
+    wanted = {"loss", "accuracy", "token_entropy", "majority_accuracy", "chance_loss"}
+    assert wanted | {"images_per_second", "seconds"} <= first.keys()
+    second = quickstart.run(config, workdir=str(tmp_path))
+    assert all(first[name] == second[name] for name in wanted | {"images_per_second"})
+    assert second["seconds"] > first["seconds"]

@@ -1,0 +1,154 @@
+"""Checkpoints: found again, checked, never half; what a run starts from."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beit_jax.config import ConfigError, OptimizerConfig, RunConfig
+from beit_jax.training import checkpoint, optim, sharding
+from beit_jax.training.state import Task, init_state, state_shapes
+
+RUN = RunConfig(steps=10, batch_size=8, checkpoint_every=2, keep_checkpoints=2)
+CONFIG = {"model": {"width": 4}, "run": {"steps": 10}}
+
+
+def tiny_task(width=4) -> Task:
+    return Task(
+        init=lambda key: {"lm_head": {"kernel": jax.random.normal(key, (8, width))}},
+        prepare=None,
+        loss=None,
+        evaluate=None,
+        metrics=None,
+        frozen={},
+        flops_per_image=0.0,
+    )
+
+
+@pytest.fixture
+def made():
+    task = tiny_task()
+    optimizer = optim.adamw(OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
+    mesh = sharding.make_mesh(fsdp=1)
+    shapes = state_shapes(task, optimizer, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    state = jax.jit(lambda key: init_state(task, optimizer, key), out_shardings=places)(
+        jax.random.key(0)
+    )
+    return shapes, state
+
+
+def at_step(state, step):
+    return dataclasses.replace(
+        state,
+        step=jnp.full_like(state.step, step),
+        params=jax.tree.map(lambda x: x + step, state.params),
+    )
+
+
+def write(workdir, state, steps, run=RUN):
+    checkpoints = checkpoint.Checkpoints(str(workdir), run=run, config=CONFIG)
+    checkpoints.write_config()
+    for step in steps:
+        checkpoints.save(at_step(state, step), step=step)
+    checkpoints.close()
+
+
+def test_restore_gives_back_every_bit_of_the_newest_and_keeps_the_last_few(tmp_path, made):
+    shapes, state = made
+    write(tmp_path, state, [2, 4, 6])
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == ["4", "6"]
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+    restored = checkpoints.restore(shapes)
+    checkpoints.close()
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(at_step(state, 6)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert checkpoint.saved_config(str(tmp_path)) == CONFIG
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def damage(workdir: Path, step: int) -> None:
+    """Cuts off the largest data file, as an interrupted copy would."""
+    files = [p for p in (workdir / "checkpoints" / str(step) / "state").rglob("*") if p.is_file()]
+    data = [p for p in files if "/d/" in str(p)]
+    for path in data or files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, made, caplog):
+    shapes, state = made
+    write(tmp_path, state, [2, 4])
+    damage(tmp_path, 4)
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+    with caplog.at_level(logging.ERROR):
+        restored = checkpoints.restore(shapes)
+    assert int(restored.step) == 2
+    assert "checkpoint 4" in caplog.text
+    assert [p.name.split("-")[0] for p in (tmp_path / "unreadable_checkpoints").iterdir()] == ["4"]
+    checkpoints.save(at_step(state, 4), step=4)  # the step can be saved again
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+    assert int(checkpoints.restore(shapes).step) == 4
+    checkpoints.close()
+
+
+def test_damage_ends_the_run_where_the_config_says_so(tmp_path, made):
+    shapes, state = made
+    write(tmp_path, state, [2, 4])
+    damage(tmp_path, 4)
+    strict = dataclasses.replace(RUN, on_corrupt_checkpoint="fail")
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=strict, config=CONFIG)
+    with pytest.raises(ValueError, match=r"(?i)out_of_range|error|corrupt"):
+        checkpoints.restore(shapes)
+    checkpoints.close()
+    damage(tmp_path, 2)
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read"):
+        checkpoints.restore(shapes)
+    checkpoints.close()
+
+
+def test_another_model_in_the_same_directory_is_refused(tmp_path, made):
+    _, state = made
+    write(tmp_path, state, [2])
+    other = {"model": {"width": 6}, "run": {"steps": 20}}
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=other)
+    with pytest.raises(ConfigError, match=r"config\.model\.width: was 4, now 6.*another --workdir"):
+        checkpoints.write_config()
+    checkpoints.close()
+
+
+def test_due_by_steps_and_by_minutes(tmp_path, monkeypatch):
+    run = dataclasses.replace(RUN, checkpoint_every=5, checkpoint_minutes=10.0)
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=run, config=CONFIG)
+    assert [step for step in range(1, 12) if checkpoints.due(step)] == [5, 10]
+    now = checkpoint.time.monotonic()
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now + 601)
+    assert checkpoints.due(3)
+    checkpoints.close()
+
+
+def test_warm_start_takes_parameters_and_reports_what_does_not_fit(tmp_path, made):
+    shapes, state = made
+    write(tmp_path, state, [2, 4])
+    restored = checkpoint.restore_params(str(tmp_path), shapes=shapes.params)
+    np.testing.assert_array_equal(
+        restored["lm_head"]["kernel"], state.params["lm_head"]["kernel"] + 4
+    )
+    older = checkpoint.restore_params(str(tmp_path / "checkpoints/2"), shapes=shapes.params)
+    np.testing.assert_array_equal(older["lm_head"]["kernel"], state.params["lm_head"]["kernel"] + 2)
+
+    wrong = state_shapes(
+        tiny_task(width=6),
+        optim.adamw(OptimizerConfig(learning_rate=1e-3, warmup_steps=0)),
+        sharding.make_mesh(fsdp=1),
+    )
+    with pytest.raises(ConfigError, match=r"lm_head.* 4 .*needed 6"):
+        checkpoint.restore_params(str(tmp_path), shapes=wrong.params)
+    with pytest.raises(ConfigError, match=r"config\.run\.init_from: no checkpoint in .*nowhere"):
+        checkpoint.restore_params(str(tmp_path / "nowhere"), shapes=shapes.params)

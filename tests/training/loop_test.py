@@ -1,0 +1,234 @@
+"""The train loop with a task small enough to see through: linear regression."""
+
+import dataclasses
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beit_jax.config import ConfigError, OptimizerConfig, RunConfig
+from beit_jax.training import checkpoint, loop, metrics
+from beit_jax.training.state import Task
+
+WIDTH = 4
+RUN = RunConfig(
+    steps=20, batch_size=8, log_every=1, checkpoint_every=5, checkpoint_minutes=0.0, eval_every=10
+)
+OPTIMIZER = OptimizerConfig(learning_rate=0.3, warmup_steps=3, weight_decay=0.0, max_bad_steps=3)
+TRUTH = np.arange(1, WIDTH + 1, dtype=np.float32)
+
+
+def regression() -> Task:
+    def loss(params, batch, key, step):
+        noise = 0.01 * jax.random.normal(key, batch["x"].shape)  # randomness follows the step
+        predicted = (batch["x"] + noise) @ params["head"]["kernel"][:, 0]
+        total = (jnp.square(predicted - batch["y"]) * batch["valid"]).sum()
+        return total, {"loss": total, "weight": batch["valid"].sum()}
+
+    def evaluate(params, frozen, batch):
+        total = jnp.square(batch["x"] @ params["head"]["kernel"][:, 0] - batch["y"])
+        valid = batch["valid"].astype(jnp.float32)
+        return {"loss": (total * valid).sum(), "weight": valid.sum()}
+
+    return Task(
+        init=lambda key: {"head": {"kernel": jax.random.normal(key, (WIDTH, 1))}},
+        prepare=lambda frozen, batch: batch | {"valid": jnp.ones(batch["x"].shape[0])},
+        loss=loss,
+        evaluate=evaluate,
+        metrics=lambda sums: {"loss": sums["loss"] / sums["weight"]},
+        frozen={},
+        flops_per_image=1.0,
+    )
+
+
+class Crash(RuntimeError):
+    pass
+
+
+def feed(*, crash_at=None, poison=(), batch_size=8, held_out=21) -> loop.Feed:
+    """Batches are a function of the step; `poison`ed steps hold a NaN."""
+
+    def training(start):
+        step = start
+        while True:
+            if step == crash_at:
+                raise Crash
+            rng = np.random.default_rng(step)
+            x = rng.normal(size=(batch_size, WIDTH)).astype(np.float32)
+            if step in poison:
+                x[0, 0] = np.nan
+            yield {"x": x, "y": x @ TRUTH}
+            step += 1
+
+    def evaluation():
+        x = np.random.default_rng(99).normal(size=(held_out, WIDTH)).astype(np.float32)
+        for start in range(0, held_out, batch_size):
+            part = x[start : start + batch_size]
+            padded = np.zeros((batch_size, WIDTH), np.float32)
+            padded[: len(part)] = part
+            valid = np.arange(batch_size) < len(part)
+            yield {"x": padded, "y": padded @ TRUTH, "valid": valid}
+
+    return loop.Feed(training=training, evaluation=evaluation, metrics=lambda: {"replaced": 0.0})
+
+
+def train(workdir, *, run=RUN, **settings):
+    return loop.train(
+        regression(),
+        feed(**settings),
+        run=run,
+        optimizer_config=OPTIMIZER,
+        config={"model": {}},
+        workdir=str(workdir),
+    )
+
+
+def losses(workdir):
+    lines = metrics.read(str(workdir / "metrics.jsonl"))
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def same(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, train(workdir)
+
+
+def test_it_learns_logs_evaluates_and_saves(straight):
+    workdir, trained = straight
+    lines = metrics.read(str(workdir / "metrics.jsonl"))
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 21))
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
+    assert steps[0]["learning_rate"] == 0.0
+    expected = {"grad_norm", "images_per_second", "data_wait_share", "seconds_left", "skipped"}
+    assert expected <= steps[0].keys()
+    assert [line["step"] for line in lines if "eval_loss" in line] == [10, 20]
+    assert lines[-1]["eval_loss"] == trained.evaluation["loss"]
+    kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [10, 15, 20]
+    assert any(p.name.startswith("events.out.tfevents") for p in workdir.iterdir())
+
+
+@pytest.mark.parametrize("crash_at", [7, 12])
+def test_resume_is_bit_exact(straight, tmp_path, crash_at):
+    """Parameters, optimizer and every logged loss, though steps after the checkpoint ran twice."""
+    workdir, trained = straight
+    with pytest.raises(Crash):
+        train(tmp_path, crash_at=crash_at)
+    assert max(losses(tmp_path)) >= crash_at - 2
+    again = train(tmp_path)
+    same(again.state, trained.state)
+    assert losses(tmp_path) == losses(workdir)
+    assert again.evaluation == trained.evaluation
+
+
+def test_a_finished_run_is_not_run_again(straight, tmp_path):
+    workdir, trained = straight
+    before = (workdir / "metrics.jsonl").read_text()
+    again = train(workdir)
+    same(again.state, trained.state)
+    assert again.images_per_second is None
+    assert again.evaluation == trained.evaluation
+    assert (workdir / "metrics.jsonl").read_text().startswith(before)
+
+
+def test_evaluation_does_not_depend_on_the_batch(straight, tmp_path):
+    """21 held-out rows in batches of 8, 16 and 24: the padding counts for nothing."""
+    _, trained = straight
+    for size in (16, 24):
+        run = dataclasses.replace(RUN, batch_size=size, init_from=str(straight[0]), steps=1)
+        other = train(tmp_path / str(size), run=run, batch_size=size)
+        # Step 0 has learning rate 0: the parameters are still those of `straight`.
+        np.testing.assert_allclose(other.evaluation["loss"], trained.evaluation["loss"], rtol=1e-5)
+
+
+def test_bad_steps_are_skipped_and_too_many_end_the_run(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trained = train(tmp_path / "few", poison={3, 4, 9})
+    assert int(trained.state.skipped) == 3
+    assert "the update is skipped (2 in a row)" in caplog.text
+    assert np.isfinite(trained.evaluation["loss"])
+
+    with pytest.raises(loop.NonFiniteError, match="step 11: 3 updates in a row were not finite"):
+        train(tmp_path / "many", poison={8, 9, 10, 11, 12, 13})
+    steps = [int(p.name) for p in (tmp_path / "many/checkpoints").iterdir() if p.name.isdigit()]
+    assert max(steps) <= 10
+    saved = checkpoint.restore_params(
+        str(tmp_path / "many"),
+        shapes={
+            "head": {
+                "kernel": jax.ShapeDtypeStruct(
+                    (WIDTH, 1),
+                    jnp.float32,
+                    sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+                )
+            }
+        },
+    )
+    assert np.isfinite(saved["head"]["kernel"]).all()
+    assert "null" in (tmp_path / "many/metrics.jsonl").read_text()
+
+
+def test_own_checkpoint_comes_before_init_from(straight, tmp_path):
+    first = train(tmp_path, run=dataclasses.replace(RUN, steps=2))
+    run = dataclasses.replace(RUN, steps=2, init_from=str(straight[0]))
+    same(train(tmp_path, run=run).state.params, first.state.params)
+
+
+def test_pictures_are_drawn_when_asked(tmp_path):
+    drawn = []
+
+    def picture(state):
+        drawn.append(int(state.step))
+        return np.zeros((4, 4, 3), np.uint8)
+
+    loop.train(
+        regression(),
+        feed(),
+        run=dataclasses.replace(RUN, picture_every=8),
+        optimizer_config=OPTIMIZER,
+        config={},
+        workdir=str(tmp_path),
+        picture=picture,
+    )
+    assert drawn == [8, 16]
+
+
+def test_a_batch_that_does_not_divide_stops_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.run\.batch_size: 12 does not divide"):
+        train(tmp_path / "run", run=dataclasses.replace(RUN, batch_size=12))
+    assert not (tmp_path / "run").exists()
+
+
+def test_console_line_reads_well(monkeypatch):
+    line = metrics.console_line(
+        50,
+        steps=1000,
+        metrics={"loss": 6.93147, "mlm_acc": 0.0123, "learning_rate": 1.5e-4, "skipped": 0.0},
+        speed={
+            "images_per_second": 812.34,
+            "images_per_second_per_chip": 101.5,
+            "mfu": 0.3141,
+            "data_wait_share": 0.02,
+            "seconds_left": 3725.0,
+        },
+    )
+    assert line == (
+        "step   50/1000  loss 6.931  mlm_acc 0.0123  lr 1.50e-04  |  812.3 img/s  101.5 img/s/chip"
+        "  mfu 31.4%  data wait 2%  eta 1:02:05"
+    )
+
+
+def test_a_cut_off_last_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+    assert metrics.read(str(path)) == [{"step": 1, "loss": 2.0}]

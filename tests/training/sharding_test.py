@@ -1,0 +1,155 @@
+"""Which part of each array every device holds, and that it changes nothing but the place."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beit_jax import jobs
+from beit_jax.config import ConfigError
+from beit_jax.models.functional import flatten
+from beit_jax.models.heads import masked_image_model
+from beit_jax.tasks.pretrain import pretrain_task
+from beit_jax.tokenizers.loading import load_params, open_tokenizer
+from beit_jax.training import optim, sharding
+from beit_jax.training.state import init_state, state_shapes, train_step
+from configs import beit_base
+from tests.tasks import tiny
+
+GOLDEN = """
+encoder/blocks/attention/key/kernel          None,None,fsdp
+encoder/blocks/attention/proj/bias           replicated
+encoder/blocks/attention/proj/kernel         None,fsdp,None
+encoder/blocks/attention/query/bias          replicated
+encoder/blocks/attention/query/kernel        None,None,fsdp
+encoder/blocks/attention/value/bias          replicated
+encoder/blocks/attention/value/kernel        None,None,fsdp
+encoder/blocks/gamma_1                       replicated
+encoder/blocks/gamma_2                       replicated
+encoder/blocks/mlp/fc1/bias                  replicated
+encoder/blocks/mlp/fc1/kernel                None,None,fsdp
+encoder/blocks/mlp/fc2/bias                  replicated
+encoder/blocks/mlp/fc2/kernel                None,fsdp,None
+encoder/blocks/norm1/bias                    replicated
+encoder/blocks/norm1/scale                   replicated
+encoder/blocks/norm2/bias                    replicated
+encoder/blocks/norm2/scale                   replicated
+encoder/cls_token                            replicated
+encoder/mask_token                           replicated
+encoder/norm/bias                            replicated
+encoder/norm/scale                           replicated
+encoder/patch_embed/bias                     replicated
+encoder/patch_embed/kernel                   None,None,None,fsdp
+encoder/relative_position_bias/table         replicated
+lm_head/bias                                 replicated
+lm_head/kernel                               None,fsdp
+"""
+
+
+def test_rules_of_beit_base():
+    config = jobs.parse_job(beit_base.get_config().to_dict())
+    mesh = sharding.make_mesh(fsdp=8)
+    shapes = masked_image_model(config.model, vocabulary=8192).shapes()
+    lines = [
+        f"{name:<44} {','.join(map(str, place.spec)) or 'replicated'}"
+        for name, place in flatten(sharding.shardings(shapes, mesh)).items()
+    ]
+    assert lines == GOLDEN.strip().splitlines()
+
+
+def test_an_axis_that_does_not_divide_is_named():
+    mesh = sharding.make_mesh(fsdp=8)
+    shapes = {"lm_head": {"kernel": jax.ShapeDtypeStruct((32, 60), jnp.float32)}}
+    with pytest.raises(ValueError, match=r"lm_head/kernel \(32, 60\): 60 over 8"):
+        sharding.shardings(shapes, mesh)
+    with pytest.raises(ValueError, match="no sharding rule for these parameters: novelty"):
+        sharding.shardings({"novelty": jax.ShapeDtypeStruct((2,), jnp.float32)}, mesh)
+
+
+def test_batches_that_do_not_divide_are_named():
+    with pytest.raises(ConfigError, match=r"config\.run\.fsdp: 3 does not divide 8 devices"):
+        sharding.make_mesh(fsdp=3)
+    mesh = sharding.make_mesh(fsdp=1)
+    check = functools.partial(sharding.check_batch, mesh=mesh)
+    check(16, accumulate=2, processes=1)
+    for size, accumulate, processes, what in (
+        (12, 1, 1, "12 does not divide over 8 devices"),
+        (16, 4, 1, "16 does not divide over 32 devices times config.optimizer.accumulate = 4"),
+        (16, 1, 3, "16 does not divide over 3 processes"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            check(size, accumulate=accumulate, processes=processes)
+
+
+@pytest.fixture(scope="module")
+def curve():
+    """Losses of six steps of pre-training on a mesh, and the placed state at the end."""
+    config = jobs.parse_job(tiny.pretrain().to_dict())
+    tokenizer = open_tokenizer(config.tokenizer)
+    model = masked_image_model(config.model, vocabulary=tokenizer.vocabulary)
+    task = pretrain_task(
+        model,
+        tokenizer,
+        tokenizer_params=load_params(config.tokenizer),
+        config=config,
+        slots=config.data.mask.count,
+    )
+    optimizer = optim.adamw(config.optimizer)
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(6):
+        image = rng.integers(0, 256, (16, 32, 32, 3)).astype(np.uint8)
+        mask = np.zeros((16, 16), bool)
+        for row in mask:
+            row[rng.permutation(16)[: rng.integers(3, 7)]] = True
+        batches.append(
+            {"image": image, "token_image": image[:, ::2, ::2], "mask": mask.reshape(16, 4, 4)}
+        )
+
+    def run(*, devices: int, fsdp: int, accumulate: int = 1):
+        mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
+        shapes = state_shapes(task, optimizer, mesh)
+        places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        initialize = jax.jit(functools.partial(init_state, task, optimizer), out_shardings=places)
+        state = initialize(jax.random.key(0))
+        step = jax.jit(
+            functools.partial(
+                train_step,
+                task=task,
+                config=dataclasses.replace(config.optimizer, accumulate=accumulate),
+                optimizer=optimizer,
+                schedule=optim.learning_rate(config.optimizer, steps=12),
+                seed=0,
+            ),
+            donate_argnums=0,
+            out_shardings=(places, None),
+        )
+        losses = []
+        for batch in batches:
+            state, metrics = step(state, task.frozen, sharding.to_devices(batch, mesh))
+            losses.append(float(metrics["loss"]))
+        return losses, state
+
+    return functools.cache(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "fsdp", "accumulate"), [(8, 1, 1), (8, 8, 1), (8, 2, 1), (4, 2, 2)]
+)
+def test_same_curve_on_every_mesh(curve, devices, fsdp, accumulate):
+    """Drop path included: only float summation order may differ. Micro-batches draw their own
+    drop path, so there the curve is compared from the first step only."""
+    alone, _ = curve(devices=1, fsdp=1)
+    losses, state = curve(devices=devices, fsdp=fsdp, accumulate=accumulate)
+    assert losses[0] != losses[-1]
+    count = 6 if accumulate == 1 else 1
+    np.testing.assert_allclose(
+        losses[:count], alone[:count], rtol=2e-4 if accumulate == 1 else 2e-2
+    )
+    kernel = state.opt_state[0].mu["encoder"]["blocks"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 32, 64 // fsdp)
+    assert len(kernel.addressable_shards) == devices

@@ -1,0 +1,78 @@
+"""Small checkpoints of every kind, with random numbers."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from beit_jax.config import ModelConfig
+from beit_jax.models.functional import unflatten
+from beit_jax.weights import native
+from beit_jax.weights.description import Description, to_config
+
+TINY = ModelConfig(
+    layers=3,
+    width=32,
+    heads=4,
+    mlp_width=64,
+    image_size=40,
+    patch_size=8,
+    drop_path_rate=0.0,
+    dtype="float32",
+)
+PLAIN = dataclasses.replace(TINY, positions="absolute", layer_scale_init=None)
+PER_BLOCK = dataclasses.replace(TINY, positions="relative_per_block")
+# 384 pixels, as published: 24 × 24 patches.
+LARGE_IMAGE = dataclasses.replace(PER_BLOCK, image_size=384, patch_size=16, layers=2)
+
+PRETRAINED = {
+    "beit+": Description(task="pretrain", model=TINY, outputs=40),
+    "plain": Description(task="pretrain", model=PLAIN, outputs=40, normalization="imagenet"),
+}
+FINE_TUNED = {
+    "mean": Description(task="classify", model=PER_BLOCK, outputs=5),
+    "cls": Description(task="classify", model=PER_BLOCK, outputs=5, pooling="cls"),
+    "plain": Description(task="classify", model=PLAIN, outputs=5),
+    "384": Description(task="classify", model=LARGE_IMAGE, outputs=7),
+}
+EVERY = {f"pretrained {k}": v for k, v in PRETRAINED.items()} | {
+    f"fine-tuned {k}": v for k, v in FINE_TUNED.items()
+}
+
+
+def random_params(description: Description, seed: int = 0) -> dict[str, np.ndarray]:
+    """Flat parameters of sizes that give logits of size ~1, scales near 1, nothing zero."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for name, leaf in description.shapes().items():
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if name.endswith(("scale", "gamma_1", "gamma_2")):
+            noise = 1 + 0.2 * noise
+        elif name.endswith("kernel"):
+            noise = noise * 0.5 / description.model.width**0.5
+        elif name.endswith("bias"):
+            noise = 0.1 * noise
+        else:
+            noise = 0.5 * noise
+        params[name] = noise.astype(np.float32)
+    return params
+
+
+def saved(path: pathlib.Path, description: Description, seed: int = 0) -> dict[str, np.ndarray]:
+    """Writes a checkpoint of ours; returns its flat parameters."""
+    params = random_params(description, seed)
+    native.write_params(str(path), unflatten(params), config=to_config(description))
+    return params
+
+
+def images(description: Description, count: int = 2) -> np.ndarray:
+    """Normalised images, float32 `[count, s, s, 3]`."""
+    size = description.model.image_size
+    return np.random.default_rng(1).normal(size=(count, size, size, 3)).astype(np.float32)
+
+
+def relative_error(ours, theirs) -> float:
+    """Largest difference over the largest value."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -1,0 +1,277 @@
+"""Reading foreign files: what is accepted, and one clear error for each thing that is not."""
+
+import json
+import pathlib
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from beit_jax.models.functional import flatten
+from beit_jax.weights import convert, foreign
+from beit_jax.weights.foreign import read
+from beit_jax.weights.report import WeightsError, allowed, compact
+from tests.weights import examples
+
+PRETRAINED = examples.PRETRAINED["beit+"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """One checkpoint as Hugging Face folder and as timm file; and its parameters."""
+    folder = tmp_path_factory.mktemp("exported")
+    params = examples.saved(folder / "ours", PRETRAINED)
+    for format, name in (("hugging_face", "hf"), ("timm", "timm.safetensors")):
+        convert.export_checkpoint(str(folder / "ours"), format=format, output=str(folder / name))
+    return folder, params
+
+
+@pytest.fixture
+def changed(exported, tmp_path):
+    """Writes the Hugging Face folder with other tensors or another config; returns its path."""
+
+    def write(change=lambda state: state, **config) -> str:
+        folder, _ = exported
+        target = tmp_path / "changed"
+        target.mkdir(exist_ok=True)
+        content = (folder / "hf" / "model.safetensors").read_bytes()
+        state, _ = foreign.load_safetensors(content, source="x")
+        state = change(dict(state))
+        write_any(target / "model.safetensors", state)
+        whole = json.loads((folder / "hf" / "config.json").read_text()) | config
+        (target / "config.json").write_text(json.dumps(whole))
+        return str(target)
+
+    return write
+
+
+def write_any(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:
+    """A safetensors file of any dtypes, by the format's own rules."""
+    kinds = {np.dtype(v): k for k, v in foreign._SAFETENSORS_DTYPES.items()}
+    header, data = {}, b""
+    for name, array in state.items():
+        raw = np.ascontiguousarray(array).tobytes()
+        header[name] = {
+            "dtype": kinds[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_precisions_are_cast_and_said(changed, exported, dtype):
+    folder = changed(lambda state: {key: array.astype(dtype) for key, array in state.items()})
+    checkpoint = read(folder)
+    assert len(checkpoint.report.cast) == len(checkpoint.report.used)
+    for name, value in exported[1].items():
+        assert checkpoint.params[name].dtype == np.float32
+        np.testing.assert_array_equal(checkpoint.params[name], value.astype(dtype), err_msg=name)
+
+
+def test_half_precision_pth(tmp_path, exported):
+    torch = pytest.importorskip("torch", reason="PyTorch writes the file")
+    folder, params = exported
+    convert.export_checkpoint(
+        str(folder / "ours"), format="unilm", output=str(tmp_path / "full.pth")
+    )
+    state = torch.load(tmp_path / "full.pth", weights_only=True)["model"]
+    halved = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    for container in (True, False):
+        torch.save(
+            {"module": halved, "epoch": 3},
+            tmp_path / "half.pth",
+            _use_new_zipfile_serialization=container,
+        )
+        checkpoint = read(str(tmp_path / "half.pth"))
+        assert checkpoint.report.rebuilt == ("rel_pos_bias.relative_position_index",)
+        for name, value in params.items():
+            np.testing.assert_array_equal(checkpoint.params[name], value.astype(np.float16))
+
+
+def test_missing_and_unused_keys_are_all_named_at_once(changed):
+    def change(state):
+        state["beit.encoder.layer.1.attention.attention.key.bias"] = np.zeros(32, np.float32)
+        state["extra"] = np.zeros(2, np.float32)
+        del state["layernorm.bias"]
+        del state["beit.encoder.layer.2.lambda_1"]
+        state["lm_head.weight"] = state["lm_head.weight"].T.copy()
+        return state
+
+    folder = changed(change)
+    with pytest.raises(WeightsError, match="does not fit: missing") as error:
+        read(folder)
+    text = one_line(error)
+    assert "missing beit.encoder.layer.*.lambda_1, layernorm.bias" in text
+    assert "unused beit.encoder.layer.*.attention.attention.key.bias, extra" in text
+    assert "lm_head.weight is (32, 40), needed (40, 32)" in text
+    assert "--allow-missing" in text
+
+
+def test_what_is_allowed_by_name_passes_and_is_reported(changed, exported):
+    def change(state):
+        state["extra.weight"] = np.zeros(2, np.float32)
+        del state["layernorm.bias"]
+        return state
+
+    folder = changed(change)
+    checkpoint = read(folder, allow_missing=["layernorm.*"], allow_unused=["extra"])
+    assert checkpoint.report.missing == ("layernorm.bias",)
+    assert checkpoint.report.unused == ("extra.weight",)
+    assert set(exported[1]) - set(checkpoint.params) == {"encoder/norm/bias"}
+    text = str(checkpoint.report)
+    assert "missing (1): layernorm.bias" in text
+    assert "unused (1): extra.weight" in text
+    assert "reshaped (0): none" in text
+    with pytest.raises(WeightsError, match=r"missing layernorm\.bias"):
+        read(folder, allow_unused=["extra"])
+
+
+def test_old_index_buffers_are_not_left_over(changed):
+    def change(state):
+        key = "beit.encoder.relative_position_bias.relative_position_index"
+        return state | {key: np.zeros((26, 26), np.int64)}
+
+    report = read(changed(change)).report
+    assert len(report.rebuilt) == 1
+    assert report.unused == ()
+
+
+def test_a_config_that_does_not_fit_its_tensors(changed):
+    with pytest.raises(
+        WeightsError, match=r"dense\.weight is \(64, 32\), needed \(128, 32\) \(×3\)"
+    ):
+        read(changed(intermediate_size=128))
+    with pytest.raises(WeightsError, match=r"fit: unused beit\.encoder\.layer\.\*\."):
+        read(changed(num_hidden_layers=2))
+    with pytest.raises(WeightsError, match="of a 'vit', no BEiT"):
+        read(changed(model_type="vit"))
+    with pytest.raises(WeightsError, match="width: 30 is not a multiple of heads 4"):
+        read(changed(hidden_size=30))
+
+
+def test_published_layer_norm_epsilon_is_put_right(changed):
+    """§10.21: the hub's configs say 1e-12, the official models have 1e-6."""
+    assert read(changed(layer_norm_eps=1e-12)).description.model.layer_norm_epsilon == 1e-6
+    assert read(changed(layer_norm_eps=1e-5)).description.model.layer_norm_epsilon == 1e-5
+
+
+def test_another_normalisation_must_be_said(changed):
+    folder = changed()
+    preprocessor = {"image_mean": [0.4, 0.4, 0.4], "image_std": [0.5, 0.5, 0.5]}
+    (pathlib.Path(folder) / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    with pytest.raises(WeightsError, match="--normalization"):
+        read(folder)
+    assert read(folder, normalization="imagenet").description.normalization == "imagenet"
+
+
+def test_a_bare_model_of_transformers(exported, tmp_path):
+    torch = pytest.importorskip("torch", reason="the transformers peer needs it")
+    transformers = pytest.importorskip("transformers", reason="the peer")
+    del torch
+    config = transformers.BeitConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        image_size=40, patch_size=8, use_relative_position_bias=True, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    model = transformers.BeitModel(config)
+    model.save_pretrained(tmp_path / "bare")
+    checkpoint = read(str(tmp_path / "bare"))
+    assert checkpoint.description.task == "encoder"
+    assert checkpoint.description.pooling == "mean"
+    assert "fc_norm/scale" in checkpoint.params
+    # Its only use is to start from; it comes back out as it came in.
+    convert.import_checkpoint(str(tmp_path / "bare"), output=str(tmp_path / "ours"))
+    convert.export_checkpoint(
+        str(tmp_path / "ours"), format="hugging_face", output=str(tmp_path / "again")
+    )
+    again, info = transformers.BeitModel.from_pretrained(
+        tmp_path / "again", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for name, tensor in model.state_dict().items():
+        assert (again.state_dict()[name] == tensor).all(), name
+
+
+def test_files_that_are_something_else(exported, tmp_path):
+    folder, _ = exported
+    path = tmp_path / "x.safetensors"
+    write_any(path, {"layer1.weight": np.zeros(2, np.float32)})
+    with pytest.raises(WeightsError, match=r"the keys are no BEiT's \(layer1.weight"):
+        read(str(path))
+    state = {"backbone.cls_token": np.zeros((1, 1, 8), np.float32)}
+    write_any(path, state)
+    with pytest.raises(WeightsError, match="a segmentation model's"):
+        read(str(path))
+    path.write_text("404: Not Found\n")
+    with pytest.raises(WeightsError, match="is a text file"):
+        read(str(path))
+    path.write_bytes((folder / "timm.safetensors").read_bytes()[:5000])
+    with pytest.raises(WeightsError, match="is not a whole safetensors file"):
+        read(str(path))
+    with pytest.raises(WeightsError, match="has Hugging Face's keys; give the folder"):
+        read(str(folder / "hf" / "model.safetensors"))
+    with pytest.raises(WeightsError, match=r"lacks config\.json or model"):
+        read(str(tmp_path))
+    with pytest.raises(WeightsError, match="does not exist"):
+        read(str(tmp_path / "nothing.pth"))
+
+
+def test_an_ordinary_vit_is_not_taken_for_a_beit(exported, tmp_path):
+    """The same names but for the biases: nothing is quietly dropped."""
+    folder, _ = exported
+    state, _ = foreign.load_safetensors((folder / "timm.safetensors").read_bytes(), source="x")
+    state = {k: v for k, v in state.items() if not k.endswith(("q_bias", "v_bias"))}
+    for i in range(3):
+        state[f"blocks.{i}.attn.qkv.bias"] = np.zeros(96, np.float32)
+    write_any(tmp_path / "x.safetensors", state)
+    with pytest.raises(WeightsError) as error:
+        read(str(tmp_path / "x.safetensors"), heads=4)
+    assert "missing blocks.*.attn.q_bias (×3), blocks.*.attn.v_bias (×3)" in one_line(error)
+    assert "unused blocks.*.attn.qkv.bias (×3)" in one_line(error)
+
+
+def test_checksum(exported):
+    folder, _ = exported
+    path = str(folder / "timm.safetensors")
+    right = read(path).sha256
+    assert re.fullmatch("[0-9a-f]{64}", right)
+    read(path, sha256=right)
+    with pytest.raises(WeightsError, match=f"has SHA-256 {right}, expected 11"):
+        read(path, sha256="11" * 32)
+
+
+def test_exports_of_foreign_files_go_straight_through(exported, tmp_path):
+    """A foreign checkpoint is as good a source as a run: no import needed in between."""
+    folder, params = exported
+    done = convert.export_checkpoint(
+        str(folder / "hf"), format="timm", output=str(tmp_path / "x.safetensors"), image_size=64
+    )
+    assert any("→" in each for each in done.report.reshaped)
+    again = read(str(tmp_path / "x.safetensors"))
+    assert again.description.model.image_size == 64
+    np.testing.assert_array_equal(again.params["encoder/cls_token"], params["encoder/cls_token"])
+
+
+def test_names_and_patterns():
+    assert allowed("lm_head/kernel", ["lm_head"])
+    assert allowed("blocks.3.attn.k", ["blocks.*.k"])
+    assert not allowed("lm_head2/kernel", ["lm_head"])
+    assert compact(["blocks.0.a", "blocks.1.a", "b"]) == "blocks.*.a (×2), b"
+
+
+def test_nothing_of_ours_is_outside_the_tables(exported):
+    """Every parameter of the tree came back, under our names."""
+    folder, params = exported
+    assert read(str(folder / "hf")).params.keys() == params.keys()
+    assert flatten(params).keys() == params.keys()
