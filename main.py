@@ -54,7 +54,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with config_flags' tracebacks turned into the line that matters."""
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except KeyError as error:  # config_flags: an override of a key that isn't there
+        key = error.args[0]
+        named = [each.split("=")[0] for each in argv if each.split("=")[0].endswith(f".{key}")]
+        sys.exit(_fail(f"{' '.join(named) or key}: no such setting in the config file"))
+    except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         sys.exit(_fail(lines[0] if lines else repr(error)))
     _set_up_logging()

@@ -173,8 +173,8 @@ class ModelConfig:
 class TokenizerConfig:
     """The frozen tokenizer that names the targets.
 
-    `kind` "dalle": the DALL-E dVAE (§1a), stride 8, vocabulary 8192. "dvae": one's own discrete
-    VAE (§1b), trained with `tasks/tokenizer.py`, stride 2**levels.
+    `kind` "dalle": the DALL-E dVAE (openai/DALL-E), stride 8, vocabulary 8192. "dvae": own discrete
+    VAE (modeling_discrete_vae.py), trained with `tasks/tokenizer.py`, stride 2**levels.
     """
 
     kind: str
@@ -212,7 +212,7 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Which patches are hidden (§2.2).
+    """Which patches are hidden (masking_generator.py; paper algorithm 1).
 
     `kind`:
       "block": the official generator: at most `count`, never more.
@@ -238,7 +238,7 @@ class MaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Pre-training views (§2.1): jitter, flip, one crop box for both views."""
+    """Pre-training views (datasets.py:27-75): jitter, flip, one crop box for both views."""
 
     min_crop_scale: float = 0.08  # area share of the crop; BEiT v2: 0.2
     max_crop_scale: float = 1.0
@@ -295,7 +295,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (§4). The learning rate is absolute: it is not scaled with the batch."""
+    """AdamW (paper table 12). The learning rate is absolute: it is not scaled with the batch."""
 
     learning_rate: float  # peak
     min_learning_rate: float = 1e-5  # the cosine's end

@@ -9,6 +9,7 @@ plain ViT); the only published pre-training figures are for 300 epochs, see beit
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 STEPS_PER_EPOCH = 625  # 1,281,167 images // 2048, last incomplete batch dropped
 
@@ -32,6 +33,9 @@ def get_config() -> ConfigDict:
     config.run.checkpoint_minutes = 10.0
     config.run.keep_checkpoints = 3
     config.run.init_from = ""
+    config.run.init_allow_missing = ()
+    config.run.init_allow_unused = ()
+    config.run.on_corrupt_checkpoint = "fall_back"
 
     config.model = ConfigDict()
     config.model.layers = 12  # paper §2.4
@@ -43,7 +47,9 @@ def get_config() -> ConfigDict:
     config.model.positions = "relative_shared"  # modeling_pretrain.py, code default
     config.model.layer_scale_init = 0.1  # --layer_scale_init_value, code default
     config.model.drop_path_rate = 0.1  # paper table 12: "stochastic depth"
+    config.model.layer_norm_epsilon = 1e-6  # modeling_pretrain.py:35
     config.model.dtype = "auto"
+    config.model.residual_dtype = "float32"  # under autocast float32 gammas promote the stream
     config.model.remat = "none"
     config.model.scan_unroll = 12  # all blocks: 25 % faster on TPU than a rolled scan
 
@@ -53,6 +59,9 @@ def get_config() -> ConfigDict:
     config.tokenizer.random_weights = False
     config.tokenizer.vocabulary = 8192
     config.tokenizer.image_size = 112  # --second_input_size, code default
+    config.tokenizer.width = 256  # dall_e/encoder.py: n_hid
+    config.tokenizer.levels = 3  # of kind "dvae" only, as the next
+    config.tokenizer.codebook_width = 512
     config.tokenizer.dtype = "float32"
     config.tokenizer.sha256 = ""
 
@@ -72,6 +81,7 @@ def get_config() -> ConfigDict:
 
     config.data.augment = ConfigDict()
     config.data.augment.min_crop_scale = 0.08  # transforms.py:67-166, torchvision's default
+    config.data.augment.max_crop_scale = 1.0
     config.data.augment.brightness = 0.4  # datasets.py:33: ColorJitter(0.4, 0.4, 0.4)
     config.data.augment.contrast = 0.4
     config.data.augment.saturation = 0.4
@@ -80,6 +90,8 @@ def get_config() -> ConfigDict:
     config.data.mask = ConfigDict()
     config.data.mask.kind = "block"  # masking_generator.py; "block_paper" for algorithm 1
     config.data.mask.count = 75  # --num_mask_patches 75, README
+    config.data.mask.ratio = 0.4  # of kind "block_paper" only
+    config.data.mask.max_block = placeholder(int)  # None: code default
     config.data.mask.min_block = 16  # --min_mask_patches_per_block, code default
     config.data.mask.min_aspect = 0.3  # masking_generator.py:29
 

@@ -10,6 +10,7 @@ tokenizer's reconstruction error 0.0880 (mean |Δ| of normalised RGB), DALL-E's 
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 STEPS_PER_EPOCH = 2502  # 1,281,167 images // 512
 
@@ -32,6 +33,9 @@ def get_config() -> ConfigDict:
     config.run.checkpoint_minutes = 10.0
     config.run.keep_checkpoints = 3
     config.run.init_from = ""
+    config.run.init_allow_missing = ()
+    config.run.init_allow_unused = ()
+    config.run.on_corrupt_checkpoint = "fall_back"
 
     config.tokenizer = ConfigDict()
     config.tokenizer.kind = "dvae"
@@ -41,6 +45,9 @@ def get_config() -> ConfigDict:
     config.tokenizer.levels = 3
     config.tokenizer.codebook_width = 512
     config.tokenizer.dtype = "float32"
+    config.tokenizer.path = ""  # this job writes it
+    config.tokenizer.random_weights = False
+    config.tokenizer.sha256 = ""
 
     config.vae = ConfigDict()
     config.vae.temperature_start = 1.0  # DALL-E A.2; the official module's constant is 0.9
@@ -58,6 +65,7 @@ def get_config() -> ConfigDict:
     config.data.holdout = 0
     config.data.image_size = config.tokenizer.get_ref("image_size")  # view 1 is not used
     config.data.token_image_size = config.tokenizer.get_ref("image_size")
+    config.data.normalization = "half"
     config.data.max_bad_share = 0.01
     config.data.exif_orientation = False
     config.data.workers = 0
@@ -65,6 +73,7 @@ def get_config() -> ConfigDict:
 
     config.data.augment = ConfigDict()  # what the tokens will be asked for: pre-training's views
     config.data.augment.min_crop_scale = 0.08
+    config.data.augment.max_crop_scale = 1.0
     config.data.augment.brightness = 0.4
     config.data.augment.contrast = 0.4
     config.data.augment.saturation = 0.4
@@ -73,6 +82,10 @@ def get_config() -> ConfigDict:
     config.data.mask = ConfigDict()  # not used, but every batch has a mask
     config.data.mask.kind = "random"
     config.data.mask.count = 1
+    config.data.mask.ratio = 0.4
+    config.data.mask.min_block = 1
+    config.data.mask.max_block = placeholder(int)
+    config.data.mask.min_aspect = 0.3
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4  # DALL-E A.2
@@ -82,7 +95,7 @@ def get_config() -> ConfigDict:
     config.optimizer.beta2 = 0.999
     config.optimizer.epsilon = 1e-8
     config.optimizer.weight_decay = 1e-4  # DALL-E A.2
-    config.optimizer.clip_norm = None
+    config.optimizer.clip_norm = placeholder(float)  # None: no clipping
     config.optimizer.accumulate = 1
     config.optimizer.max_bad_steps = 10
     return config

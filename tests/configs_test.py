@@ -1,5 +1,6 @@
 """Every published recipe: it parses, and its model has exactly the published size."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def test_parameters(name):
     config = config.pretrain if config.task == "quickstart" else config
     model = masked_image_model(config.model, vocabulary=config.tokenizer.vocabulary)
     assert count(model.shapes()) == PARAMETERS[name]
+
+
+def test_every_setting_can_be_overridden_on_the_command_line():
+    """`--config.a.b=c` works for keys the file has: so the files have them all."""
+
+    def missing(settings, section, path):
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            if field.name not in section:
+                yield f"{path}.{field.name}"
+            elif dataclasses.is_dataclass(value):
+                yield from missing(value, section[field.name], f"{path}.{field.name}")
+
+    for name in ("beit_base", "dvae", "quickstart"):
+        section = importlib.import_module(f"configs.{name}").get_config().to_dict()
+        assert not list(missing(load(name), section, name))
 
 
 def test_encoder_alone():

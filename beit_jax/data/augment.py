@@ -1,4 +1,4 @@
-"""From a decoded image to the two views: for the encoder, and for the tokenizer (§2.1).
+"""From a decoded image to the two views: for the encoder, and for the tokenizer.
 
 In training, in the official order: colour jitter (brightness, contrast and saturation in random
 order), a horizontal flip, and one random crop box that both views share; view 1 is the box resized

@@ -12,7 +12,7 @@ from beit_jax.models.vit import FINE_TUNING, Encoder, compute_dtype, layer_norm,
 
 
 class MaskedImageModel(nnx.Module):
-    """Encoder and `lm_head`, a linear layer on the final tokens (§3.2: no MLP, no tied weights)."""
+    """Encoder and `lm_head`, a linear layer on the final tokens (no MLP, no tied weights)."""
 
     def __init__(self, config: ModelConfig, *, vocabulary: int, rngs: nnx.Rngs):
         self.encoder = Encoder(config, mask_token=True, final_norm=True, rngs=rngs)

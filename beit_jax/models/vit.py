@@ -98,7 +98,10 @@ def table_rows(grid: int) -> int:
 
 @functools.cache
 def relative_position_index(grid: int) -> np.ndarray:
-    """Which table row the bias of (query, key) is: int32 `[n, n]`, n = 1 + grid² (§3.5)."""
+    """Which table row the bias of (query, key) is: int32 `[n, n]`, n = 1 + grid².
+
+    modeling_finetune.py:75-93.
+    """
     row, column = np.divmod(np.arange(grid * grid), grid)
     rows = table_rows(grid)
     n = grid * grid + 1
@@ -145,7 +148,10 @@ class PatchEmbed(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with bias on queries and values, none on keys (§3.4)."""
+    """Multi-head self-attention with bias on queries and values, none on keys.
+
+    modeling_finetune.py:66-150.
+    """
 
     def __init__(self, config: ModelConfig, *, init: Initialization, rngs: nnx.Rngs):
         self.heads = config.heads
@@ -222,7 +228,7 @@ def drop_path(x: jax.Array, *, rate: jax.Array, key: jax.Array | None) -> jax.Ar
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block with LayerScale and drop path (§3.3)."""
+    """A pre-norm transformer block with LayerScale and drop path (modeling_finetune.py:153-182)."""
 
     def __init__(self, config: ModelConfig, *, init: Initialization, rngs: nnx.Rngs):
         self.norm1 = layer_norm(config, rngs=rngs)

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -130,7 +130,7 @@ def run(config: PretrainConfig, *, workdir: str) -> dict[str, Any]:
 
     trained = loop.train(
         task,
-        feed,
+        dataclasses.replace(feed, training=show_first(feed.training, workdir=workdir)),
         run=config.run,
         optimizer_config=config.optimizer,
         config=to_dict(config),
@@ -241,6 +241,33 @@ def flops_per_image(
         jax.ShapeDtypeStruct((1, tokenizer.image_size, tokenizer.image_size, 3), jnp.uint8),
     )
     return 3 * student + naming
+
+
+def show_first(
+    training: Callable[[int], Iterator[dict[str, np.ndarray]]], *, workdir: str
+) -> Callable[[int], Iterator[dict[str, np.ndarray]]]:
+    """Writes `first_batch.png` when the first batch is read: what the model is really given."""
+
+    def draw(batch: dict[str, np.ndarray]) -> None:
+        side = batch["image"].shape[1]
+        columns = {
+            "view 1": batch["image"],
+            "masked": pictures.hide_patches(batch["image"], batch["mask"]),
+            "view 2": pictures.to_uint8(batch["token_image"] / 255.0, side=side),
+        }
+        rows = [list(row) for row in zip(*columns.values(), strict=True)][:PICTURES]
+        sheet = pictures.contact_sheet(rows, captions=list(columns))
+        pictures.save_png(f"{workdir}/first_batch.png", sheet)
+
+    def shown(start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        batches = training(start_step)
+        first = next(batches)
+        if jax.process_index() == 0:
+            draw(first)
+        yield first
+        yield from batches
+
+    return shown
 
 
 def token_statistics(

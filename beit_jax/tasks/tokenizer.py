@@ -1,4 +1,6 @@
-"""Train a discrete VAE of one's own (§1b): the tokenizer for images DALL-E's was not made for.
+"""Train a discrete VAE of one's own: the tokenizer for images DALL-E's was not made for.
+
+Official counterpart: modeling_discrete_vae.py, which has no training script.
 
 Gumbel-softmax over the vocabulary with an annealed temperature, reconstruction error and a
 divergence from the uniform distribution that keeps codes in use. Ends with `tokenizer.safetensors`,

@@ -1,6 +1,6 @@
 """A discrete VAE of one's own: the tokenizer for images DALL-E's was not made for.
 
-Architecture and losses: unilm `beit/modeling_discrete_vae.py`, "customized" (spec §1b), which
+Architecture and losses: unilm `beit/modeling_discrete_vae.py`, "customized", which
 follows lucidrains/DALLE-pytorch; no weights were released. Parameters:
 
     {"encoder": {"level_1": {"resample": {"kernel", "bias"}, "conv_1": ..., "conv_3": ...}, ...,

@@ -1,4 +1,6 @@
-"""AdamW with BEiT's no-decay list and its learning-rate schedule (§4 of the recipe).
+"""AdamW with BEiT's no-decay list and its learning-rate schedule.
+
+Paper table 12; official optim_factory.py and utils.py.
 
 The transformation returned by `adamw` leaves out the learning rate: the train step multiplies by
 it, so that it follows the step counter even where a non-finite update is skipped (as the official

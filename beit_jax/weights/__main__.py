@@ -140,6 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
     }[options.command]
     try:
         run(options)
+    except BrokenPipeError:  # the reader has seen enough: `inspect x | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ConfigError, TokenizerFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

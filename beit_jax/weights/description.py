@@ -1,6 +1,7 @@
 """What a checkpoint is: everything that a format's key table, config or model card depends on."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -43,13 +44,19 @@ class Description:
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The parameters' names ("encoder/cls_token") and shapes."""
-        if self.task == "pretrain":
-            model = masked_image_model(self.model, vocabulary=self.outputs)
-        elif self.task == "classify":
-            model = classifier(self.model, classes=self.outputs, pooling=self.pooling)
-        else:
-            model = functional(lambda rngs: _Headless(self, rngs=rngs))
-        return flatten(model.shapes())
+        return dict(_shapes(self))
+
+
+@functools.cache
+def _shapes(description: Description) -> dict[str, jax.ShapeDtypeStruct]:
+    model, outputs = description.model, description.outputs
+    if description.task == "pretrain":
+        whole = masked_image_model(model, vocabulary=outputs)
+    elif description.task == "classify":
+        whole = classifier(model, classes=outputs, pooling=description.pooling)
+    else:
+        whole = functional(lambda rngs: _Headless(description, rngs=rngs))
+    return flatten(whole.shapes())
 
 
 class _Headless(nnx.Module):

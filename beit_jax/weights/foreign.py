@@ -307,7 +307,7 @@ def load_safetensors(
             f"{source} ({len(content)} bytes) is not a whole safetensors file: {error}"
         ) from None
     state = {}
-    for name, entry in entries:
+    for name, entry in sorted(entries, key=lambda each: each[0]):
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise WeightsError(f"{source}: {name} is stored as {entry['dtype']}, which is not read")
         flat = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]])

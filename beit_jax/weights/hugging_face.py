@@ -270,12 +270,12 @@ def model_card(
     lines += ["", "## Data", ""]
     lines += [
         f"- {key.replace('_', ' ')}: {data[key]}"
-        for key in ("source", "split", "eval_source", "image_size", "normalization")
+        for key in ("source", "eval_source", "image_size", "normalization")
         if data.get(key)
     ]
     if run or optimizer:
         lines += ["", "## Recipe", ""]
-        lines += [f"- {k.replace('_', ' ')}: {run[k]}" for k in _RUN_KEYS if k in run]
+        lines += [f"- {k.replace('_', ' ')}: {run[k]}" for k in _RUN_KEYS if run.get(k)]
         lines += [f"- {k.replace('_', ' ')}: {v}" for k, v in optimizer.items() if v is not None]
     if "tokenizer" in config and config["tokenizer"].get("kind"):
         tokenizer = config["tokenizer"]
@@ -289,7 +289,7 @@ def model_card(
     return "\n".join(lines)
 
 
-_RUN_KEYS = ("steps", "batch_size", "seed", "init_from")
+_RUN_KEYS = ("steps", "batch_size", "init_from")
 
 
 def _number(value: Any) -> str:

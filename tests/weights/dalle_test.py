@@ -103,17 +103,17 @@ def test_converted_modules_give_the_packages_tokens(torch, modules, files, tmp_p
         kind="dalle", path=output, image_size=SIZE, sha256=done.sha256, **SETTINGS
     )
     tokenizer, params = open_tokenizer(config), load_params(config)
-    images, _ = photographs(32)
+    images, _ = photographs(16)
     ids = np.asarray(jax.jit(tokenizer.encode)(params, images))
     with torch.no_grad():
         pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).float() / 255
         theirs = modules["encoder"](map_pixels(pixels)).argmax(1)
         assert (ids == theirs.numpy()).mean() >= 0.999
         assert len(np.unique(ids)) > 10, "tokens must differ for this to mean anything"
-        one_hot = torch.nn.functional.one_hot(theirs[:2], VOCABULARY).permute(0, 3, 1, 2)
+        one_hot = torch.nn.functional.one_hot(theirs[:1], VOCABULARY).permute(0, 3, 1, 2)
         decoded = modules["decoder"].blocks(one_hot.float())[:, :3]
         decoded = unmap_pixels(torch.sigmoid(decoded)).permute(0, 2, 3, 1)
-    ours = jax.jit(tokenizer.decode)(params, theirs[:2].numpy())
+    ours = jax.jit(tokenizer.decode)(params, theirs[:1].numpy())
     np.testing.assert_allclose(ours, decoded.numpy(), atol=1e-4)
     assert set(done.reports) == {"encoder", "decoder"}
     assert len(done.reports["encoder"].used) == 74
