@@ -33,14 +33,13 @@ def main(argv: list[str]) -> int:
         return _fail("--config is missing; try --config=configs/quickstart.py")
     # After the flags: an unknown one should not wait for JAX to be imported.
     from beit_jax import jobs
-    from beit_jax.config import ConfigError
+    from beit_jax.config import ConfigError, RunError
     from beit_jax.tokenizers.loading import TokenizerFileError
-    from beit_jax.training.loop import NonFiniteError
 
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
         jobs.run(values, workdir=_WORKDIR.value or f"runs/{name}")
-    except (ConfigError, TokenizerFileError, FileNotFoundError, NonFiniteError) as error:
+    except (ConfigError, TokenizerFileError, FileNotFoundError, RunError) as error:
         return _fail(str(error))
     return 0
 

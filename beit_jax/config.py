@@ -24,6 +24,10 @@ class ConfigError(ValueError):
     """A setting is wrong. The message is one line and starts with the setting's full name."""
 
 
+class RunError(RuntimeError):
+    """A run can't go on. The message is one line and says why and what is safe."""
+
+
 def check(condition: bool, name: str, message: str) -> None:
     """Raises `ConfigError("name: message")` unless `condition` holds.
 

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     first.optimizer.weight_decay = 0.0
 
     second = config.pretrain = beit_base.get_config()
-    second.run.steps = 800
+    second.run.steps = 600
     second.run.batch_size = 64
     second.run.log_every = 50
     second.run.eval_every = 200

@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from beit_jax.config import ConfigError, DataConfig, check
+from beit_jax.config import ConfigError, DataConfig, RunError, check
 from beit_jax.data import augment, masking
 from beit_jax.data.sources import Element, Source
 
@@ -176,7 +176,7 @@ def eval_batches(
     return batches.as_numpy_iterator()
 
 
-class TooManyBadImagesError(RuntimeError):
+class TooManyBadImagesError(RunError):
     """More images than `config.data.max_bad_share` allows can't be read or decoded."""
 
 

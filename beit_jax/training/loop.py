@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
-from beit_jax.config import OptimizerConfig, RunConfig
+from beit_jax.config import OptimizerConfig, RunConfig, RunError
 from beit_jax.training import checkpoint, metrics, optim, sharding, state
 from beit_jax.training.state import Task, TrainState
 
@@ -22,7 +22,7 @@ HostBatch = dict[str, np.ndarray]
 STEPS_IN_FLIGHT = 2
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """Too many updates in a row were not finite."""
 
 
