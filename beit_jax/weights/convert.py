@@ -191,7 +191,10 @@ def restore_params(
     wanted = flatten(shapes)
     wanted_shapes = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
     if not native.is_checkpoint(source) and foreign.is_foreign(source):
-        checkpoint = foreign.read(source, allow_unused=allow_unused)
+        try:
+            checkpoint = foreign.read(source, allow_unused=allow_unused)
+        except WeightsError as error:
+            raise WeightsError(f"{name}: {error}") from None
         logging.info("%s: SHA-256 %s\n%s", source, checkpoint.sha256, checkpoint.report)
         params = checkpoint.params
     else:

@@ -16,6 +16,9 @@ from etils import epath
 from beit_jax.config import ConfigError
 from beit_jax.models.functional import Params
 
+# Of a checkpoint's folder, Orbax' marks included.
+_CONTENT = ("state", "config", "_CHECKPOINT_METADATA", "commit_success.txt")
+
 
 def is_checkpoint(source: str) -> bool:
     """Whether `source` is a checkpoint of this project or the directory of a run that has one."""
@@ -95,11 +98,18 @@ def write_params(path: str, params: Params, *, config: dict[str, Any]) -> None:
     """Writes a checkpoint of parameters alone, good for `config.run.init_from` and `export`.
 
     Args:
-      path: the folder to make, local or gs://; replaced if it is there.
+      path: the folder to make, local or gs://; a checkpoint that is there is replaced.
       params: nested dict of arrays.
       config: what `description.describe` needs, and anything else worth keeping.
+
+    Raises:
+      ConfigError: the folder holds something else, which would be lost.
     """
     target = epath.Path(path) if "://" in path else epath.Path(path).absolute()
+    if target.exists():
+        others = [each.name for each in target.iterdir() if each.name not in _CONTENT]
+        if others:
+            raise ConfigError(f"{path}: holds other files ({others[0]}, ...); choose a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(

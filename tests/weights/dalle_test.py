@@ -241,3 +241,23 @@ def test_half_precision_is_cast_and_said(torch, modules, tmp_path):
     assert len(done.reports["encoder"].cast) == 74
     params = load_params(TokenizerConfig(kind="dalle", path=done.output, **SETTINGS))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.slow
+def test_full_size_encoder_from_its_pickle(torch, tmp_path):
+    """The published sizes, 215 MB: defaults of the package, defaults of the command."""
+    package = pytest.importorskip("dall_e", reason="the DALL-E package is the original")
+    torch.manual_seed(1)
+    module = package.Encoder()
+    pixels = torch.from_numpy(photographs(4).transpose(0, 3, 1, 2).copy()).float() / 255
+    with torch.no_grad():
+        logits = module(package.map_pixels(pixels))
+        module.blocks.output.conv.b -= logits.mean((0, 2, 3))
+        theirs = module(package.map_pixels(pixels)).argmax(1).numpy()
+    torch.save(module, tmp_path / "encoder.pkl", _use_new_zipfile_serialization=False)
+    output = str(tmp_path / "dalle.safetensors")
+    dalle.convert_tokenizer(output=output, encoder=str(tmp_path / "encoder.pkl"))
+    config = TokenizerConfig(kind="dalle", path=output)
+    ids = jax.jit(open_tokenizer(config).encode)(load_params(config), photographs(4))
+    assert (np.asarray(ids) == theirs).mean() >= 0.999
+    assert len(np.unique(theirs)) > 50

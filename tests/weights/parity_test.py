@@ -1,4 +1,10 @@
-"""The same logits on the same pixels in the peer's own library, both ways (float32)."""
+"""The same logits on the same pixels in the peer's own library, both ways (float32).
+
+transformers 5 is installed with the other peers. The same tests with transformers 4:
+
+    pip install --no-deps --target /tmp/t4 'transformers<5' 'tokenizers<0.23' 'huggingface_hub<1'
+    PYTHONPATH=/tmp/t4 python -m pytest tests/weights/parity_test.py
+"""
 
 import importlib.util
 import json

@@ -160,6 +160,19 @@ def test_another_architecture_is_its_own_error(source):
 def test_nothing_there():
     with pytest.raises(ConfigError, match=r"^config.run.init_from: no checkpoint in /nowhere"):
         start("/nowhere", fine_tuning())
+    with pytest.raises(ConfigError, match=r"^config.run.init_from: /x.pth does not exist"):
+        start("/x.pth", fine_tuning())
+
+
+def test_an_import_does_not_replace_other_files(tmp_path):
+    examples.saved(tmp_path / "ours", PRETRAINED)
+    convert.export_checkpoint(
+        str(tmp_path / "ours"), format="timm", output=str(tmp_path / "x.safetensors")
+    )
+    with pytest.raises(ConfigError, match="holds other files"):
+        convert.import_checkpoint(str(tmp_path / "x.safetensors"), output=str(tmp_path))
+    convert.import_checkpoint(str(tmp_path / "x.safetensors"), output=str(tmp_path / "ours"))
+    assert convert.read_any(str(tmp_path / "ours"))[1].task == "encoder"
 
 
 def test_an_imported_checkpoint_is_taken_too(source, tmp_path):

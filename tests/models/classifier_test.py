@@ -1,0 +1,119 @@
+"""The classification head and how fine-tuning draws its parameters (§3.6, §3.7)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beit_jax.config import ConfigError, ModelConfig
+from beit_jax.models.functional import flatten
+from beit_jax.models.heads import classifier
+from beit_jax.training import optim, sharding
+
+TINY = ModelConfig(
+    layers=3,
+    width=128,
+    heads=4,
+    mlp_width=256,
+    image_size=24,
+    patch_size=8,
+    positions="relative_per_block",
+    drop_path_rate=0.0,
+    dtype="float32",
+)
+
+
+def parameters(config) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(config.shapes()))
+
+
+@pytest.mark.parametrize(
+    ("image_size", "classes", "count"),
+    [(224, 1000, 86_530_984), (224, 21841, 102_557_713), (384, 1000, 86_744_104)],
+)
+def test_parameter_counts_are_the_published_ones(image_size, classes, count):
+    base = ModelConfig(
+        layers=12,
+        width=768,
+        heads=12,
+        mlp_width=3072,
+        image_size=image_size,
+        positions="relative_per_block",
+    )
+    assert parameters(classifier(base, classes=classes)) == count
+
+
+def test_plain_vit_parameter_count():
+    plain = ModelConfig(
+        layers=24,
+        width=1024,
+        heads=16,
+        mlp_width=4096,
+        positions="absolute",
+        layer_scale_init=None,
+    )
+    assert parameters(classifier(plain, classes=1000)) == 304_302_056
+
+
+def test_initialisation_is_the_fine_tuning_one():
+    """Uncut normal of 0.02, 1/√(2l), patches as PyTorch draws them, a head 1000 times smaller."""
+    model = classifier(TINY, classes=50)
+    flat = {k: np.asarray(v) for k, v in flatten(jax.jit(model.init)(jax.random.key(0))).items()}
+    bound = 1 / np.sqrt(3 * 8 * 8)
+    for name, value in flat.items():
+        if name.startswith("encoder/patch_embed"):
+            assert 0.95 * bound < np.abs(value).max() <= bound, name
+        elif name == "head/kernel":
+            np.testing.assert_allclose(value.std(), 2e-5, rtol=0.05)
+        elif name.endswith("/bias") or name.endswith("table"):
+            assert (value == 0).all(), name
+        elif name.endswith(("proj/kernel", "fc2/kernel")):
+            for layer, kernel in enumerate(value, start=1):
+                np.testing.assert_allclose(kernel.std(), 0.02 / np.sqrt(2 * layer), rtol=0.03)
+        elif name.endswith("kernel"):
+            np.testing.assert_allclose(value.std(), 0.02, rtol=0.03)
+            assert np.abs(value).max() > 0.06, "not cut at one standard deviation"
+
+
+def test_the_class_token_is_not_in_the_mean_and_is_all_of_cls():
+    """Pooling by hand from the encoder's tokens; the 'cls' encoder ends in its norm."""
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 24, 3)), jnp.float32)
+    for pooling in ("mean", "cls"):
+        model = classifier(TINY, classes=5, pooling=pooling, init_scale=1.0)
+        params = model.init(jax.random.key(1))
+        assert ("fc_norm" in params) == (pooling == "mean")
+        assert ("norm" in params["encoder"]) == (pooling == "cls")
+        norm = params.get("fc_norm") or params["encoder"]["norm"]
+        norm["scale"] = norm["scale"] * 1.5
+        headless = {k: v for k, v in params["encoder"].items() if k != "norm"}
+        tokens = _tokens(headless, images)
+        pooled = tokens[:, 1:].mean(1) if pooling == "mean" else tokens[:, 0]
+        pooled = (pooled - pooled.mean(-1, keepdims=True)) / jnp.sqrt(
+            pooled.var(-1, keepdims=True) + 1e-6
+        )
+        expected = 1.5 * pooled @ params["head"]["kernel"] + params["head"]["bias"]
+        np.testing.assert_allclose(model.apply(params, images), expected, rtol=1e-4, atol=1e-5)
+
+
+def _tokens(encoder_params, images):
+    from beit_jax.models.functional import functional
+    from beit_jax.models.vit import Encoder
+
+    encoder = functional(lambda rngs: Encoder(TINY, mask_token=False, final_norm=False, rngs=rngs))
+    return encoder.apply(encoder_params, images)
+
+
+def test_every_parameter_has_its_rules():
+    for pooling in ("mean", "cls"):
+        shapes = classifier(TINY, classes=5, pooling=pooling).shapes()
+        decayed = flatten(optim.decay_mask(shapes))
+        assert decayed["head/kernel"]
+        assert not decayed["head/bias"]
+        sharding.shardings(shapes, sharding.make_mesh(fsdp=1))
+
+
+def test_pooling_is_checked():
+    with pytest.raises(ConfigError, match="pooling: must be one of mean, cls; got 'max'"):
+        classifier(dataclasses.replace(TINY, layers=1), classes=5, pooling="max")
