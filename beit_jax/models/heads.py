@@ -68,7 +68,7 @@ def _build_masked_image_model(
 
 
 class Classifier(nnx.Module):
-    """Encoder, pooling and a linear head, for fine-tuning (§3.7; modeling_finetune.py:333-357).
+    """Encoder, pooling and a linear head, for fine-tuning (modeling_finetune.py:333-357).
 
     Parameters: {"encoder": ..., "fc_norm": {"scale", "bias"}, "head": {"kernel", "bias"}}. With
     pooling "cls" there is no `fc_norm`: the encoder has its final norm instead.

@@ -239,7 +239,7 @@ def _describe_by_shape(source: Source, *, normalization: str, heads: int) -> Des
         layers = unilm.blocks(state, r"blocks\.(\d+)\.")
         scale = None
         if "blocks.0.gamma_1" in state:
-            # Not in the file; only a record, as gamma is. What the recipes start from (§3.1).
+            # Not in the file; only a record, as gamma is. What the recipes start from.
             scale = 0.1 if layers <= 12 else 1e-5
         model = ModelConfig(
             layers=layers,
@@ -280,7 +280,10 @@ def _describe_by_shape(source: Source, *, normalization: str, heads: int) -> Des
 def state_dict(whole: Any, *, source: str) -> dict[str, np.ndarray]:
     """The tensors by name in what a `.pth` holds: bare, wrapped, or a whole pickled module."""
     if isinstance(whole, pickles.Record):
-        whole = pickles.module_state(whole)
+        try:
+            whole = pickles.module_state(whole)
+        except (RecursionError, AttributeError):  # a module inside itself, or no dicts in it
+            raise WeightsError(f"{source} holds a damaged module") from None
     for key in _WRAPPERS:
         if isinstance(whole, Mapping) and isinstance(whole.get(key), Mapping):
             whole = whole[key]

@@ -159,7 +159,7 @@ def description_of(
         positions = "relative_shared"
     elif config.get("use_relative_position_bias"):
         positions = "relative_per_block"
-    # Published configs say 1e-12; what the official models were trained with is 1e-6 (§10.21).
+    # Published configs say 1e-12; what the official models were trained with is 1e-6.
     epsilon = config.get("layer_norm_eps", 1e-6)
     epsilon = 1e-6 if epsilon == 1e-12 else epsilon
     try:

@@ -36,7 +36,7 @@ LINEAR = Transform(lambda w: (w.T,), lambda kernel: kernel.T, axes=2)
 CONV = Transform(
     lambda w: (w.transpose(2, 3, 1, 0),), lambda kernel: kernel.transpose(3, 2, 0, 1), axes=4
 )
-# Query, key and value in one matrix (3 · out, in), rows in this order (§3.4).
+# Query, key and value in one matrix (3 · out, in), rows in this order (modeling_finetune.py).
 FUSED_QKV = Transform(
     lambda w: tuple(part.T for part in np.split(w, 3)),
     lambda *kernels: np.concatenate([kernel.T for kernel in kernels]),

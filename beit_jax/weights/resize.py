@@ -1,4 +1,4 @@
-"""Positions at another resolution: the official rules (§3.8; run_class_finetuning.py:362-437).
+"""Positions at another resolution: the official rules (run_class_finetuning.py:362-437).
 
 Both are separable, so each is one matrix `[new, old]` applied along rows and columns. All in
 float64 NumPy.

@@ -251,7 +251,7 @@ def test_half_are_flipped(drawn):
 
 
 def _torchvision_boxes(number: int, height: int, width: int) -> np.ndarray:
-    """§2.1's crop box in plain Python."""
+    """The crop box in plain Python."""
     rng = np.random.default_rng(0)
     boxes = []
     for _ in range(number):

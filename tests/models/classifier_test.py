@@ -1,4 +1,4 @@
-"""The classification head and how fine-tuning draws its parameters (§3.6, §3.7)."""
+"""The classification head and how fine-tuning draws its parameters."""
 
 import dataclasses
 

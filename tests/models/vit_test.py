@@ -99,7 +99,7 @@ def test_relative_position_index_literally():
 
 
 def test_initialisation_is_the_pre_training_one():
-    """§3.6: cut at ±0.02, effective deviation 0.0108, 1/√(2l), zeros and LayerScale."""
+    """Cut at ±0.02, effective deviation 0.0108, 1/√(2l), zeros and LayerScale."""
     config = dataclasses.replace(TINY, width=256, heads=4, mlp_width=512, layer_scale_init=1e-5)
     params = heads.masked_image_model(config, vocabulary=VOCABULARY).init(jax.random.key(0))
     flat = flatten(params)

@@ -161,7 +161,7 @@ def test_a_config_that_does_not_fit_its_tensors(changed):
 
 
 def test_published_layer_norm_epsilon_is_put_right(changed):
-    """§10.21: the hub's configs say 1e-12, the official models have 1e-6."""
+    """The hub's configs say 1e-12, the official models have 1e-6."""
     assert read(changed(layer_norm_eps=1e-12)).description.model.layer_norm_epsilon == 1e-6
     assert read(changed(layer_norm_eps=1e-5)).description.model.layer_norm_epsilon == 1e-5
 

@@ -8,7 +8,7 @@ from beit_jax.weights import resize
 
 
 def reference_table(table: np.ndarray, old: int, new: int) -> np.ndarray:
-    """The official rule with SciPy's splines, in the official order of steps (§3.8)."""
+    """The official rule with SciPy's splines, in the official order of steps."""
     interpolate = pytest.importorskip("scipy.interpolate", reason="SciPy is the reference")
     low, high = 1.01, 1.5
     while high - low > 1e-6:

@@ -173,7 +173,7 @@ def test_a_saved_config_describes_its_checkpoint():
 
 
 def test_fused_rows_are_query_key_value():
-    """§3.4, literally: rows of qkv.weight are [Q | K | V], transposed to ours."""
+    """Literally: rows of qkv.weight are [Q | K | V], transposed to ours."""
     weight = np.arange(12.0).reshape(6, 2)
     query, key, value = keys.FUSED_QKV.to_ours(weight)
     np.testing.assert_array_equal(query, [[0, 2], [1, 3]])

@@ -23,7 +23,7 @@ from tests.weights import examples
 PRETRAINED = examples.PRETRAINED["beit+"]
 CLASSES = 6
 FRESH = 0.25
-# What starting a fine-tuning run from a pre-trained model means (§3.8.7).
+# What starting a fine-tuning run from a pre-trained model means.
 ALLOW = {
     "allow_missing": ("fc_norm", "head"),
     "allow_unused": ("encoder/mask_token", "encoder/norm", "lm_head"),
@@ -90,7 +90,7 @@ def test_the_same_model_starts_with_exactly_the_weights(source):
 
 @pytest.mark.parametrize("image_size", [40, 56])
 def test_fine_tuning_starts_from_pre_training(source, image_size):
-    """§3.8: tables copied and resized, the rest as it is, final norm dropped, head fresh."""
+    """Tables copied and resized, the rest as it is, final norm dropped, head fresh."""
     path, params = source
     model = fine_tuning(image_size)
     restored = start(path, model, **ALLOW)
