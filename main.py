@@ -2,8 +2,11 @@
 
     python main.py --config=configs/quickstart.py
     python main.py --config=configs/beit_large.py --workdir=gs://bucket/run --config.run.seed=1
+    python main.py --config=configs/beit_large.py --plan=v4-128  # before renting
 
-The same command again continues the run in `--workdir` (default: runs/<config name>).
+The same command again continues the run in `--workdir` (default: runs/<config name>). On several
+hosts it is started on each of them; on a Cloud TPU they find each other. Exit code 75: stopped by
+SIGTERM, and saved.
 """
 
 import logging as python_logging
@@ -19,6 +22,28 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Checkpoints, metrics and results, local or gs://; runs/<config name>."
 )
+_PLAN = flags.DEFINE_string(
+    "plan", None, "TPU slices, v4-128 or v4-8,v6e-8: prints what the run needs there; runs nothing."
+)
+_PLAN_PROGRAM = flags.DEFINE_enum(
+    "plan_program",
+    "full",
+    ("full", "shallow"),
+    "What --plan compiles: the run's own step, or two shallow ones to extrapolate from (quicker).",
+)
+# Of `beit_jax.training.cluster.Settings`, which explains them.
+_CLUSTER = (
+    flags.DEFINE_enum("multihost", "auto", ("auto", "yes", "no"), "Join the other hosts' run."),
+    flags.DEFINE_string("coordinator_address", "", 'host:port of process 0; "": found.'),
+    flags.DEFINE_integer("num_processes", 0, "Processes of the run; 0: found.", lower_bound=0),
+    flags.DEFINE_integer("process_id", -1, "This process, from 0; -1: found.", lower_bound=-1),
+    flags.DEFINE_enum(
+        "platform", "any", ("any", "tpu", "gpu", "cpu"), "An error where JAX finds another."
+    ),
+    flags.DEFINE_float("start_timeout", 300.0, "Seconds hosts wait for each other at the start."),
+    flags.DEFINE_float("heartbeat_timeout", 100.0, "Seconds until a silent host counts as dead."),
+    flags.DEFINE_float("barrier_timeout", 600.0, "Seconds hosts wait for each other later."),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -33,13 +58,26 @@ def main(argv: list[str]) -> int:
         return _fail("--config is missing; try --config=configs/quickstart.py")
     # After the flags: an unknown one should not wait for JAX to be imported.
     from beit_jax import jobs
-    from beit_jax.config import ConfigError, RunError
-    from beit_jax.tokenizers.loading import TokenizerFileError
 
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    if _PLAN.value is not None:
+        return _plan(values, workdir=_WORKDIR.value or f"runs/{name}")
+    return jobs.run_on_cluster(
+        values,
+        workdir=_WORKDIR.value or f"runs/{name}",
+        cluster_settings={flag.name: flag.value for flag in _CLUSTER},
+    )
+
+
+def _plan(values: dict, *, workdir: str) -> int:
+    from beit_jax import jobs, plan, slices
+    from beit_jax.config import ConfigError, RunError
+
     try:
-        jobs.run(values, workdir=_WORKDIR.value or f"runs/{name}")
-    except (ConfigError, TokenizerFileError, FileNotFoundError, RunError) as error:
+        wanted = slices.parse_slices(_PLAN.value)
+        config = jobs.parse_job(values)
+        plan.run(config, slices=wanted, program=_PLAN_PROGRAM.value, workdir=workdir)
+    except (ConfigError, RunError) as error:
         return _fail(str(error))
     return 0
 

@@ -335,7 +335,7 @@ class RunConfig:
     eval_batches: int = 0  # 0: every held-out image
     picture_every: int = 0  # steps; 0: only at the end
     checkpoint_every: int = 1000  # steps; 0: no
-    checkpoint_minutes: float = 10.0  # at least this often too; 0: no
+    checkpoint_minutes: float = 10.0  # this often too (several hosts: at logged steps); 0: no
     keep_checkpoints: int = 3
     # Weights to start from: another run's workdir or checkpoint, a Hugging Face folder, a
     # .safetensors of timm, a .pth of unilm.
@@ -343,6 +343,7 @@ class RunConfig:
     init_allow_missing: tuple[str, ...] = ()  # parameters init_from may lack; they start fresh
     init_allow_unused: tuple[str, ...] = ()  # parameters of init_from that may be left out
     on_corrupt_checkpoint: str = "fall_back"  # to the one before; or "fail"
+    print_sharding: bool = False  # which part of each parameter a device holds, at the start
 
     def __post_init__(self):
         check(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")

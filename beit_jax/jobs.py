@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from beit_jax.config import check, parse
+from beit_jax.config import ConfigError, RunError, check, parse, to_dict
 from beit_jax.tasks import pretrain, quickstart, tokenizer
+from beit_jax.tokenizers.loading import TokenizerFileError
+from beit_jax.training import cluster
 
 JOBS = {
     "pretrain": (pretrain.PretrainConfig, pretrain.run),
@@ -24,3 +26,27 @@ def run(values: Mapping[str, Any], *, workdir: str) -> dict[str, Any]:
     """Runs the job and returns its summary."""
     config = parse_job(values)
     return JOBS[config.task][1](config, workdir=workdir)
+
+
+def run_on_cluster(
+    values: Mapping[str, Any], *, workdir: str, cluster_settings: Mapping[str, Any]
+) -> int:
+    """Runs the job as one of the cluster's processes, if there is a cluster; the exit code.
+
+    Exit codes are those of `training/cluster.py`; what is wrong is one line on stderr.
+    """
+    try:
+        settings = cluster.Settings(**cluster_settings)
+        cluster.start(settings, config=to_dict(parse_job(values)), workdir=workdir)
+        run(values, workdir=workdir)
+    except cluster.Preempted as stop:
+        return cluster.end(code=cluster.EXIT_PREEMPTED, error=stop, message=str(stop))
+    except cluster.ClusterError as error:
+        return cluster.end(code=cluster.EXIT_LOST, error=error, message=str(error))
+    except (ConfigError, TokenizerFileError, FileNotFoundError, RunError) as error:
+        return cluster.end(code=cluster.EXIT_SETTINGS, error=error, message=str(error))
+    except KeyboardInterrupt as error:
+        return cluster.end(code=130, error=error, message="interrupted")
+    except Exception as error:
+        return cluster.end(code=1, error=error)
+    return cluster.end(code=0)

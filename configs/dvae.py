@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.run.init_allow_missing = ()
     config.run.init_allow_unused = ()
     config.run.on_corrupt_checkpoint = "fall_back"
+    config.run.print_sharding = False
 
     config.tokenizer = ConfigDict()
     config.tokenizer.kind = "dvae"

@@ -69,15 +69,15 @@ machines_create() {
 
 # States: https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.queuedResources and .nodes
 machines_state() {
-  local answer state initiator
+  local call answer state initiator
   machines_where
   if [ "$on_demand" = yes ]; then
-    answer=(tpu-vm describe "$name" "${where[@]}" "--format=value(state)")
+    call=(tpu-vm describe "$name" "${where[@]}" "--format=value(state)")
   else
-    answer=(queued-resources describe "$name" "${where[@]}"
+    call=(queued-resources describe "$name" "${where[@]}"
       "--format=value(state.state,state.stateInitiator)")
   fi
-  if ! answer=$(gcloud_call compute tpus "${answer[@]}"); then
+  if ! answer=$(gcloud_call compute tpus "${call[@]}"); then
     if grep -qi 'NOT_FOUND\|not found' "$scratch/stderr"; then
       echo "absent NOT_FOUND"
       return 0
@@ -172,7 +172,8 @@ workers_copy() { # file path
 # What gcloud said when it failed, in one line with what to do about it.
 machines_explain() { # file with gcloud's stderr
   local said advice
-  said=$(grep -m 1 -i 'error' "$1" || tail -n 1 "$1")
+  said=$(sed -n '/ERROR/,$p' "$1" | tr -s '[:space:]' ' ' | cut -c 1-300)
+  said=${said:-$(tail -n 1 "$1" | cut -c 1-300)}
   said=${said#ERROR: }
   if grep -qi 'gcloud auth login\|Reauthentication\|invalid_grant\|active account' "$1"; then
     advice="not logged in; run: gcloud auth login"
@@ -192,11 +193,13 @@ machines_explain() { # file with gcloud's stderr
   elif grep -qi 'NOT_FOUND\|not found' "$1"; then
     advice="no $name in $zone of $project; made with --on-demand or not? say the same here"
   elif grep -qi 'ssh-agent\|ssh-add' "$1"; then
-    advice='the ssh key is not in an agent; run: eval "$(ssh-agent -s)"; ssh-add ~/.ssh/google_compute_engine'
+    advice="the ssh key is in no agent; run: eval \"\$(ssh-agent -s)\"; ssh-add ~/.ssh/google_compute_engine"
   elif grep -qi 'accelerator' "$1"; then
     advice="$type is not offered in $zone; see: gcloud compute tpus accelerator-types list --zone=$zone"
-  else
+  elif grep -q 'ERROR' "$1"; then
     advice="gcloud failed"
+  else
+    advice="a host refused, see above"
   fi
   echo "$advice (gcloud: $said)"
 }

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/local.sh and tests/run.sh: makes .venv and installs requirements into it, once.
 # Sets `python`. Usage: setup_environment FILE... (requirements files, or "--no-deps FILE").
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs on each worker of a TPU slice, called by tpu.sh through ssh.
 #
-#   worker.sh setup TREE               environment for the code that was unpacked next to this file
+#   worker.sh setup TREE               puts the code unpacked in code.new in place, and its environment
 #   worker.sh start NAMES -- ARGS      starts main.py ARGS detached; NAMES: variables sent, or "-"
 #   worker.sh status                   one line: @worker HOST STATE CODE TIME
 #   worker.sh logs LINES [follow|all]  the log's end; "follow" until main.py ends; "all" names the host
-#   worker.sh stop SECONDS             SIGTERM, and SIGKILL for what is left after SECONDS
+#   worker.sh stop SECONDS [mark]      SIGTERM, and SIGKILL for what is left after SECONDS; "mark": by
+#                                      the user's wish, so that no watcher starts it again
 #
 # main.py has to outlive the ssh session. `setsid` and a supervising bash do that: Ubuntu's logind does
 # not kill what users leave running. A user unit of systemd would need lingering, a system unit root,
@@ -27,16 +28,19 @@ fail() {
 
 running() { # is the lock held?
   mkdir -p "$run"
-  ! flock --nonblock "$run/lock" true
+  ! flock --shared --nonblock "$run/lock" true # shared, so that two who ask do not see each other
 }
 
 setup() { # tree
+  ! running || fail "main.py is running; 'stop' it before its code is replaced"
   cd "$root"
+  rm -rf code
+  mv code.new code
   find_python
   # shellcheck source=launch/setup.sh
   source code/launch/setup.sh
   setup_environment code/requirements.txt code/launch/requirements-tpu.txt
-  # Both processes of an update see either the old or the new code as ready, never half of it.
+  # Written last: `start` takes code without it for not set up.
   printf '%s\n' "$1" >code/.tree
   say "ready $("$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')"
 }
@@ -44,7 +48,10 @@ setup() { # tree
 # The images' Python is 3.10 (tpu-ubuntu2204-base); where there is none of 3.11 to 3.13, uv brings one.
 find_python() {
   local candidate
-  [ ! -x .venv/bin/python ] || return 0
+  if [ -x .venv/bin/python ]; then
+    export PYTHON=.venv/bin/python
+    return 0
+  fi
   for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3}; do
     if command -v "$candidate" >/dev/null && "$candidate" -c \
       'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
@@ -54,8 +61,8 @@ find_python() {
   done
   echo "no Python 3.11 to 3.13 here: installing 3.12 with uv"
   python3 -m pip install --quiet --user uv
-  python3 -m uv python install --quiet 3.12
-  PYTHON=$(python3 -m uv python find 3.12)
+  python3 -m uv python install --quiet --managed-python 3.12
+  PYTHON=$(python3 -m uv python find --managed-python 3.12)
   export PYTHON
 }
 
@@ -76,12 +83,12 @@ start() { # names -- args
   rm -f "$run/exit" "$run/stopped" "$run/pid"
   # Without the redirections ssh would wait for the end of the run.
   setsid --fork bash "$root/code/launch/worker.sh" supervise "$@" </dev/null >>"$run/log" 2>&1
-  for ((each = 0; each < 100; each++)); do
+  for ((each = 0; each < 200; each++)); do
     if [ -f "$run/pid" ]; then
       say "started"
       return 0
     fi
-    sleep 0.1
+    sleep 0.05
   done
   fail "main.py did not start; see 'logs'"
 }
@@ -108,24 +115,19 @@ free_tpu() {
     fail "cannot remove the stale $lockfile"
 }
 
-tpu_holder() { # "process PID (COMMAND)" that has a TPU device open; others' processes need sudo
-  local fd target pid
-  for fd in /proc/[0-9]*/fd/*; do
-    target=$(readlink "$fd" 2>/dev/null) || continue
-    case "$target" in
-      /dev/accel* | /dev/vfio/[0-9]*)
-        pid=${fd#/proc/}
-        pid=${pid%%/*}
-        echo "process $pid ($(tr '\0' ' ' <"/proc/$pid/cmdline" | cut -c 1-80))"
-        return 0
-        ;;
-    esac
-  done
+tpu_holder() { # "process PID (COMMAND)" that has a TPU open; those of other users only root sees
+  local pid open=(find /proc -maxdepth 3 -path '/proc/[0-9]*/fd/*'
+    '(' -lname '/dev/accel*' -o -lname '/dev/vfio/[0-9]*' ')')
+  pid=$({ sudo -n "${open[@]}" || "${open[@]}" || true; } 2>/dev/null | head -n 1)
+  pid=${pid#/proc/}
+  pid=${pid%%/*}
+  [ -z "$pid" ] || echo "process $pid ($(tr '\0' ' ' <"/proc/$pid/cmdline" | cut -c 1-80))"
 }
 
 supervise() { # args; detached by start
   local child code again interrupted
   exec 9>"$run/lock"
+  printf '%s\n' "$$" >"$run/supervisor"
   flock 9 # main.py inherits the lock: held as long as either lives
   cd "$root/code"
   # A handler, not "ignore": main.py would inherit the latter. It gets the machine's signals itself.
@@ -156,11 +158,11 @@ supervise() { # args; detached by start
 # Always status 0: gcloud goes no further than a batch in which a command failed.
 status() {
   local code time
-  if [ -f "$run/exit" ]; then
+  if [ ! -f "$run/exit" ] && running; then
+    say "running - -"
+  elif [ -f "$run/exit" ]; then # asked again: it is written before the lock is let go
     read -r code time <"$run/exit"
     if [ -f "$run/stopped" ]; then say "stopped $code $time"; else say "exit $code $time"; fi
-  elif running; then
-    say "running - -"
   elif [ -f "$run/pid" ]; then
     say "lost - -" # killed, or the machine went down, before a status could be written
   else
@@ -173,7 +175,7 @@ logs() { # lines [follow|all]
   case "${2:-}" in
     follow)
       if running; then
-        tail -n "$1" -F --pid="$(cat "$run/pid")" -s 0.5 "$run/log" 2>/dev/null
+        tail -n "$1" -F --pid="$(cat "$run/supervisor")" -s 0.5 "$run/log" 2>/dev/null
       else
         tail -n "$1" "$run/log"
       fi
@@ -183,18 +185,19 @@ logs() { # lines [follow|all]
   esac
 }
 
-stop() { # seconds
+stop() { # seconds [mark]
   local pid deadline
   if running; then
-    touch "$run/stopped"
+    [ -z "${2:-}" ] || touch "$run/stopped"
     pid=$(cat "$run/pid")
     kill -TERM "$pid" 2>/dev/null || true
     deadline=$((SECONDS + $1))
-    while running && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.2; done
+    while running && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.1; done
     if running; then
-      say "killed after $1 s"
-      kill -KILL "-$(ps -o pgid= -p "$pid" | tr -d ' ')" 2>/dev/null || true
-      sleep 0.2
+      echo "$(hostname): main.py did not end within $1 s of SIGTERM; killing it" >&2
+      kill -KILL "$pid" 2>/dev/null || true
+      sleep 0.5
+      ! running || kill -KILL "-$(cat "$run/supervisor")" 2>/dev/null || true # what it left behind
     fi
   fi
   status

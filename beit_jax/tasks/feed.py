@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from beit_jax.config import DataConfig, RunConfig
-from beit_jax.training import loop
+from beit_jax.training import cluster, loop
 
 
 def image_feed(
@@ -25,6 +25,8 @@ def image_feed(
 
     train_source = sources.open_source(config, training=True)
     eval_source = sources.open_source(config, training=False)
+    counts = [None if each is None else len(each) for each in (train_source, eval_source)]
+    cluster.check_agreement("images of config.data.source and eval_source", counts)
     shard, shards = jax.process_index(), jax.process_count()
     bad = pipeline.BadImages(train_source, max_share=config.max_bad_share)
 

@@ -7,7 +7,6 @@ patch of the global batch.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -39,8 +38,8 @@ from beit_jax.models.vit import normalize
 from beit_jax.tasks.feed import first_images, image_feed
 from beit_jax.tokenizers.loading import load_params, open_tokenizer
 from beit_jax.tokenizers.tokenizer import Tokenizer
-from beit_jax.training import loop
-from beit_jax.training.state import Batch, Sums, Task
+from beit_jax.training import loop, sharding
+from beit_jax.training.state import Batch, Sums, Task, TrainState
 
 PICTURES = 8  # held-out images in the reconstruction picture
 
@@ -125,8 +124,13 @@ def run(config: PretrainConfig, *, workdir: str) -> dict[str, Any]:
 
     statistics = token_statistics(tokenizer, tokenizer_params, feed.evaluation())
     log_expectations(statistics, config)
-    draw = functools.partial(reconstructions, model, tokenizer, tokenizer_params, config=config)
     sample = first_images(feed.evaluation(), count=PICTURES)
+
+    def draw(train_state: TrainState) -> np.ndarray | None:
+        params = sharding.to_host(train_state.params)  # of all hosts, together
+        if jax.process_index() != 0:
+            return None
+        return reconstructions(model, tokenizer, tokenizer_params, params, sample, config=config)
 
     trained = loop.train(
         task,
@@ -135,11 +139,12 @@ def run(config: PretrainConfig, *, workdir: str) -> dict[str, Any]:
         optimizer_config=config.optimizer,
         config=to_dict(config),
         workdir=workdir,
-        picture=(lambda state: draw(state.params, sample)) if sample else None,
+        picture=draw if sample else None,
     )
     summary = summarize(trained, statistics, workdir=workdir, began=began)
-    if sample and jax.process_index() == 0:
-        pictures.save_png(f"{workdir}/reconstruction.png", draw(trained.state.params, sample))
+    picture = draw(trained.state) if sample else None
+    if picture is not None:
+        pictures.save_png(f"{workdir}/reconstruction.png", picture)
     return summary
 
 
@@ -343,9 +348,8 @@ def reconstructions(
     ids = jax.jit(tokenizer.encode)(
         tokenizer.encoding_params(tokenizer_params), sample["token_image"]
     )
-    host_params = jax.device_get(params)
     logits = jax.jit(model.apply)(
-        host_params,
+        params,
         normalize(sample["image"], kind=config.data.normalization),
         mask=sample["mask"],
     )
@@ -369,7 +373,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Writes and returns `summary.json`; figures of an earlier call that did the work are kept."""
     path = epath.Path(workdir) / "summary.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    first = jax.process_index() == 0
+    before = json.loads(path.read_text()) if first and path.exists() else {}
     speed = trained.images_per_second
     seconds = time.perf_counter() - began
     if speed is None:  # nothing was left to do
@@ -385,6 +390,6 @@ def summarize(
         "images_per_second": speed,
         "seconds": seconds,
     }
-    if jax.process_index() == 0:
+    if first:
         path.write_text(json.dumps(summary, indent=2) + "\n")
     return summary

@@ -5,6 +5,7 @@ import json
 import time
 from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
 
@@ -40,6 +41,8 @@ def run(config: QuickstartConfig, *, workdir: str) -> dict[str, Any]:
         tokenizer=dataclasses.replace(config.pretrain.tokenizer, path=first["tokenizer"]),
     )
     summary = pretrain.run(second_config, workdir=f"{workdir}/pretrain")
+    if jax.process_index() != 0:
+        return summary
 
     path = epath.Path(workdir) / "summary.json"
     if path.exists():  # continued: the time adds up

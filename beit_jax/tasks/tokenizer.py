@@ -33,8 +33,8 @@ from beit_jax.models.flops import matmul_flops
 from beit_jax.tasks.feed import first_images, image_feed
 from beit_jax.tokenizers import dvae
 from beit_jax.tokenizers.loading import save_params
-from beit_jax.training import loop
-from beit_jax.training.state import Batch, Sums, Task
+from beit_jax.training import cluster, loop, sharding
+from beit_jax.training.state import Batch, Sums, Task, TrainState
 
 PICTURES = 8
 COLLAPSED = 0.05  # a perplexity under this share of the vocabulary is shouted about
@@ -103,8 +103,14 @@ def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
         grid=config.tokenizer.grid,
         keys=("token_image",),
     )
-    draw = functools.partial(reconstructions, config=config)
     sample = first_images(feed.evaluation(), count=PICTURES)
+
+    def draw(train_state: TrainState) -> np.ndarray | None:
+        params = sharding.to_host(train_state.params)  # of all hosts, together
+        if jax.process_index() != 0:
+            return None
+        return reconstructions(params, sample, config=config)
+
     trained = loop.train(
         task,
         feed,
@@ -112,12 +118,14 @@ def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
         optimizer_config=config.optimizer,
         config=to_dict(config),
         workdir=workdir,
-        picture=(lambda state: draw(state.params, sample)) if sample else None,
+        picture=draw if sample else None,
     )
     shout_if_collapsed(trained.evaluation, vocabulary=config.tokenizer.vocabulary)
-    params = jax.device_get(trained.state.params)
+    params = sharding.to_host(trained.state.params)
+    picture = draw(trained.state) if sample else None
     path = epath.Path(workdir) / "summary.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    first = jax.process_index() == 0
+    before = json.loads(path.read_text()) if first and path.exists() else {}
     summary = {
         **trained.evaluation,
         "steps": int(trained.state.step),
@@ -125,11 +133,12 @@ def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - began,
         "tokenizer": f"{workdir}/tokenizer.safetensors",
     }
-    if jax.process_index() == 0:
+    if first:
         save_params(f"{workdir}/tokenizer.safetensors", params, config=config.tokenizer)
-        if sample:
-            pictures.save_png(f"{workdir}/reconstruction.png", draw(params, sample))
+        if picture is not None:
+            pictures.save_png(f"{workdir}/reconstruction.png", picture)
         path.write_text(json.dumps(summary, indent=2) + "\n")
+    cluster.barrier("to have the tokenizer")  # another job may read it next
     return summary
 
 
@@ -245,8 +254,7 @@ def reconstructions(
 ) -> np.ndarray:
     """A picture: originals and what is left of them after the tokens."""
     tokenizer = dvae.dvae_tokenizer(config.tokenizer)
-    host_params = jax.device_get(params)
-    ids = jax.jit(tokenizer.encode)(host_params, sample["token_image"])
-    decoded = pictures.to_uint8(jax.jit(tokenizer.decode)(host_params, ids))
+    ids = jax.jit(tokenizer.encode)(params, sample["token_image"])
+    decoded = pictures.to_uint8(jax.jit(tokenizer.decode)(params, ids))
     rows = [list(row) for row in zip(sample["token_image"], decoded, strict=True)]
     return pictures.contact_sheet(rows, captions=["original", "tokenizer"])

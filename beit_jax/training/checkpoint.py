@@ -17,11 +17,14 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from beit_jax.config import ConfigError, RunConfig
+from beit_jax.training import cluster
 from beit_jax.training.optim import path_name
 from beit_jax.training.state import TrainState
 
@@ -60,10 +63,25 @@ class Checkpoints:
         )
 
     def write_config(self) -> None:
-        """Writes `config.json`; raises ConfigError where the run's own one has another model."""
+        """Writes `config.json`, on process 0.
+
+        Raises:
+          ConfigError: the run's own one has another model; or hosts don't see the same directory.
+        """
         path = self._root / "config.json"
+        if jax.process_index() == 0:
+            self._write_config(path)
+        cluster.barrier("to have config.json")
+        seen = path.exists() and json.loads(path.read_text()) == _plain(self._config)
+        if not all(cluster.gather("workdir", seen)):
+            raise ConfigError(
+                f"--workdir: not all hosts see {self._root}; a run on several hosts needs gs:// or"
+                " a disk they share"
+            )
+
+    def _write_config(self, path: epath.Path) -> None:
         if path.exists() and self._manager.latest_step() is not None:
-            changed = _differences(json.loads(path.read_text()), self._config)
+            changed = _differences(json.loads(path.read_text()), _plain(self._config))
             fixed = [each for each in changed if each.startswith(("model.", "tokenizer.voc"))]
             if fixed:
                 raise ConfigError(
@@ -72,9 +90,8 @@ class Checkpoints:
                 )
             for each in changed:
                 logging.info("changed since the checkpoint was written: config.%s", each)
-        if jax.process_index() == 0:
-            self._root.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self._config, indent=2) + "\n")
+        self._root.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self._config, indent=2) + "\n")
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's step."""
@@ -89,26 +106,34 @@ class Checkpoints:
         first_error = None
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(shapes))),
-                )
-                state = TrainState(**restored["state"])
-                _check_shapes(state, shapes)
+                state, error = self._read(step, shapes), None
+            except Exception as raised:
+                state, error = None, raised
+            # Each host reads its own part: what one can't read, none takes.
+            failures = [text for text in cluster.gather("restore", _say(error)) if text]
+            if not failures:
                 if first_error is not None:
                     self._set_aside(above=step)
                 return state
-            except Exception as error:
-                logging.error("checkpoint %d in %s can't be read: %s", step, self._root, error)
-                if self._run.on_corrupt_checkpoint == "fail":
-                    raise
-                first_error = first_error or error
+            error = error or ValueError(f"on another host: {failures[0]}")
+            logging.error("checkpoint %d in %s can't be read: %s", step, self._root, error)
+            if self._run.on_corrupt_checkpoint == "fail":
+                raise error
+            first_error = first_error or error
         if first_error is not None:
             raise ValueError(
                 f"no checkpoint in {self._root}/checkpoints can be read; the newest says:"
                 f" {first_error}"
             ) from first_error
         return None
+
+    def _read(self, step: int, shapes: TrainState) -> TrainState:
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(shapes)))
+        )
+        state = TrainState(**restored["state"])
+        _check_shapes(state, shapes)
+        return state
 
     def _set_aside(self, *, above: int) -> None:
         """Moves checkpoints newer than `above` away, so that their steps can be saved again."""
@@ -121,17 +146,27 @@ class Checkpoints:
                 target = aside / f"{step}-{int(time.time())}"
                 (self._root / "checkpoints" / str(step)).rename(target)
                 logging.error("unreadable checkpoint %d moved to %s", step, target)
-        if jax.process_count() > 1:
-            ocp.multihost.sync_global_processes("beit_jax_set_aside")
+        cluster.barrier("to set checkpoints aside")
         self._manager = self._open()
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps, by steps or by minutes."""
+    def due(self, step: int, *, meeting: bool = True) -> bool:
+        """Whether a checkpoint is due after `step` steps, by steps or by minutes.
+
+        Args:
+          step: steps done.
+          meeting: the hosts wait for each other anyway, so that process 0's clock can be asked. A
+            process on its own always may.
+        """
         run = self._run
-        by_steps = run.checkpoint_every and step % run.checkpoint_every == 0
+        if run.checkpoint_every and step % run.checkpoint_every == 0:
+            return True
+        if not run.checkpoint_minutes or (jax.process_count() > 1 and not meeting):
+            return False
         minutes = (time.monotonic() - self._last_save) / 60
-        by_time = run.checkpoint_minutes and minutes >= run.checkpoint_minutes
-        return bool(by_steps or by_time)
+        by_time = minutes >= run.checkpoint_minutes
+        if jax.process_count() > 1:
+            by_time = bool(multihost_utils.broadcast_one_to_all(np.asarray(by_time)))
+        return by_time
 
     def save(self, state: TrainState, *, step: int) -> None:
         """Starts saving in the background; does nothing where this step is saved already."""
@@ -155,6 +190,15 @@ class Checkpoints:
         """Waits for the last save to be complete."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(config))
+
+
+def _say(error: Exception | None) -> str:
+    return "" if error is None else str(error) or type(error).__name__
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from beit_jax.config import OptimizerConfig, RunConfig, RunError
-from beit_jax.training import checkpoint, metrics, optim, sharding, state
+from beit_jax.training import checkpoint, cluster, metrics, optim, sharding, state
 from beit_jax.training.state import Task, TrainState
 
 HostBatch = dict[str, np.ndarray]
@@ -66,7 +68,7 @@ def train(
     optimizer_config: OptimizerConfig,
     config: dict[str, Any],
     workdir: str,
-    picture: Callable[[TrainState], np.ndarray] | None = None,
+    picture: Callable[[TrainState], np.ndarray | None] | None = None,
 ) -> Trained:
     """Trains to `run.steps`, from wherever the run's directory stands.
 
@@ -77,10 +79,12 @@ def train(
       optimizer_config: AdamW and its schedule.
       config: the resolved config, for the record.
       workdir: the run's directory.
-      picture: draws the model's work, uint8 `[h, w, 3]`; called every `run.picture_every` steps.
+      picture: draws the model's work, uint8 `[h, w, 3]`; called every `run.picture_every` steps, on
+        every process, though only what process 0 draws is kept.
 
     Raises:
       ConfigError: something does not fit, before anything is compiled.
+      Preempted: SIGTERM came (see `cluster`); the checkpoint is complete.
       NonFiniteError: `optimizer_config.max_bad_steps` updates in a row were not finite.
     """
     began = time.perf_counter()
@@ -89,14 +93,18 @@ def train(
     schedule = optim.learning_rate(optimizer_config, steps=run.steps)
     shapes = state.state_shapes(task, optimizer, mesh)
     _log_size(shapes, mesh)
+    if run.print_sharding and jax.process_index() == 0:
+        print(sharding.table(shapes.params))
 
     checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
     checkpoints.write_config()
     train_state = restore_or_init(task, optimizer, checkpoints, shapes=shapes, run=run)
     start_step = int(train_state.step)
     log = metrics.MetricsLog(workdir, start_step=start_step)
-    frozen = jax.device_put(task.frozen, NamedSharding(mesh, sharding.REPLICATED))
-    evaluate = functools.partial(run_evaluation, jax.jit(task.evaluate), task, feed, frozen, mesh)
+    cluster.check_agreement("parameters that are not trained", _digest(task.frozen))
+    frozen = sharding.replicate(task.frozen, mesh)
+    sums = jax.jit(task.evaluate, out_shardings=NamedSharding(mesh, sharding.REPLICATED))
+    evaluate = functools.partial(run_evaluation, sums, task, feed, frozen, mesh)
 
     step_function = functools.partial(
         state.train_step,
@@ -105,6 +113,7 @@ def train(
         optimizer=optimizer,
         schedule=schedule,
         seed=run.seed,
+        mesh=mesh,
     )
     speeds: list[float] = []
     try:
@@ -125,12 +134,16 @@ def train(
             )
             checkpoints.save(train_state, step=run.steps)
         evaluation = evaluate(train_state.params)
+        if evaluation is None:
+            raise cluster.Preempted(run.steps)
         if evaluation:
             log.write(run.steps, {f"eval_{name}": value for name, value in evaluation.items()})
             logging.info("step %d held-out: %s", run.steps, _join(evaluation))
     finally:
         checkpoints.close()
         log.close()
+    cluster.barrier("to have the last checkpoint")
+    cluster.set_running(False)
     return Trained(
         state=train_state,
         evaluation=evaluation,
@@ -179,10 +192,12 @@ def restore_or_init(
 
 def run_evaluation(
     evaluate: Callable, task: Task, feed: Feed, frozen: Any, mesh: Mesh, params: Any
-) -> dict[str, float]:
-    """Metrics over all held-out images; empty where there are none."""
+) -> dict[str, float] | None:
+    """Metrics over all held-out images; empty where there are none, None where SIGTERM came."""
     total = None
     for batch in feed.evaluation():
+        if cluster.preemption_point():
+            return None
         sums = evaluate(params, frozen, sharding.to_devices(batch, mesh))
         total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
     if total is None:
@@ -215,8 +230,18 @@ def _run_steps(
     compiled = _compile(step_function, train_state, frozen, batch)
     in_flight: collections.deque = collections.deque()
     speeds = []
+
+    def leave():
+        while in_flight:
+            _stop_if_bad(*in_flight.popleft(), limit=max_bad_steps)
+        checkpoints.save(train_state, step=step)  # complete when `train` is left
+        raise cluster.Preempted(step)
+
     clock.restart(step=step)
+    cluster.set_running(True)
     while step < run.steps:
+        if cluster.preemption_point():
+            leave()
         train_state, step_metrics = compiled(train_state, frozen, batch)
         step += 1
         in_flight.append((step, step_metrics))
@@ -232,14 +257,14 @@ def _run_steps(
         logs = step % run.log_every == 0 or step == run.steps
         evaluates = run.eval_every and step % run.eval_every == 0 and step < run.steps
         draws = picture is not None and run.picture_every and step % run.picture_every == 0
-        saves = checkpoints.due(step)
+        saves = checkpoints.due(step, meeting=logs)
         if not (logs or evaluates or draws or saves):
             continue
         while in_flight:
             _stop_if_bad(*in_flight.popleft(), limit=max_bad_steps)
         if logs:
             values = {name: float(value) for name, value in step_metrics.items()}
-            values |= feed.metrics()
+            values |= _sum_over_hosts(feed.metrics())
             speed = clock.report(step=step)
             speeds.append(speed["images_per_second"])
             log.write(step, values | speed)
@@ -249,11 +274,15 @@ def _run_steps(
             checkpoints.check()
         if evaluates:
             evaluation = evaluate(train_state.params)
+            if evaluation is None:
+                leave()
             if evaluation:
                 log.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
                 logging.info("step %d held-out: %s", step, _join(evaluation))
         if draws:
-            log.write_picture(step, "reconstruction", picture(train_state))
+            drawn = picture(train_state)
+            if drawn is not None:
+                log.write_picture(step, "reconstruction", drawn)
         if saves:
             checkpoints.save(train_state, step=step)
         clock.restart(step=step)
@@ -264,7 +293,8 @@ def _compile(step_function, train_state, frozen, batch):
     """Compiles the step for these shapes and places; the state's buffers are reused."""
     began = time.perf_counter()
     places = jax.tree.map(lambda leaf: leaf.sharding, train_state)
-    jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(places, None))
+    everywhere = NamedSharding(train_state.step.sharding.mesh, sharding.REPLICATED)
+    jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(places, everywhere))
     compiled = jitted.lower(train_state, frozen, batch).compile()
     logging.info("compiled the train step in %.1f s", time.perf_counter() - began)
     return compiled
@@ -292,6 +322,24 @@ def _stop_if_bad(step: int, step_metrics: dict[str, jax.Array], *, limit: int) -
             f" gradient norm {float(step_metrics['grad_norm'])}."
             " The last checkpoint is from before and sound."
         )
+
+
+def _digest(tree: Any) -> str:
+    """A hash of every array of this host's; empty in a process on its own, where nobody asks."""
+    if jax.process_count() == 1:
+        return ""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(f"{optim.path_name(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _sum_over_hosts(values: dict[str, float]) -> dict[str, float]:
+    if jax.process_count() == 1:
+        return values
+    every = multihost_utils.process_allgather(np.asarray(list(values.values()), np.float32))
+    return dict(zip(values, every.sum(axis=0).tolist(), strict=True))
 
 
 def _log_size(shapes: TrainState, mesh: Mesh) -> None:

@@ -1,8 +1,10 @@
 """The device mesh, and which part of each array every device holds.
 
 Two axes: `data` (batches are split, parameters copied) and `fsdp` (batches are split and
-parameters too). Rules go by parameter path, outside the models; the first match wins and a
-parameter without a rule is an error.
+parameters too). Of several TPU slices `data` is the axis between them, over the data-center
+network, and `fsdp` stays inside a slice: gradients cross the network once a step, parameters never.
+Rules go by parameter path, outside the models; the first match wins and a parameter without a rule
+is an error.
 """
 
 import math
@@ -10,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beit_jax.config import check
@@ -40,14 +43,45 @@ def make_mesh(*, fsdp: int, devices: list | None = None) -> Mesh:
     """A mesh of all devices, `[data, fsdp]`.
 
     Raises:
-      ConfigError: `fsdp` does not divide the number of devices.
+      ConfigError: `fsdp` does not divide the number of devices, or of a slice's devices.
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
     check(n % fsdp == 0, "config.run.fsdp", f"{fsdp} does not divide {n} devices")
+    if count_slices(devices) > 1:
+        return Mesh(
+            arrange_slices(devices, fsdp=fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2
+        )
     # Auto on purpose: explicit sharding, the default now, would put shardings into the models.
     return jax.make_mesh(
         (n // fsdp, fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
+
+
+def count_slices(devices: list) -> int:
+    """TPU slices that the devices belong to; 1 for everything that has no slices."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def arrange_slices(devices: list, *, fsdp: int) -> np.ndarray:
+    """Devices of several slices as `[data, fsdp]`, slice after slice along `data`.
+
+    Raises:
+      ConfigError: `fsdp` does not divide a slice.
+    """
+    slices = count_slices(devices)
+    each = len(devices) // slices
+    check(
+        each % fsdp == 0,
+        "config.run.fsdp",
+        f"{fsdp} does not divide the {each} devices of each of {slices} slices",
+    )
+    return mesh_utils.create_hybrid_device_mesh(
+        (each // fsdp, fsdp),
+        (slices, 1),
+        devices=devices,
+        # As jax.make_mesh does inside one slice.
+        allow_split_physical_axes=devices[0].device_kind in ("TPU v5 lite", "TPU v5e"),
     )
 
 
@@ -90,6 +124,55 @@ def check_batch(batch_size: int, *, accumulate: int, mesh: Mesh, processes: int)
             "config.run.batch_size",
             f"{batch_size} does not divide over {count} {what}",
         )
+
+
+def table(shapes: Any) -> str:
+    """One line for each parameter: its path, shape, split and bytes on a device.
+
+    Args:
+      shapes: parameters or their shapes, with shardings (`state_shapes(...).params`).
+    """
+    rows = []
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        local = leaf.sharding.shard_shape(leaf.shape)
+        size = math.prod(local) * leaf.dtype.itemsize
+        total += size
+        split = ",".join(map(str, leaf.sharding.spec)) or "replicated"
+        rows.append((path_name(path), "×".join(map(str, leaf.shape)) or "scalar", split, size))
+    rows.append(("all", "", "", total))
+    head = ("parameter", "shape", "split", "bytes on a device")
+    width = [max(len(str(row[i])) for row in [head, *rows]) for i in range(3)]
+    lines = [f"{a:<{width[0]}}  {b:<{width[1]}}  {c:<{width[2]}}  " for a, b, c, _ in (head, *rows)]
+    sizes = [head[3], *(f"{row[3]:,}" for row in rows)]
+    return "\n".join(
+        line + f"{size:>{len(head[3])}}" for line, size in zip(lines, sizes, strict=True)
+    )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The same values of every process, whole on every device; that they agree isn't checked."""
+    place = NamedSharding(mesh, REPLICATED)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, place)
+
+    # device_put would compare the values over all hosts, which takes hosts times their memory.
+    def put(leaf: Any) -> jax.Array:
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+
+    return jax.tree.map(put, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Whole numpy arrays on every host; all processes must call it together."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        if getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(fetch, tree)
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from beit_jax.config import OptimizerConfig
 from beit_jax.training import optim, sharding
@@ -101,6 +101,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     seed: int,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on one global batch.
 
@@ -108,10 +109,15 @@ def train_step(
     micro-batches: gradients of sums are added up and divided by the total weight once. An update
     whose loss or gradient norm is not finite is skipped and counted.
 
+    `mesh` is that of the state's shardings, needed where parameters are split: see
+    `_with_whole_parameters`.
+
     Returns:
       The new state and scalar metrics: the task's, `grad_norm` (before the clip),
       `learning_rate`, `skipped` and `skipped_in_row`.
     """
+    if mesh is not None and mesh.shape[sharding.FSDP] > 1:
+        task = dataclasses.replace(task, loss=_with_whole_parameters(task.loss, mesh))
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     batch = task.prepare(frozen, batch)
     gradients, sums = _gradients(
@@ -145,6 +151,20 @@ def train_step(
         "skipped_in_row": new_state.skipped_in_row,
     }
     return new_state, metrics
+
+
+def _with_whole_parameters(loss: Callable, mesh: Mesh) -> Callable:
+    """`loss` with split parameters gathered first, and their gradients summed whole.
+
+    Left to itself, the partitioner carries a kernel's split into the activations it makes, and
+    then moves those between devices: many times the bytes of the parameters.
+    """
+    whole = NamedSharding(mesh, sharding.REPLICATED)
+
+    def gathered(params: Any, *rest: Any) -> tuple[jax.Array, Sums]:
+        return loss(jax.lax.with_sharding_constraint(params, whole), *rest)
+
+    return gathered
 
 
 def _gradients(

@@ -113,6 +113,41 @@ def test_damage_ends_the_run_where_the_config_says_so(tmp_path, made):
     checkpoints.close()
 
 
+def test_another_number_of_devices_restores_every_bit(tmp_path):
+    """FSDP over 8 devices → 1, 2, 4 (some with data parallelism) and back to 8, saved each time."""
+    task = tiny_task(width=16)
+    optimizer = optim.adamw(OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
+
+    def shapes_on(devices, fsdp):
+        mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
+        return state_shapes(task, optimizer, mesh)
+
+    shapes = shapes_on(8, 8)
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    state = jax.jit(lambda key: init_state(task, optimizer, key), out_shardings=places)(
+        jax.random.key(0)
+    )
+    thirds = jax.tree.map(
+        lambda x: x + 1 / 3 if jnp.issubdtype(x.dtype, jnp.floating) else x, state.opt_state
+    )
+    state = dataclasses.replace(state, opt_state=jax.device_put(thirds, places.opt_state))
+    expected = sharding.to_host(state)
+    assert np.asarray(expected.opt_state[0].mu["lm_head"]["kernel"]).any()
+    write(tmp_path, state, [0])
+    for step, (devices, fsdp) in enumerate([(1, 1), (2, 2), (4, 2), (8, 1), (8, 8)], start=1):
+        shapes = shapes_on(devices, fsdp)
+        checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+        restored = checkpoints.restore(shapes)
+        for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(shapes), strict=True):
+            assert leaf.sharding == wanted.sharding
+        kernel = restored.params["lm_head"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (8, 16 // fsdp)
+        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(a, b)
+        checkpoints.save(restored, step=step)
+        checkpoints.close()
+
+
 def test_another_model_in_the_same_directory_is_refused(tmp_path, made):
     _, state = made
     write(tmp_path, state, [2])

@@ -60,6 +60,86 @@ def test_rules_of_beit_base():
     assert lines == GOLDEN.strip().splitlines()
 
 
+TABLE = """
+parameter                              shape     split                bytes on a device
+encoder/blocks/attention/key/kernel    2×32×32   None,None,fsdp                   2,048
+encoder/blocks/attention/proj/bias     2×32      replicated                         256
+encoder/blocks/attention/proj/kernel   2×32×32   None,fsdp,None                   2,048
+encoder/blocks/attention/query/bias    2×32      replicated                         256
+encoder/blocks/attention/query/kernel  2×32×32   None,None,fsdp                   2,048
+encoder/blocks/attention/value/bias    2×32      replicated                         256
+encoder/blocks/attention/value/kernel  2×32×32   None,None,fsdp                   2,048
+encoder/blocks/gamma_1                 2×32      replicated                         256
+encoder/blocks/gamma_2                 2×32      replicated                         256
+encoder/blocks/mlp/fc1/bias            2×64      replicated                         512
+encoder/blocks/mlp/fc1/kernel          2×32×64   None,None,fsdp                   4,096
+encoder/blocks/mlp/fc2/bias            2×32      replicated                         256
+encoder/blocks/mlp/fc2/kernel          2×64×32   None,fsdp,None                   4,096
+encoder/blocks/norm1/bias              2×32      replicated                         256
+encoder/blocks/norm1/scale             2×32      replicated                         256
+encoder/blocks/norm2/bias              2×32      replicated                         256
+encoder/blocks/norm2/scale             2×32      replicated                         256
+encoder/cls_token                      1×1×32    replicated                         128
+encoder/mask_token                     1×1×32    replicated                         128
+encoder/norm/bias                      32        replicated                         128
+encoder/norm/scale                     32        replicated                         128
+encoder/patch_embed/bias               32        replicated                         128
+encoder/patch_embed/kernel             8×8×3×32  None,None,None,fsdp              6,144
+encoder/relative_position_bias/table   52×2      replicated                         416
+lm_head/bias                           64        replicated                         256
+lm_head/kernel                         32×64     None,fsdp                        2,048
+all                                                                              28,960
+"""
+
+
+def test_the_printed_table():
+    """`--config.run.print_sharding`: kernels are in quarters, the rest is whole."""
+    config = jobs.parse_job(tiny.pretrain().to_dict())
+    shapes = masked_image_model(config.model, vocabulary=64).shapes()
+    places = sharding.shardings(shapes, sharding.make_mesh(fsdp=4))
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        places,
+    )
+    assert sharding.table(placed) == TABLE.strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+    """As much of a device as the arrangement looks at."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_between_slices_goes_data_only():
+    """Three slices of four devices, in no order: `fsdp` pairs stay inside a slice."""
+    devices = [SliceDevice(id=i, slice_index=i % 3) for i in range(12)]
+    assert sharding.count_slices(devices) == 3
+    assert sharding.count_slices(jax.devices()) == 1
+    grid = sharding.arrange_slices(devices, fsdp=2)
+    assert grid.shape == (6, 2)
+    assert {device.id for device in grid.flat} == set(range(12))
+    slices = [[device.slice_index for device in row] for row in grid]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2]]
+    with pytest.raises(ConfigError, match=r"run\.fsdp: 8 does not divide the 4 devices of each"):
+        sharding.arrange_slices(devices, fsdp=8)
+
+
+def test_arrays_come_back_whole():
+    mesh = sharding.make_mesh(fsdp=8)
+    tree = {"lm_head": {"kernel": np.arange(32.0, dtype=np.float32).reshape(2, 16)}}
+    placed = jax.device_put(tree, sharding.shardings(tree, mesh))
+    assert placed["lm_head"]["kernel"].addressable_shards[0].data.shape == (2, 2)
+    whole = sharding.to_host(sharding.replicate(tree, mesh)), sharding.to_host(placed)
+    for each in whole:
+        np.testing.assert_array_equal(each["lm_head"]["kernel"], tree["lm_head"]["kernel"])
+
+
 def test_an_axis_that_does_not_divide_is_named():
     mesh = sharding.make_mesh(fsdp=8)
     shapes = {"lm_head": {"kernel": jax.ShapeDtypeStruct((32, 60), jnp.float32)}}

@@ -1,0 +1,155 @@
+"""Small programs, as the TPU compiler writes them, with the sums done by hand."""
+
+import pytest
+
+from beit_jax import hlo
+
+# A loop of 12 with 100 + 20 cycles, 7 cycles around it, and one collective in each place.
+LOOP = """\
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%fused (a: bf16[8,16], b: bf16[16,4]) -> bf16[8,4] {
+  %a = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[16,4]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %dot.1 = bf16[8,4]{1,0:T(8,128)(2,1)} dot(%a, %b), lhs_contracting_dims={1}
+}
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p = (s32[]{:T(128)}, f32[4,8]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[4,8]{1,0:T(8,128)S(1)} get-tuple-element(%p), index=1
+  %product = bf16[8,4]{1,0} fusion(%x, %x), kind=kOutput, calls=%fused, \
+backend_config={"estimated_cycles":"100"}
+  %add.1 = f32[4,8]{1,0} add(%x, %x), backend_config={"estimated_cycles":"20"}
+  %gathered = f32[4,32]{1,0} all-gather(%x), channel_id=1, \
+replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={1}, \
+metadata={op_name="jit(step)/while/body/gather"}
+  ROOT %out = (s32[]{:T(128)}, f32[4,8]{1,0}) tuple(%i, /*index=1*/%add.1)
+}
+
+%condition (q: (s32[], f32[4,8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(12)
+  %q = (s32[]{:T(128)}, f32[4,8]{1,0}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %limit), direction=LT
+}
+
+ENTRY %main.1_spmd (arg: f32[4,8]) -> f32[] {
+  %arg = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %init = (s32[]{:T(128)}, f32[4,8]{1,0}) tuple(%zero, %arg)
+  %loop = (s32[]{:T(128)}, f32[4,8]{1,0}) while(%init), condition=%condition, body=%body
+  %last = f32[4,8]{1,0} get-tuple-element(%loop), index=1
+  %half = bf16[4,8]{1,0} convert(%last), backend_config={"estimated_cycles":"7"}
+  %sum = (bf16[4,8]{1,0}, f32[4,8]{1,0}) all-reduce(%half, %last), channel_id=2, \
+replica_groups=[1,8]<=[8], to_apply=%fused, metadata={op_name="jit(step)/sum"}
+  %order = s32[4,8]{1,0} sort(%last), dimensions={1}, to_apply=%fused
+  %view = f32[8,8]{1,0} custom-call(%last, %last), custom_call_target="ConcatBitcast"
+  %attention.3 = f32[4,8]{1,0} custom-call(%last), custom_call_target="tpu_custom_call"
+  ROOT %result = f32[] constant(0)
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    program = hlo.read(LOOP)
+    assert program.loops == (12,)
+    assert program.cycles == 12 * (100 + 20) + 7
+    assert program.matmul_cycles == 12 * 100
+    assert program.partitions == 8
+
+
+def test_collectives_with_bytes_groups_and_runs():
+    gather, reduce = hlo.read(LOOP).collectives
+    assert (gather.kind, gather.group, gather.runs) == ("all-gather", 4, 12)
+    assert gather.bytes == 4 * (4 * 8 * 4)  # what every device has in the end
+    assert gather.source == "jit(step)/while/body/gather"
+    assert (reduce.kind, reduce.group, reduce.runs) == ("all-reduce", 8, 1)
+    assert reduce.bytes_by_dtype == {"bf16": 64, "f32": 128}
+    assert not gather.overlapped
+
+
+def test_what_has_no_cost_is_named_and_what_does_nothing_is_not():
+    uncosted = {each.name: each for each in hlo.read(LOOP).uncosted}
+    assert uncosted.keys() == {"order", "attention"}
+    assert uncosted["attention"].kernel
+    assert not uncosted["attention"].declared
+    assert not uncosted["order"].kernel
+    assert uncosted["order"].bytes == 2 * 4 * 8 * 4
+
+
+def test_a_kernel_that_declares_its_cost():
+    text = LOOP.replace(
+        'custom_call_target="tpu_custom_call"',
+        'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x",'
+        '"cost_estimate":{"flops":"1000","transcendentals":"5","bytes_accessed":"64"}}}',
+    )
+    kernel = {each.name: each for each in hlo.read(text).uncosted}["attention"]
+    assert (kernel.declared, kernel.flops, kernel.bytes) == (True, 1000, 64)
+
+
+def test_a_condition_that_is_no_counter_counts_the_body_once_and_says_so():
+    program = hlo.read(LOOP.replace("direction=LT", "direction=NE"))
+    assert program.loops == (None,)
+    assert program.cycles == 100 + 20 + 7
+
+
+ASYNC = """\
+HloModule jit_step, num_partitions=4
+
+%part.1 (s: bf16[2,8]) -> bf16[8,8] {
+  %s = bf16[2,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[8,8]{1,0} all-gather(%s), channel_id=9, replica_groups={{0,1,2,3}}
+}
+
+%part.2 (s2: bf16[2,8]) -> bf16[8,8] {
+  %s2 = bf16[2,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[8,8]{1,0} all-gather(%s2), channel_id=9, replica_groups={{0,1,2,3}}
+}
+
+%wrapped (w: f32[16]) -> f32[4] {
+  %w = f32[16]{0} parameter(0)
+  ROOT %rs = f32[4]{0} reduce-scatter(%w), channel_id=5, replica_groups={{0,1},{2,3}}
+}
+
+ENTRY %main (x: bf16[2,8], y: f32[16]) -> bf16[8,8] {
+  %x = bf16[2,8]{1,0} parameter(0)
+  %y = f32[16]{0} parameter(1)
+  %fusion.1 = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%part.1
+  %fusion.2 = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%part.2
+  %start = (f32[16]{0}, f32[16]{0}) all-reduce-start(%y), channel_id=6, replica_groups={}
+  %done = f32[16]{0} all-reduce-done(%start)
+  %scatter = ((f32[16]), f32[4]) async-start(%y), calls=%wrapped
+  %scattered = f32[4]{0} async-done(%scatter), calls=%wrapped
+  %move = (bf16[2,8], bf16[2,8]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  ROOT %moved = bf16[2,8] collective-permute-done(%move)
+}
+"""
+
+
+def test_asynchronous_and_fused_collectives_count_once():
+    found = {
+        each.kind: (each.bytes, each.group, each.overlapped) for each in hlo.read(ASYNC).collectives
+    }
+    assert len(hlo.read(ASYNC).collectives) == 4
+    assert found["all-gather"] == (4 * 2 * 8 * 2, 4, True)
+    assert found["all-reduce"] == (64, 4, True)
+    assert found["reduce-scatter"] == (64, 2, True)
+    assert found["collective-permute"][0] == 32
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[2,3]{1,0:T(8,128)}", {"f32": 24}),
+        ("(bf16[4]{0}, /*index=1*/s32[], pred[3]{0:T(512)})", {"bf16": 8, "s32": 4, "pred": 3}),
+        ("token[]", {}),
+    ],
+)
+def test_shape_bytes(shape, size):
+    assert hlo.shape_bytes(shape) == size
+
+
+def test_not_a_program():
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.read("something else")

@@ -1,0 +1,264 @@
+"""Several real processes on this machine: the same curve, stopped, killed, resumed."""
+
+import itertools
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.multihost.processes import (
+    Run,
+    assert_same_state,
+    evaluations,
+    finish,
+    losses,
+    saved_steps,
+    values,
+)
+from tests.tasks import tiny
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """61 pictures: not a multiple of anything."""
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(61):
+        small = rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)
+        Image.fromarray(small).resize((60, 50)).save(folder / f"{i:02}.png")
+    return folder
+
+
+def test_same_curve_and_every_image_read_once(photographs, tmp_path):
+    """Pre-training from a folder with 1, 2 and 4 processes, FSDP over two of the four."""
+    config = tiny.pretrain()
+    config.run.steps = 7
+    config.model.layers = 1
+    config.data.source = f"folder:{photographs}"
+    config.data.holdout = 13
+    for count in (1, 2, 4):
+        config.run.fsdp, config.run.picture_every = (2, 5) if count == 4 else (1, 0)
+        finish(tmp_path / str(count), config.to_dict(), count=count)
+    alone = losses(tmp_path / "1")
+    assert list(alone) == list(range(1, 8))
+    assert alone[7] < alone[1]
+    summary = json.loads((tmp_path / "1/summary.json").read_text())
+    for count in (2, 4):
+        curve = losses(tmp_path / str(count))
+        # Only the order of summation differs.
+        np.testing.assert_allclose(list(curve.values()), list(alone.values()), rtol=2e-4)
+        other = json.loads((tmp_path / str(count) / "summary.json").read_text())
+        assert other["loss"] == pytest.approx(summary["loss"], rel=2e-4)
+        for name in ("token_entropy", "majority_accuracy", "codes_used", "steps"):
+            assert other[name] == summary[name], name
+        assert (tmp_path / str(count) / "reconstruction.png").exists()
+
+    # Step for step, the processes' shares put together are what one process reads.
+    def read(count):
+        shares = [
+            [json.loads(line) for line in (tmp_path / f"{count}.{i}.indices").open()][:7]
+            for i in range(count)
+        ]
+        return [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)]
+
+    assert read(1) == read(2) == read(4)
+    seen = list(itertools.chain(*read(1)))
+    assert len(set(seen[:48])) == 48  # an epoch without overlap and without a gap
+
+    # Process 0 writes; of the others only their part of a checkpoint.
+    written = {i: set((tmp_path / f"4.{i}.writes").read_text().split()) for i in range(4)}
+    assert {"metrics.jsonl", "summary.json", "config.json"} <= written[0]
+    for i in (1, 2, 3):
+        assert not [path for path in written[i] if not path.startswith("checkpoints/")]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run of two processes, with FSDP."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    finish(workdir, values(run__fsdp=2, run__eval_every=10), count=2)
+    return workdir
+
+
+def test_sigterm_saves_the_same_step_everywhere_and_resumes_bit_exactly(straight, tmp_path):
+    workdir = tmp_path / "run"
+    config = values(run__fsdp=2, run__eval_every=10)
+    with Run(workdir, config | {"step_seconds": 0.4}, count=2) as run:
+        run.wait_for_text("step  4/20")
+        run.processes[1].send_signal(signal.SIGTERM)  # process 0 is told by process 1
+        assert run.wait() == {0: 75, 1: 75}, run.everything()
+        said = [line for i in (0, 1) for line in run.output(i).splitlines() if "saved at" in line]
+    assert len(said) == 2
+    assert said[0] == said[1]
+    (step,) = saved_steps(workdir)
+    assert 4 <= step < 20
+    assert f"saved at step {step};" in said[0]
+
+    run = finish(workdir, config, count=2)
+    assert f"resumed at step {step} of 20" in run.output(0)
+    assert losses(workdir) == losses(straight)
+    assert evaluations(workdir) == evaluations(straight)
+    assert_same_state(workdir, straight)
+
+
+def test_a_damaged_checkpoint_is_left_by_all(straight, tmp_path):
+    """The newest is cut off; both hosts take the one before, and arrive where the others did."""
+    workdir = tmp_path / "run"
+    config = values(run__fsdp=2, run__eval_every=10)
+    finish(workdir, values(run__fsdp=2, run__eval_every=10, run__checkpoint_every=10), count=2)
+    assert saved_steps(workdir) == [10, 20]
+    for path in (workdir / "checkpoints/20/state").rglob("*"):
+        if path.is_file() and "/d/" in str(path):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    run = finish(workdir, config, count=2)
+    for i in (0, 1):
+        assert "checkpoint 20 in" in run.output(i)
+        assert "resumed at step 10 of 20" in run.output(i)
+    (aside,) = (workdir / "unreadable_checkpoints").iterdir()
+    assert aside.name.startswith("20-")
+    assert_same_state(workdir, straight)
+
+
+def test_the_clock_of_one_host_decides_for_all(tmp_path):
+    config = values(run__checkpoint_minutes=1e-9, run__log_every=5)
+    finish(tmp_path / "run", config, count=2)
+    assert saved_steps(tmp_path / "run") == [10, 15, 20]
+
+
+def test_sigterm_breaks_off_an_evaluation(tmp_path):
+    config = values(run__eval_every=5, evaluation_seconds=2.0)
+    with Run(tmp_path / "run", config, count=2) as run:
+        run.wait_for_text("step  5/20")
+        run.processes[0].send_signal(signal.SIGTERM)
+        assert run.wait() == {0: 75, 1: 75}, run.everything()
+    assert saved_steps(tmp_path / "run") == [5]
+    assert "eval_loss" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_sigterm_before_the_first_step_leaves_at_once(tmp_path):
+    with Run(tmp_path / "run", values(compile_seconds=120.0), count=2) as run:
+        run.wait_for_text("parameters; 2", index=1)
+        time.sleep(3)  # "compiling" by now
+        began = time.monotonic()
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.wait() == {0: 75, 1: 75}, run.everything()
+    assert time.monotonic() - began < 60
+    assert "process 1" in run.output(0)
+    assert "nothing to save; the same command continues" in run.output(0)
+
+
+def test_one_process_is_stopped_and_resumed_the_same_way(tmp_path):
+    finish(tmp_path / "straight", values(), count=1)
+    with Run(tmp_path / "run", values(step_seconds=0.4), count=1) as run:
+        run.wait_for_text("step  3/20")
+        run.processes[0].send_signal(signal.SIGTERM)
+        assert run.wait() == {0: 75}, run.everything()
+    finish(tmp_path / "run", values(), count=1)
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert_same_state(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_second_sigterm_leaves_at_once(tmp_path):
+    with Run(tmp_path / "run", values(step_seconds=10.0), count=1) as run:
+        run.wait_for_text("compiled the train step")
+        time.sleep(1)
+        run.processes[0].send_signal(signal.SIGTERM)
+        run.wait_for_text("saving before the next step")
+        began = time.monotonic()
+        run.processes[0].send_signal(signal.SIGTERM)
+        assert run.wait() == {0: 75}, run.everything()
+    assert time.monotonic() - began < 8
+    assert "second SIGTERM, leaving without saving" in run.output(0)
+
+
+def test_killing_one_ends_the_others_with_its_name(tmp_path):
+    config = values(step_seconds=0.2, run__steps=10_000, run__batch_size=9)
+    with Run(tmp_path / "run", config, count=3, heartbeat_timeout=8.0) as run:
+        run.wait_for_text("step     3/10000")
+        run.processes[2].kill()
+        began = time.monotonic()
+        assert run.wait() == {0: 69, 1: 69, 2: -9}, run.everything()
+    assert time.monotonic() - began < 90
+    for i in (0, 1):
+        (error,) = run.errors(i)
+        assert "lost process 2 (" in error
+        assert "not heard of for 8 s" in error
+
+
+def test_killing_the_coordinator_ends_the_others_too(tmp_path):
+    config = values(step_seconds=0.2, run__steps=10_000)
+    with Run(tmp_path / "run", config, count=2, heartbeat_timeout=8.0) as run:
+        run.wait_for_text("step     3/10000")
+        run.processes[0].kill()
+        assert run.wait(timeout=90) == {0: -9, 1: 69}, run.everything()
+    (error,) = run.errors(1)
+    assert "lost process 0 (" in error
+
+
+def test_what_one_can_not_read_ends_all(tmp_path):
+    """Bad data on one host only; nobody waits for it in a collective."""
+    config = values(fail_process=1, fail_step=4)
+    with Run(tmp_path / "run", config, count=2) as run:
+        assert run.wait() == {0: 2, 1: 2}, run.everything()
+    assert run.errors(1) == ["error: half of the images can't be decoded"]
+    (error,) = run.errors(0)
+    assert "process 1 (" in error
+    assert "half of the images can't be decoded" in error
+
+
+def test_hosts_that_disagree_are_named(tmp_path):
+    with Run(
+        tmp_path / "run",
+        None,
+        count=2,
+        change=lambda index: values(run__seed=index),
+    ) as run:
+        assert run.wait() == {0: 2, 1: 2}, run.everything()
+    for i in (0, 1):
+        (error,) = run.errors(i)
+        assert "config.run.seed: 0 on process 0 (" in error
+        assert "1 on process 1 (" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_who_does_not_start_is_named(tmp_path):
+    with Run(tmp_path / "run", values(), count=3, only=[0, 2], start_timeout=15.0) as run:
+        assert run.wait() == {0: 69, 2: 69}, run.everything()
+    for i in (0, 2):
+        (error,) = run.errors(i)
+        assert "1 of 3 processes did not start within 15 s: process 1" in error
+    with Run(tmp_path / "run", values(), count=2, only=[1], start_timeout=3.0) as run:
+        assert run.wait() == {1: 69}, run.everything()
+    assert "no answer from process 0 at 127.0.0.1" in run.errors(1)[0]
+
+
+def test_a_cpu_is_not_taken_for_a_tpu(tmp_path):
+    with Run(tmp_path / "run", values(), count=1, platform="tpu") as run:
+        assert run.wait() == {0: 2}, run.everything()
+    (error,) = run.errors(0)
+    assert "expected tpu (--platform=tpu), but JAX on" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_number_of_hosts_continues_a_run(straight, tmp_path):
+    """Two processes with FSDP → one → four with FSDP; the curve is the uninterrupted one."""
+    workdir = tmp_path / "run"
+    for steps, count, fsdp in ((8, 2, 2), (14, 1, 1), (20, 4, 4)):
+        # The schedule is that of 20 steps: the run is stopped, not shortened.
+        config = values(run__fsdp=fsdp, run__eval_every=10, step_seconds=0.0)
+        if steps == 20:
+            finish(workdir, config, count=count)
+            continue
+        with Run(workdir, config | {"step_seconds": 0.5}, count=count) as run:
+            run.wait_for_text(f"step {steps - 4:>2}/20")
+            run.processes[0].send_signal(signal.SIGTERM)
+            assert set(run.wait().values()) == {75}, run.everything()
+    assert losses(workdir).keys() == losses(straight).keys()
+    np.testing.assert_allclose(
+        list(losses(workdir).values()), list(losses(straight).values()), rtol=1e-4
+    )

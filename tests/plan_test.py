@@ -1,0 +1,316 @@
+"""`--plan`: exact counts, an honest model of time, and the compiler's own numbers for memory.
+
+What needs libtpu (`pip install libtpu`) is skipped without it.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from beit_jax import ahead_of_time, hlo, jobs, plan, slices
+from beit_jax.config import ConfigError
+from beit_jax.tasks import pretrain
+from beit_jax.tokenizers.loading import open_tokenizer
+from beit_jax.training import sharding
+from configs import beit_base, beit_large
+from tests.tasks import tiny
+
+needs_libtpu = pytest.mark.skipif(
+    not ahead_of_time.have_compiler(), reason="libtpu, which holds the TPU compiler, isn't there"
+)
+
+
+def config_of(values, **settings):
+    values.update_from_flattened_dict(settings)
+    return jobs.parse_job(values.to_dict())
+
+
+def tiny_config(**settings):
+    return config_of(tiny.pretrain(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters", "encoder", "student"),
+    # Counted by hand from the paper's architecture: 2 FLOPs per multiply-add, 75 patches scored,
+    # no gradient with respect to pixels.
+    [(beit_base, 91_965_776, 35.13, 107.98), (beit_large, 311_534_016, 123.11, 372.8)],
+)
+def test_parameters_and_flops_of_the_recipes(recipe, parameters, encoder, student):
+    work = plan.workload(config_of(recipe.get_config()))
+    assert work.parameters["encoder"] + work.parameters["head"] == parameters
+    assert work.flops["encoder"] / 1e9 == pytest.approx(encoder, abs=0.01)
+    assert work.flops["student"] / 1e9 == pytest.approx(student, abs=0.05)
+    assert work.flops["tokenizer"] / 1e9 == pytest.approx(52.12, abs=0.01)
+    assert work.flops["step"] == work.flops["student"] + work.flops["tokenizer"]
+    assert work.input_bytes == 224 * 224 * 3 + 112 * 112 * 3 + 14 * 14
+
+
+def test_flops_are_those_that_the_run_measures_itself_with():
+    config = config_of(beit_base.get_config())
+    tokenizer = open_tokenizer(config.tokenizer)
+    model = pretrain.masked_image_model(config.model, vocabulary=tokenizer.vocabulary)
+    logged = pretrain.flops_per_image(model, tokenizer, config=config, slots=75)
+    # The run's figure counts the pixels' gradient, which nobody computes: 0.1 %.
+    assert plan.workload(config).flops["step"] == pytest.approx(logged, rel=2e-3)
+
+
+def test_days_and_input_follow_from_the_speed():
+    """BEiT-B's 500k steps at 45 % of peak on 32 v4 chips take 11.5 h without the tokenizer's..."""
+    made = plan.make_plan(
+        config_of(beit_base.get_config()), slices.parse_slice("v4-64"), program="none"
+    )
+    # ... work; with it, FLOPs / (chips × peak × share) seconds.
+    low, high = made.images_per_second
+    assert high == pytest.approx(0.55 * 32 * 275e12 / 160.1e9, rel=1e-3)
+    assert made.days[0] == pytest.approx(500_000 * 2048 / high / 86400)
+    assert made.days[1] == pytest.approx(500_000 * 2048 / low / 86400)
+    assert made.host_images_per_second == pytest.approx(high / 8)
+    assert made.host_bytes_per_second == pytest.approx(high / 8 * 188_356)
+    assert made.time is None
+    assert made.memory.needed is None
+    assert "libtpu is not installed" in plan.table(made)
+
+
+def test_state_on_a_chip():
+    """Float32 parameters and two moments; the fsdp axis splits the matrices."""
+    config = config_of(beit_large.get_config())
+    place = slices.parse_slice("v4-128")
+    whole = plan.memory_of_state(config, place)
+    assert whole.parameters == 4 * 311_534_016
+    assert whole.optimizer == pytest.approx(8 * 311_534_016, rel=1e-6)
+    assert whole.tokenizer == 4 * 53_786_240
+    assert whole.batch == 32 * 188_356
+    split = plan.memory_of_state(
+        dataclasses.replace(config, run=dataclasses.replace(config.run, fsdp=8)), place
+    )
+    assert whole.parameters / 8 < split.parameters < whole.parameters / 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "message"),
+    [
+        ({"run.batch_size": 12}, "v5litepod-8", "config.run.batch_size: 12 does not divide"),
+        ({"run.batch_size": 24, "optimizer.accumulate": 2}, "v5litepod-8", "accumulate = 2"),
+        ({"run.batch_size": 64, "run.fsdp": 3}, "v5litepod-8", "config.run.fsdp: 3"),
+    ],
+)
+def test_what_does_not_divide_is_known_at_once(settings, name, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        plan.run(tiny_config(**settings), slices=slices.parse_slices(name), workdir=str(tmp_path))
+
+
+def test_only_pretraining(tmp_path):
+    with pytest.raises(ConfigError, match="only pre-training"):
+        plan.run(
+            jobs.parse_job(tiny.tokenizer().to_dict()),
+            slices=slices.parse_slices("v4-8"),
+            workdir=str(tmp_path),
+        )
+
+
+def test_without_libtpu_the_analytic_part_and_a_word_about_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "have_compiler", lambda: False)
+    made = plan.run(
+        tiny_config(**{"run.batch_size": 64}),
+        slices=slices.parse_slices("v4-8,v6e-8"),
+        workdir=str(tmp_path),
+    )
+    printed = capsys.readouterr().out
+    assert "libtpu is not installed" in printed
+    assert "A model, not a measurement" in printed
+    assert printed.count("FLOPs per image") == 2
+    assert printed.count("\nv4-8 ") == 1  # the comparison's line
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert [each["slice"] for each in written] == ["v4-8", "v6e-8"]
+    assert written[0]["workload"]["parameters"] == made[0].workload.parameters
+    assert written[0]["time"] is None
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total"
+            " memory required for HLO temporaries (80.00G) exceeds available HBM (30.75G). HLO",
+            80,
+        ),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_the_compilers_complaint(message, gib):
+    found = ahead_of_time.memory_exceeded(message)
+    assert found == (None if gib is None else gib * 2**30)
+
+
+def collective(kind, size, *, runs=1, group=64, overlapped=False):
+    return hlo.Collective(
+        kind=kind,
+        bytes=size,
+        bytes_by_dtype={"f32": size},
+        group=group,
+        runs=runs,
+        overlapped=overlapped,
+        source="",
+    )
+
+
+def program(**fields):
+    defaults = dict(
+        cycles=105e6, matmul_cycles=50e6, collectives=(), uncosted=(), loops=(), partitions=64
+    )
+    return hlo.Program(**(defaults | fields))
+
+
+def test_time_is_cycles_over_the_clock_and_bytes_over_the_links():
+    place = slices.parse_slice("v4-128")  # 1050 MHz, 6 links of 45 GB/s
+    gradients = collective("all-reduce", 368e6)
+    assert plan.collective_seconds(gradients, place) == pytest.approx(
+        2 * 368e6 * 63 / 64 / (6 * 45e9)
+    )
+    time = plan.step_time(
+        program(collectives=(gradients,)), place, flops_per_chip=2.75e12, hbm_bytes=12e9
+    )
+    assert time.cycles == pytest.approx(0.1)
+    assert time.compute_at_peak == pytest.approx(0.01)
+    assert time.hbm == pytest.approx(0.01)
+    assert time.seconds == pytest.approx(0.1 + 2.68e-3, rel=1e-3)
+    assert time.likely[0] < time.seconds < time.likely[1]
+
+
+def test_what_overlaps_is_hidden_until_it_is_longer_than_the_work():
+    place = slices.parse_slice("v4-128")
+
+    def seconds(size):
+        gather = collective("all-gather", size, overlapped=True)
+        made = plan.step_time(
+            program(collectives=(gather,)), place, flops_per_chip=1, hbm_bytes=None
+        )
+        return made.seconds
+
+    assert seconds(1e9) == pytest.approx(0.1)
+    assert seconds(1e12) == pytest.approx(1e12 * 63 / 64 / 270e9)
+
+
+def test_a_kernel_costs_what_it_declares_or_is_reported():
+    place = slices.parse_slice("v4-8")
+    kernel = hlo.Uncosted(
+        name="attention", kernel=True, runs=12, bytes=1.2e9, flops=0, declared=True
+    )
+    time = plan.step_time(program(uncosted=(kernel,)), place, flops_per_chip=1, hbm_bytes=None)
+    assert time.cycles == pytest.approx(0.1 + 1e-3 / plan.KERNEL_EFFICIENCY)
+    silent = dataclasses.replace(kernel, declared=False)
+    config = tiny_config(**{"run.batch_size": 64})
+    compiled = ahead_of_time.Compiled(needed=1e9, program=program(uncosted=(silent,)))
+    made = plan.assemble(config, place, compiled=compiled, described="")
+    assert any("without a cost" in line and "attention" in line for line in made.advice)
+
+
+@pytest.mark.parametrize(
+    ("needed", "words"),
+    [
+        (40 * 2**30, ["does not fit", "9.25 GiB too much", "accumulate = 2", "remat"]),
+        (100 * 2**30, ["69.25 GiB too much", "accumulate = 4"]),
+        (1 * 2**30, ["3% of the memory"]),
+        (20 * 2**30, []),
+    ],
+)
+def test_advice(needed, words):
+    config = tiny_config(**{"run.batch_size": 64})
+    place = slices.parse_slice("v4-8")
+    compiled = ahead_of_time.Compiled(needed=needed, program=program())
+    made = plan.assemble(config, place, compiled=compiled, described="")
+    advice = "\n".join(made.advice)
+    for each in words:
+        assert each in advice
+    assert made.memory.fits is (needed < 30.75 * 2**30)
+    assert ("DOES NOT FIT" in plan.table(made)) is (needed > 30.75 * 2**30)
+
+
+def test_shallow_programs_continue_in_a_straight_line(monkeypatch):
+    def compiled(config, place):
+        n = config.model.layers
+        assert config.model.scan_unroll == n
+        return ahead_of_time.Compiled(
+            needed=10 + n,
+            arguments=n,
+            temporary=2 * n,
+            code=n,
+            hbm_bytes=7 * n,
+            program=program(
+                cycles=100 + 30 * n,
+                matmul_cycles=5 * n,
+                collectives=(
+                    *[collective("all-reduce", 4 * n)] * (n // 2),
+                    collective("all-gather", 3, group=8),
+                ),
+            ),
+        )
+
+    monkeypatch.setattr(ahead_of_time, "compile_step", compiled)
+    config = tiny_config(**{"model.layers": 12})
+    made = ahead_of_time.compile_shallow(config, slices.parse_slice("v4-8"))
+    assert (made.needed, made.arguments, made.temporary, made.hbm_bytes) == (22, 12, 24, 84)
+    assert made.program.cycles == 100 + 30 * 12
+    total = {each.kind: each.bytes * each.runs for each in made.program.collectives}
+    assert total == {"all-reduce": pytest.approx(8 + 5 * (32 - 8)), "all-gather": 3}
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_memory_and_collectives_are_the_compilers():
+    config = tiny_config(**{"run.batch_size": 64, "model.dtype": "bfloat16"})
+    place = slices.parse_slice("v4-16")
+    made = plan.make_plan(config, place, program="full")
+    mesh = sharding.make_mesh(fsdp=1, devices=ahead_of_time.devices(place))
+    size = ahead_of_time.lower_step(config, mesh).compile().memory_analysis()
+    assert made.memory.temporary == size.temp_size_in_bytes
+    assert made.memory.needed == (
+        size.argument_size_in_bytes
+        + size.output_size_in_bytes
+        - size.alias_size_in_bytes
+        + size.temp_size_in_bytes
+        + size.generated_code_size_in_bytes
+    )
+    parameters = sum(made.workload.parameters[name] for name in ("encoder", "head"))
+    held = made.memory.parameters + made.memory.optimizer + made.memory.tokenizer
+    assert held < made.memory.arguments < 3 * held  # tiny arrays are padded to whole tiles
+    # Data parallelism sums the gradients, in bfloat16 or float32, and a few scalars: no more.
+    (reduced,) = made.collectives
+    assert reduced.kind == "all-reduce"
+    assert 2 * parameters < reduced.bytes < 4.1 * parameters
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_fsdp_gathers_parameters_and_moves_no_activations():
+    config = tiny_config(
+        **{"run.batch_size": 64, "run.fsdp": 8, "model.dtype": "bfloat16", "model.scan_unroll": 2}
+    )
+    made = plan.make_plan(config, slices.parse_slice("v5litepod-8"), program="full")
+    parameters = sum(made.workload.parameters[name] for name in ("encoder", "head"))
+    moved = {each.kind: each.bytes for each in made.collectives}
+    assert moved.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert moved["all-gather"] <= 4 * parameters
+    assert sum(moved.values()) - moved["all-gather"] <= 4.1 * parameters
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_too_big_says_by_how_much():
+    config = tiny_config(**{"run.batch_size": 2**17, "model.layers": 1, "model.dtype": "bfloat16"})
+    made = plan.make_plan(config, slices.parse_slice("v5litepod-1"), program="full")
+    assert made.memory.fits is False
+    assert made.memory.needed > made.memory.available
+    assert "too much" in made.advice[0]
+    assert made.bound.startswith("memory")
+
+
+def test_auto_dtype_is_that_of_the_slice_not_of_this_machine():
+    assert jax.default_backend() == "cpu"
+    config = plan.for_tpu(tiny_config())
+    assert config.model.dtype == "bfloat16"
+    assert plan.for_tpu(tiny_config(**{"model.dtype": "float32"})).model.dtype == "float32"
+    assert jnp.dtype(config.tokenizer.dtype) == jnp.float32
