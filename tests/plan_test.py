@@ -276,7 +276,7 @@ def test_memory_and_collectives_are_the_compilers():
     )
     parameters = sum(made.workload.parameters[name] for name in ("encoder", "head"))
     held = made.memory.parameters + made.memory.optimizer + made.memory.tokenizer
-    assert held < made.memory.arguments < 3 * held  # tiny arrays are padded to whole tiles
+    assert held < made.memory.arguments  # and the batch, and padding to whole tiles
     # Data parallelism sums the gradients, in bfloat16 or float32, and a few scalars: no more.
     (reduced,) = made.collectives
     assert reduced.kind == "all-reduce"
@@ -300,7 +300,8 @@ def test_fsdp_gathers_parameters_and_moves_no_activations():
 @needs_libtpu
 @pytest.mark.slow
 def test_too_big_says_by_how_much():
-    config = tiny_config(**{"run.batch_size": 2**17, "model.layers": 1, "model.dtype": "bfloat16"})
+    # 32 × 2²⁵ weights twice, four bytes, three times with Adam's moments: 24 GiB.
+    config = tiny_config(**{"run.batch_size": 1, "model.layers": 1, "model.mlp_width": 2**25})
     made = plan.make_plan(config, slices.parse_slice("v5litepod-1"), program="full")
     assert made.memory.fits is False
     assert made.memory.needed > made.memory.available

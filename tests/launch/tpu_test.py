@@ -487,7 +487,7 @@ def test_preempted(cloud):
 
 @pytest.mark.parametrize("status", ["75", "69"])
 def test_told_to_leave(cloud, status):
-    """75 (told to leave) or 69 (lost another host), machines still there: main.py again, on them."""
+    """Told to leave (75) or lost another host (69): main.py again, on the same machines."""
     cloud.plan(status, "0")
     result = cloud.run("up", *WHERE, *QUICK, "--type=v4-16", "--", *ARGUMENTS)
     assert result.returncode == 0, result.stderr
