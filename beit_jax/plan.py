@@ -21,10 +21,12 @@ What the numbers are:
   have no cycles and are listed; so is a Pallas kernel that declares no cost.
 
 `--plan_program` says which program is compiled. "full" is the one that runs: minutes for an
-unrolled one (BEiT-B 6, BEiT-L 12 on two cores). "shallow" compiles the same step with 2 and with 4
-layers, all unrolled, and continues the straight line to the model's depth. On BEiT-B its time came
-within 3 % of the full program's (v4, 64 images per chip: 127.2 for 123.9 ms) and its temporary
-memory within 0.2 %; rolled, the program takes 165 ms and 1.6 times the memory.
+unrolled one (BEiT-B 6, BEiT-L 12 on two quiet cores). "shallow" compiles the same step with 2 and
+with 4 layers, all unrolled, and continues the straight line to the model's depth. On v4 its time
+came within 4 % of the full program's (BEiT-B at 64 images per chip 127 for 124 ms, BEiT-L at 32:
+162 for 169 ms) and its memory within 0.5 %. A rolled scan would be no stand-in: 165 ms and 1.6
+times the temporary memory for BEiT-B. Where a shallow plan is a few per cent over the memory, ask
+for the full one: the compiler recomputes to make a program fit.
 """
 
 import dataclasses

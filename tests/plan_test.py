@@ -298,6 +298,18 @@ def test_fsdp_gathers_parameters_and_moves_no_activations():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("name", ["v4-128", "v5litepod-16", "v5p-256", "v6e-8"])
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_every_fsdp_that_divides_finds_its_place_on_the_slice(name, fsdp):
+    """Also where it is no whole axis of the torus: 8 on 4 × 4 × 4."""
+    place = slices.parse_slice(name)
+    devices = ahead_of_time.devices(place)
+    mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)
+    assert dict(mesh.shape) == {"data": place.chips // fsdp, "fsdp": fsdp}
+    assert len({device.process_index for device in devices}) == place.hosts
+
+
+@needs_libtpu
 @pytest.mark.slow
 def test_too_big_says_by_how_much():
     # 32 × 2²⁵ weights twice, four bytes, three times with Adam's moments: 24 GiB.

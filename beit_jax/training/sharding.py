@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from beit_jax.config import check
+from beit_jax.config import ConfigError, check
 from beit_jax.training.optim import by_rules, path_name
 
 DATA, FSDP = "data", "fsdp"
@@ -52,10 +52,12 @@ def make_mesh(*, fsdp: int, devices: list | None = None) -> Mesh:
         return Mesh(
             arrange_slices(devices, fsdp=fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2
         )
-    # Auto on purpose: explicit sharding, the default now, would put shardings into the models.
-    return jax.make_mesh(
-        (n // fsdp, fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices
+    # Split: groups of 8 on 4 × 4 × 4 chips are half a plane, which JAX refuses unless asked.
+    grid = mesh_utils.create_device_mesh(
+        (n // fsdp, fsdp), devices=devices, allow_split_physical_axes=fsdp > 1
     )
+    # Auto on purpose: explicit sharding, the default now, would put shardings into the models.
+    return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
 def count_slices(devices: list) -> int:
@@ -94,7 +96,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
       mesh: from `make_mesh`.
 
     Raises:
-      ValueError: a leaf without a rule, or an axis that its mesh axis does not divide.
+      ValueError: a leaf without a rule.
+      ConfigError: an axis that its mesh axis does not divide.
     """
     specs = by_rules(tree, SHARDING_RULES, what="sharding")
     wrong = []
@@ -107,7 +110,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
     placed = jax.tree_util.tree_map_with_path(place, tree, specs)
     if wrong:
-        raise ValueError(f"config.run.fsdp does not divide: {'; '.join(wrong)}")
+        raise ConfigError(f"config.run.fsdp: does not divide {'; '.join(wrong)}")
     return placed
 
 
