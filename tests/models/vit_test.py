@@ -227,7 +227,7 @@ def test_wrong_sizes_are_named():
 
 
 def test_flops_of_base_and_large():
-    """spec: 35.13 and 123.11 GFLOP forward at 224."""
+    """By hand: 35.13 and 123.11 GFLOP forward at 224."""
     base = ModelConfig(layers=12, width=768, heads=12, mlp_width=3072)
     large = ModelConfig(layers=24, width=1024, heads=16, mlp_width=4096)
     assert abs(vit.encoder_flops(base) / 1e9 - 35.13) < 0.01

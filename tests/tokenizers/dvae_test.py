@@ -1,4 +1,4 @@
-"""The own discrete VAE against a PyTorch reference built here from the spec's facts."""
+"""The own discrete VAE against a PyTorch reference written here after the official module."""
 
 import math
 

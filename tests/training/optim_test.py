@@ -27,7 +27,7 @@ TINY = ModelConfig(
 
 
 def official_schedule(*, base, final, steps, warmup):
-    """utils.py:383-400, from the spec: two arrays, one after the other."""
+    """utils.py:383-400: two arrays, one after the other."""
     rising = np.linspace(0, base, warmup)
     i = np.arange(steps - warmup)
     falling = final + 0.5 * (base - final) * (1 + np.cos(np.pi * i / len(i)))
