@@ -20,7 +20,7 @@ ORDER = [
     ("data",),
     ("tokenizers",),
     ("models",),
-    ("config", "hlo"),
+    ("config", "files", "hlo"),
 ]
 
 

@@ -23,6 +23,7 @@ from absl import logging
 from etils import epath
 
 from beit_jax.config import ConfigError, TokenizerConfig
+from beit_jax.files import write_whole
 from beit_jax.models.functional import Params, flatten, unflatten
 from beit_jax.tokenizers.dalle import dalle_tokenizer
 from beit_jax.tokenizers.dvae import dvae_tokenizer
@@ -130,14 +131,7 @@ def save_params(path: str | os.PathLike, params: Params, *, config: TokenizerCon
     # image_size says what the weights were made for; nothing checks it.
     settings = {key: getattr(config, key) for key in (*SETTINGS[config.kind], "image_size")}
     content = safetensors.numpy.save(tensors, metadata={METADATA_KEY: json.dumps(settings)})
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content)
 
 
 def _read(config: TokenizerConfig, *, name: str) -> bytes:

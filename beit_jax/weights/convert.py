@@ -19,6 +19,7 @@ from absl import logging
 from etils import epath
 
 from beit_jax.config import one_of
+from beit_jax.files import write_whole
 from beit_jax.models.functional import Params, flatten, unflatten
 from beit_jax.weights import adapt, foreign, hugging_face, keys, native, timm, unilm
 from beit_jax.weights.description import Description, describe, to_config
@@ -263,7 +264,7 @@ def write_safetensors(
     """Writes float32 tensors; readers see the old file or the whole new one."""
     # safetensors writes the bytes as they lie in memory: a transposed view would come out wrong.
     tensors = {key: np.array(array, np.float32, order="C") for key, array in state.items()}
-    _write(path, safetensors.numpy.save(tensors, metadata=metadata))
+    write_whole(path, safetensors.numpy.save(tensors, metadata=metadata))
 
 
 def _write_hugging_face(
@@ -284,8 +285,8 @@ def _write_hugging_face(
         ("config.json", hugging_face.config_json(description)),
         ("preprocessor_config.json", hugging_face.preprocessor_json(description)),
     ):
-        _write(str(path / name), (json.dumps(value, indent=2) + "\n").encode())
-    _write(str(path / "README.md"), card.encode())
+        write_whole(path / name, (json.dumps(value, indent=2) + "\n").encode())
+    write_whole(path / "README.md", card.encode())
     # "format" is what transformers looks for first.
     write_safetensors(str(path / "model.safetensors"), state, metadata={"format": "pt"})
 
@@ -305,17 +306,6 @@ def _summary(source: str) -> dict[str, Any]:
                     continue
             return numbers
     return {}
-
-
-def _write(path: str, content: bytes) -> None:
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f"{target.name}.tmp"
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _require_suffix(output: str, suffix: str) -> None:
