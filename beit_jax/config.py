@@ -263,11 +263,12 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where images come from and what becomes of them.
+class SourceConfig:
+    """Where images come from, and how they are read.
 
-    `source`: "embedded[:N]" (made by code), "folder:PATH" (images at any depth, local or gs://),
-    "tfds:NAME" (any TFDS data set with an image feature).
+    `source`: "embedded[:N]" (made by code), "folder:PATH" (images at any depth, local or gs://; the
+    first folder under PATH is an image's class, for jobs that need one), "tfds:NAME" (any TFDS data
+    set with an image feature).
     `eval_source`: the held-out images; "" withholds `holdout` images of `source` from training
     (embedded and folder sources).
     """
@@ -277,24 +278,103 @@ class DataConfig:
     eval_source: str = ""
     eval_split: str = "validation"  # tfds only
     holdout: int = 0  # images of `source` kept for evaluation where eval_source is ""
-    image_size: int = 224  # view 1, for the encoder
-    token_image_size: int = 112  # view 2, for the tokenizer
+    image_size: int = 224  # what the encoder is given
     normalization: str = "half"  # "half": mean = std = 0.5; "imagenet"
     max_bad_share: float = 0.01  # of the images read; more that can't be decoded end the run
     exif_orientation: bool = True  # turn photographs upright; the official loader does not
     workers: int = 0  # parallel decoders; 0: as many as cores
     prefetch: int = 2  # batches ahead
-    augment: AugmentConfig = AugmentConfig()
-    mask: MaskConfig = MaskConfig()
 
     def __post_init__(self):
         one_of(self.normalization, "normalization", "half", "imagenet")
         check(self.image_size > 0, "image_size", "must be positive")
-        check(self.token_image_size > 0, "token_image_size", "must be positive")
         check(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
         check(self.holdout >= 0, "holdout", "must not be negative")
         check(self.workers >= 0, "workers", "must not be negative")
         check(self.prefetch >= 0, "prefetch", "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    """Images for pre-training, and what becomes of them: two views and a mask."""
+
+    token_image_size: int = 112  # view 2, for the tokenizer
+    augment: AugmentConfig = AugmentConfig()
+    mask: MaskConfig = MaskConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.token_image_size > 0, "token_image_size", "must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyAugmentConfig:
+    """Training views for classification (timm 0.3.2's `create_transform`, datasets.py:127-169).
+
+    Crop and flip, RandAugment ("rand-m9-mstd0.5-inc1" is the default), random erasing. Colour
+    jitter is not in the recipe: timm leaves it out where RandAugment is on.
+    """
+
+    min_crop_scale: float = 0.08  # area share of the crop
+    max_crop_scale: float = 1.0
+    interpolation: str = "bicubic"  # of the crop; "bilinear" in the linear probe
+    flip: bool = True
+    operations: int = 2  # of RandAugment, per image; 0: no RandAugment
+    magnitude: float = 9.0  # of 10
+    magnitude_std: float = 0.5
+    operation_probability: float = 0.5
+    erase_probability: float = 0.25  # a box of noise, after normalisation; 0: no erasing
+    eval_crop: float | None = None  # share of the resized side; None: 224/256 under 384, else 1
+
+    def __post_init__(self):
+        check(
+            0 < self.min_crop_scale <= self.max_crop_scale <= 1,
+            "min_crop_scale",
+            f"need 0 < min_crop_scale <= max_crop_scale <= 1, got {self.min_crop_scale} and "
+            f"{self.max_crop_scale}",
+        )
+        one_of(self.interpolation, "interpolation", "bicubic", "bilinear")
+        check(self.operations >= 0, "operations", "must not be negative")
+        check(0 <= self.magnitude <= 10, "magnitude", "must be in [0, 10]")
+        check(self.magnitude_std >= 0, "magnitude_std", "must not be negative")
+        for name in ("operation_probability", "erase_probability"):
+            check(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]")
+        check(self.eval_crop is None or 0 < self.eval_crop <= 1, "eval_crop", "must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelledDataConfig(SourceConfig):
+    """Images with their classes."""
+
+    repeats: int = 1  # differently augmented copies of an image in an epoch (repeated augmentation)
+    augment: ClassifyAugmentConfig = ClassifyAugmentConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.repeats >= 1, "repeats", "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixingConfig:
+    """Mixup and CutMix (timm's `Mixup`, mode "batch").
+
+    A batch is cut into `groups`, each mixed with itself reversed: a GPU's part of the batch in the
+    official code. Given by config and not by the number of devices, so that the numbers don't
+    depend on it; where a group lies on several devices, its images travel.
+    """
+
+    mixup: float = 0.8  # both parameters of the Beta distribution; 0: no mixup
+    cutmix: float = 1.0  # likewise; 0: no CutMix
+    probability: float = 1.0  # that a group is mixed at all
+    switch_probability: float = 0.5  # of CutMix, where both are on
+    groups: int = 1
+
+    def __post_init__(self):
+        for name in ("mixup", "cutmix"):
+            check(getattr(self, name) >= 0, name, "must not be negative")
+        for name in ("probability", "switch_probability"):
+            check(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]")
+        check(self.groups >= 1, "groups", "must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -311,6 +391,10 @@ class OptimizerConfig:
     clip_norm: float | None = None  # global norm; None: no clipping
     accumulate: int = 1  # micro-batches per step
     max_bad_steps: int = 10  # non-finite updates in a row that end the run
+    layer_decay: float = 1.0  # rate times this for each layer further from the head; 1: the same
+    decay_relative_positions: bool = True  # weight decay of the relative-position tables
+    hold_steps: int = 1  # the rate changes only every so many steps
+    ema_decay: float | None = None  # a moving average of the parameters, evaluated too; None: none
 
     def __post_init__(self):
         check(self.learning_rate > 0, "learning_rate", "must be positive")
@@ -320,6 +404,9 @@ class OptimizerConfig:
         check(self.max_bad_steps >= 1, "max_bad_steps", "must be at least 1")
         check(self.weight_decay >= 0, "weight_decay", "must not be negative")
         check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive or None")
+        check(0 < self.layer_decay <= 1, "layer_decay", "must be in (0, 1]")
+        check(self.hold_steps >= 1, "hold_steps", "must be at least 1")
+        check(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "must be in (0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
