@@ -4,15 +4,19 @@ libtpu holds the compiler; everything else is shapes: no weights, no images, no 
 
     compiled = compile_step(config, parse_slice("v4-128"))
     compiled.needed  # bytes on each chip
-    compiled.program.cycles  # None for `program` where it does not fit
+    compiled.program.cycles  # None for `program` where it does not fit, or can't be read
 """
 
+import collections
 import dataclasses
 import functools
 import importlib.util
 import os
+import pathlib
 import re
+import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,13 +38,22 @@ SHALLOW_LAYERS = (2, 4)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler said of one program; without `program` it did not fit."""
+    """What the compiler said of one program.
+
+    Attributes:
+      needed: bytes on a chip.
+      missing: why there is no `program`; "" where there is one.
+      program: what its text says.
+      arguments, temporary, code: the parts of `needed`; None where it does not fit.
+      hbm_bytes: operands and results of everything; None where loops hide it.
+    """
 
     needed: float
+    missing: str = ""
     program: hlo.Program | None = None
-    arguments: float = 0.0
-    temporary: float = 0.0
-    code: float = 0.0
+    arguments: float | None = None
+    temporary: float | None = None
+    code: float | None = None
     hbm_bytes: float | None = None
 
 
@@ -99,26 +112,68 @@ def compile_step(config: PretrainConfig, place: Slice) -> Compiled:
         " (minutes; --plan_program=shallow is quicker)" if layers >= unroll > 4 else "",
     )
     began = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = memory_exceeded(str(error))
-        if needed is None:
-            raise RunError(f"--plan: the compiler failed: {str(error).splitlines()[0]}") from error
-        return Compiled(needed=needed)
-    logging.info("%s: compiled in %.0f s", place.name, time.perf_counter() - began)
-    program = hlo.read(compiled.as_text())
+    with tempfile.TemporaryDirectory(prefix="beit_jax_plan_") as dump:
+        try:
+            compiled = _compile(lowered, dump)
+        except jax.errors.JaxRuntimeError as error:
+            needed = memory_exceeded(str(error))
+            if needed is None:
+                message = str(error).splitlines()[0]
+                raise RunError(f"--plan: the compiler failed: {message}") from error
+            return Compiled(needed=needed, missing="the compiler gives none for what does not fit")
+        logging.info("%s: compiled in %.0f s", place.name, time.perf_counter() - began)
+        text, missing = program_text(compiled, dump)
+    program = hlo.read(text) if text else None
     size = compiled.memory_analysis()
     kept = size.argument_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes
+    # Counts a loop's body once.
+    countable = program is not None and not program.loops
     return Compiled(
         program=program,
+        missing=missing,
         needed=kept + size.temp_size_in_bytes + size.generated_code_size_in_bytes,
         arguments=kept,
         temporary=size.temp_size_in_bytes,
         code=size.generated_code_size_in_bytes,
-        # Counts a loop's body once.
-        hbm_bytes=None if program.loops else compiled.cost_analysis().get("bytes accessed"),
+        hbm_bytes=compiled.cost_analysis().get("bytes accessed") if countable else None,
     )
+
+
+def _compile(lowered: Any, dump: str) -> Any:
+    """Compiles, and has the compiler write what it made into the folder `dump`."""
+    try:
+        return lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+    except jax.errors.JaxRuntimeError as error:
+        if "xla_dump" not in str(error):
+            raise
+        return lowered.compile()  # a libtpu without these options
+
+
+def program_text(compiled: Any, dump: str) -> tuple[str | None, str]:
+    """The compiled program as text, and why it's missing where it is.
+
+    `compiled.as_text()` has it second hand: JAX parses what libtpu hands over. jax 0.10.2 can't
+    parse what libtpu 0.0.52 makes for chips whose gathers run on SparseCores (v5p, v6e). libtpu's
+    own dump is the same text, so it comes first.
+
+    Args:
+      compiled: the executable.
+      dump: the folder that the compiler wrote to.
+    """
+    written = []
+    for path in pathlib.Path(dump).glob("*.txt"):
+        text = path.read_text(errors="replace")
+        # Of the stages it writes, the last has them.
+        if text.startswith("HloModule") and '"estimated_cycles"' in text:
+            written.append(text)
+    if written:
+        return max(written, key=len), ""
+    try:
+        return compiled.as_text(), ""
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        logging.warning("the compiled program's text can't be had: %s", reason)
+        return None, f"the compiled program's text can't be had from this libtpu ({reason})"
 
 
 def devices(place: Slice) -> list:
@@ -199,13 +254,17 @@ def compile_shallow(config: PretrainConfig, place: Slice) -> Compiled:
     reach = (config.model.layers - SHALLOW_LAYERS[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
 
     def line(a: float, b: float) -> float:
-        return a + reach * (b - a)
+        # More layers don't take less: programs differ by more than their layers, and from two
+        # sizes of code a straight line can come out below zero.
+        return max(a + reach * (b - a), b)
 
-    needed = line(low.needed, high.needed)
-    if low.program is None or high.program is None:
-        return Compiled(needed=needed)
     names = ("arguments", "temporary", "code")
-    sizes = {name: line(getattr(low, name), getattr(high, name)) for name in names}
+    pairs = {name: (getattr(low, name), getattr(high, name)) for name in names}
+    sized = all(value is not None for pair in pairs.values() for value in pair)
+    sizes = {name: line(*pair) for name, pair in pairs.items()} if sized else {}
+    needed = sum(sizes.values()) if sized else line(low.needed, high.needed)
+    if low.program is None or high.program is None:
+        return Compiled(needed=needed, missing=low.missing or high.missing, **sizes)
     known = low.hbm_bytes is not None and high.hbm_bytes is not None
     return Compiled(
         needed=needed,
@@ -215,44 +274,35 @@ def compile_shallow(config: PretrainConfig, place: Slice) -> Compiled:
     )
 
 
-def _continue(low: hlo.Program, high: hlo.Program, *, line) -> hlo.Program:
-    """The program at full depth; collectives are summed by kind and group first."""
+def _continue(
+    low: hlo.Program, high: hlo.Program, *, line: Callable[[float, float], float]
+) -> hlo.Program:
+    """The program at full depth: the deeper one's collectives, scaled so that their sums fit.
 
-    def summed(program: hlo.Program) -> dict[tuple, hlo.Collective]:
-        groups: dict[tuple, hlo.Collective] = {}
+    Sums are over kind and group, since the two programs may combine and overlap them otherwise.
+    """
+
+    def summed(program: hlo.Program) -> tuple[dict[tuple, float], dict[tuple, float]]:
+        runs, sizes = collections.Counter(), collections.Counter()
         for each in program.collectives:
-            key = (each.kind, each.group, each.overlapped)
-            before = groups.get(key)
-            sizes = {d: each.runs * size for d, size in each.bytes_by_dtype.items()}
-            if before:
-                for dtype, size in before.bytes_by_dtype.items():
-                    sizes[dtype] = sizes.get(dtype, 0) + size
-            groups[key] = dataclasses.replace(
-                each,
-                bytes=sum(sizes.values()),
-                bytes_by_dtype=sizes,
-                runs=each.runs + (before.runs if before else 0),
-            )
-        return groups
+            runs[each.kind, each.group] += each.runs
+            for dtype, size in each.bytes_by_dtype.items():
+                sizes[each.kind, each.group, dtype] += each.runs * size
+        return runs, sizes
 
-    a, b = summed(low), summed(high)
+    (low_runs, low_sizes), (high_runs, high_sizes) = summed(low), summed(high)
     collectives = []
-    for key in a | b:
-        first, second = a.get(key), b.get(key)
-        any_one = second or first
-        sizes = {
-            dtype: line(
-                first.bytes_by_dtype.get(dtype, 0) if first else 0,
-                second.bytes_by_dtype.get(dtype, 0) if second else 0,
-            )
-            for dtype in (first.bytes_by_dtype if first else {})
-            | (second.bytes_by_dtype if second else {})
-        }
-        runs = max(line(first.runs if first else 0, second.runs if second else 0), 1)
-        each_run = {dtype: max(size, 0) / runs for dtype, size in sizes.items()}
+    for each in high.collectives:
+        key = each.kind, each.group
+        more = line(low_runs[key], high_runs[key]) / high_runs[key]
+        sizes = {}
+        for dtype, size in each.bytes_by_dtype.items():
+            whole = high_sizes[*key, dtype]
+            larger = line(low_sizes[*key, dtype], whole) / whole if whole else 1.0
+            sizes[dtype] = size * larger / more
         collectives.append(
             dataclasses.replace(
-                any_one, bytes=sum(each_run.values()), bytes_by_dtype=each_run, runs=runs
+                each, runs=each.runs * more, bytes=sum(sizes.values()), bytes_by_dtype=sizes
             )
         )
     by_name = {(each.name, each.declared): each for each in low.uncosted}

@@ -48,6 +48,7 @@ BYTES = {
 FREE = {
     "add-dependency",
     "after-all",
+    "async-update",
     "bitcast",
     "call",
     "conditional",
@@ -96,7 +97,8 @@ class Uncosted:
     """Work for which the compiler gives no cycles.
 
     Attributes:
-      name: "sort", "gather_fusion", a Pallas kernel's name, or another custom call's target.
+      name: "sort", "gather_fusion", "gather on sparsecore", a Pallas kernel's name, or another
+        custom call's target.
       kernel: a custom call: code the compiler can't look into (Pallas).
       runs: calls per program.
       bytes: operands and results, of all calls: a bound on what they move.
@@ -209,24 +211,48 @@ class _Reader:
             elif each.opcode == "while":
                 trips = self._trip_count(each.called("condition"))
                 self.loops.append(trips)
-                self._visit(each.called("body"), runs=runs * (1 if trips is None else trips))
+                times = runs * (1 if trips is None else trips)
+                self._visit(each.called("body"), runs=times, overlapped=overlapped)
             elif each.opcode == "call" and not cycles:
-                self._visit(each.called("to_apply"), runs=runs)
+                self._visit(each.called("to_apply"), runs=runs, overlapped=overlapped)
             elif each.opcode == "conditional" and not cycles:
                 for branch in self._branches(each):
-                    self._visit(branch, runs=runs)  # an upper bound: one of them runs
+                    # An upper bound: one of them runs.
+                    self._visit(branch, runs=runs, overlapped=overlapped)
             elif each.opcode == "async-start":
-                self._visit(each.called("calls"), runs=runs, overlapped=True)
+                self._add_async(each, runs, counted=bool(cycles))
             elif each.opcode == "fusion" and self._add_fused_collectives(each, runs, channels):
                 pass
             elif not cycles:
                 self._add_uncosted(each, shapes, runs)
 
+    def _add_async(self, start: _Instruction, runs: float, *, counted: bool) -> None:
+        """What is started here runs beside the rest, until its `async-done`.
+
+        Operands may be handed over later, by an `async-update`: bytes are those of the computation.
+        On chips with SparseCores gathers run there, without cycles, as custom calls without a name.
+        """
+        name = start.called("calls")
+        body = self.computations.get(name, [])
+        thread = re.search(r'async_execution_thread="(\w+)"', start.rest)
+        communicates = any(inner.opcode in COLLECTIVES for inner in self._inside(start))
+        if not thread or thread.group(1) == "main" or communicates:
+            self._visit(name, runs=runs, overlapped=True)
+        elif not counted and body:
+            source = re.search(r'op_name="[^"]*?([\w-]+)"', start.rest)
+            what = source.group(1) if source else re.sub(r"[.\d]+$", "", start.name)
+            size = sum(
+                sum(shape_bytes(each.shape).values())
+                for each in (*(one for one in body if one.opcode == "parameter"), body[-1])
+            )
+            self._add(f"{what} on {thread.group(1)}", runs=runs, size=size)
+
     def _inside(self, instruction: _Instruction) -> Iterator[_Instruction]:
-        """The instructions of a fusion, those of fusions in it included."""
-        for each in self.computations.get(instruction.called("calls") or "", []):
+        """The instructions of a fusion or call, those of fusions and calls in it included."""
+        where = instruction.called("to_apply" if instruction.opcode == "call" else "calls")
+        for each in self.computations.get(where or "", []):
             yield each
-            if each.opcode == "fusion":
+            if each.opcode in ("fusion", "call"):
                 yield from self._inside(each)
 
     def _multiplies(self, instruction: _Instruction) -> bool:
@@ -310,15 +336,28 @@ class _Reader:
         if declared:
             estimate = {key: float(value) for key, value in json.loads(declared.group(1)).items()}
             flops, size = estimate.get("flops", 0.0), estimate.get("bytes_accessed", size)
-        key = (name, bool(declared))
-        before = self.uncosted.get(key)
-        self.uncosted[key] = Uncosted(
+        self._add(
+            name, runs=runs, size=size, flops=flops, kernel=bool(target), declared=bool(declared)
+        )
+
+    def _add(
+        self,
+        name: str,
+        *,
+        runs: float,
+        size: float,
+        flops: float = 0.0,
+        kernel: bool = False,
+        declared: bool = False,
+    ) -> None:
+        before = self.uncosted.get((name, declared))
+        self.uncosted[name, declared] = Uncosted(
             name=name,
-            kernel=bool(target),
+            kernel=kernel,
             runs=runs + (before.runs if before else 0),
             bytes=runs * size + (before.bytes if before else 0),
             flops=runs * flops + (before.flops if before else 0),
-            declared=bool(declared),
+            declared=declared,
         )
 
 

@@ -70,6 +70,7 @@ KERNEL_EFFICIENCY = 0.6
 # What published ViT-B and -L runs reach on TPUs, deit3-jax to PaliGemma: the range of the analytic
 # part's guess.
 PUBLISHED_MFU = (0.30, 0.55)
+NO_COMPILER = "libtpu is not installed"
 # Decode, crop, jitter and resize in the official order: about 150 images/s of one core, and two
 # vCPUs are one core.
 IMAGES_PER_VCPU = 75
@@ -176,6 +177,7 @@ class Plan:
     program: str  # which program the compiler's numbers are of
     memory: Memory
     time: StepTime | None
+    missing: str  # why there is no time; "" where there is
     collectives: tuple[Traffic, ...]
     uncosted: tuple[hlo.Uncosted, ...]
     images_per_second: tuple[float, float]  # range; equal ends where there is an estimate
@@ -212,7 +214,7 @@ def run(config: Any, *, slices: list[Slice], program: str = "full", workdir: str
         memory_of_state(config, each)  # what doesn't divide is known before anything is compiled
     compiler = have_compiler()
     if not compiler:
-        logging.warning("libtpu is not installed: only the analytic part (pip install libtpu)")
+        logging.warning("%s: only the analytic part (pip install libtpu)", NO_COMPILER)
     plans = []
     for each in slices:
         plans.append(make_plan(config, each, program=program if compiler else "none"))
@@ -237,7 +239,7 @@ def make_plan(config: PretrainConfig, place: Slice, *, program: str) -> Plan:
     config = for_tpu(config)
     model = config.model
     if program == "none":
-        compiled, described = None, "none compiled: libtpu is not installed"
+        compiled, described = None, f"none compiled: {NO_COMPILER}"
     elif program == "shallow" and model.layers > max(SHALLOW_LAYERS):
         compiled = compile_shallow(config, place)
         shown = " and ".join(map(str, SHALLOW_LAYERS))
@@ -408,15 +410,9 @@ def assemble(
         parts = dataclasses.replace(
             parts,
             needed=compiled.needed,
-            **(
-                {}
-                if compiled.program is None
-                else {
-                    "arguments": compiled.arguments,
-                    "temporary": compiled.temporary,
-                    "code": compiled.code,
-                }
-            ),
+            arguments=compiled.arguments,
+            temporary=compiled.temporary,
+            code=compiled.code,
         )
         if compiled.program is not None:
             estimate = step_time(
@@ -446,6 +442,7 @@ def assemble(
         program=described,
         memory=parts,
         time=estimate,
+        missing=NO_COMPILER if compiled is None else compiled.missing,
         collectives=() if estimate is None else traffic(compiled.program, place),
         uncosted=() if estimate is None else compiled.program.uncosted,
         images_per_second=speed,
@@ -465,7 +462,7 @@ def _bound(plan: Plan) -> str:
     if plan.memory.fits is False:
         return "memory: it does not fit"
     if plan.time is None:
-        return "unknown without the compiler"
+        return f"unknown: {plan.missing}"
     if plan.host_images_per_vcpu > IMAGES_PER_VCPU:
         return "the hosts' input"
     t = plan.time
@@ -624,6 +621,7 @@ def table(plan: Plan) -> str:
     if t is None:
         low, high = PUBLISHED_MFU
         rows += [
+            ("step", "unknown", f"no cycles, no collectives: {plan.missing}"),
             (
                 "images/s",
                 f"{_short(plan.images_per_second[0])}–{_short(plan.images_per_second[1])}",

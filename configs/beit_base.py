@@ -107,4 +107,8 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 3.0  # paper table 12, base
     config.optimizer.accumulate = 1
     config.optimizer.max_bad_steps = 10
+    config.optimizer.layer_decay = 1.0
+    config.optimizer.decay_relative_positions = True
+    config.optimizer.hold_steps = 1
+    config.optimizer.ema_decay = placeholder(float)  # None: no moving average
     return config

@@ -138,6 +138,58 @@ def test_asynchronous_and_fused_collectives_count_once():
     assert found["collective-permute"][0] == 32
 
 
+# As libtpu 0.0.52 writes a gather on a v5p's SparseCores: started without its operands, which an
+# async-update hands over; beside it a collective, which would be there as well.
+SPARSE = """\
+HloModule jit_step, num_partitions=4
+
+%async_computation (table: bf16[8,16], rows: s32[4]) -> bf16[4,16] {
+  %table = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %rows = s32[4]{0:T(1024)} parameter(1)
+  ROOT %custom-call.1 = bf16[4,16]{1,0} custom-call(%table, %rows), \
+custom_call_target="TODO(b/1)", called_computations={%called_computation}
+}, execution_thread="sparsecore"
+
+%reduction (w: f32[16]) -> f32[16] {
+  %w = f32[16]{0} parameter(0)
+  ROOT %reduced = f32[16]{0} all-reduce(%w), channel_id=5, replica_groups={{0,1},{2,3}}
+}, execution_thread="sparsecore"
+
+%async_reduction (v: f32[16]) -> f32[16] {
+  %v = f32[16]{0} parameter(0)
+  ROOT %call.1 = f32[16]{0} call(%v), to_apply=%reduction
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[8,16], y: s32[4], z: f32[16]) -> bf16[4,16] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %y = s32[4]{0} parameter(1)
+  %z = f32[16]{0} parameter(2)
+  %start = ((), (), (s32[32768]{0:T(1024)}, s32[25]{0:T(1)S(11)})) async-start(), \
+async_execution_thread="sparsecore", calls=%async_computation, \
+metadata={op_name="jit(step)/jvp(jit(take_along_axis))/gather" stack_frame_id=12}
+  %work = bf16[8,16]{1,0} add(%x, %x), backend_config={"estimated_cycles":"9"}
+  %update = ((bf16[8,16]{1,0}, s32[4]{0}), bf16[4,16]{1,0}, (s32[32768]{0:T(1024)}, \
+/*index=1*/s32[25]{0:T(1)S(11)})) async-update(%start, %x, %y), \
+output_to_operand_aliasing={{2,0}: (0, {2,0}), {2,1}: (0, {2,1})}
+  %sums = ((f32[16]{0}), f32[16]{0}, u32[]{:S(8)}) async-start(%z), \
+async_execution_thread="sparsecore", calls=%async_reduction
+  %summed = f32[16]{0} async-done(%sums)
+  ROOT %done = bf16[4,16]{1,0} async-done(%update)
+}
+"""
+
+
+def test_what_runs_beside_is_counted_once_by_what_it_does():
+    program = hlo.read(SPARSE)
+    (gather,) = program.uncosted
+    assert (gather.name, gather.runs, gather.kernel) == ("gather on sparsecore", 1, False)
+    assert gather.bytes == 2 * 8 * 16 + 4 * 4 + 2 * 4 * 16
+    (reduced,) = program.collectives
+    assert (reduced.kind, reduced.bytes, reduced.group) == ("all-reduce", 64, 2)
+    assert reduced.overlapped
+    assert program.cycles == 9
+
+
 @pytest.mark.parametrize(
     ("shape", "size"),
     [

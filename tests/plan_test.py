@@ -5,6 +5,8 @@ What needs libtpu (`pip install libtpu`) is skipped without it.
 
 import dataclasses
 import json
+import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -229,13 +231,23 @@ def test_advice(needed, words):
     assert ("DOES NOT FIT" in plan.table(made)) is (needed > 30.75 * 2**30)
 
 
+def shallow(monkeypatch, compiled, *, layers=12):
+    """`compile_shallow` with `compiled(layers)` for a compiler."""
+
+    def compile_step(config, place):
+        assert config.model.scan_unroll == config.model.layers
+        return compiled(config.model.layers)
+
+    monkeypatch.setattr(ahead_of_time, "compile_step", compile_step)
+    config = tiny_config(**{"model.layers": layers})
+    return ahead_of_time.compile_shallow(config, slices.parse_slice("v4-8"))
+
+
 def test_shallow_programs_continue_in_a_straight_line(monkeypatch):
-    def compiled(config, place):
-        n = config.model.layers
-        assert config.model.scan_unroll == n
+    def compiled(n):
         return ahead_of_time.Compiled(
-            needed=10 + n,
-            arguments=n,
+            needed=10 + 4 * n,
+            arguments=10 + n,
             temporary=2 * n,
             code=n,
             hbm_bytes=7 * n,
@@ -249,13 +261,108 @@ def test_shallow_programs_continue_in_a_straight_line(monkeypatch):
             ),
         )
 
-    monkeypatch.setattr(ahead_of_time, "compile_step", compiled)
-    config = tiny_config(**{"model.layers": 12})
-    made = ahead_of_time.compile_shallow(config, slices.parse_slice("v4-8"))
-    assert (made.needed, made.arguments, made.temporary, made.hbm_bytes) == (22, 12, 24, 84)
+    made = shallow(monkeypatch, compiled)
+    assert (made.needed, made.arguments, made.temporary, made.hbm_bytes) == (58, 22, 24, 84)
     assert made.program.cycles == 100 + 30 * 12
-    total = {each.kind: each.bytes * each.runs for each in made.program.collectives}
+    total = {}
+    for each in made.program.collectives:
+        total[each.kind] = total.get(each.kind, 0) + each.bytes * each.runs
     assert total == {"all-reduce": pytest.approx(8 + 5 * (32 - 8)), "all-gather": 3}
+
+
+def test_nothing_shrinks_with_depth(monkeypatch):
+    """The compiler made less code of four layers than of two (BEiT-L on v4-8)."""
+    made = shallow(
+        monkeypatch,
+        lambda n: ahead_of_time.Compiled(
+            needed=100 + n + 70 / n, arguments=100, temporary=n, code=70 / n, program=program()
+        ),
+    )
+    assert made.code == 70 / 4
+    assert made.needed == 100 + 12 + 70 / 4
+
+
+def test_collectives_that_are_combined_otherwise_keep_their_sum(monkeypatch):
+    def compiled(n):
+        apart = (collective("all-reduce", 30 * n, overlapped=True),) if n > 2 else ()
+        rest = collective("all-reduce", 100 + 50 * n - 30 * n * len(apart))
+        return ahead_of_time.Compiled(needed=1, program=program(collectives=(rest, *apart)))
+
+    found = shallow(monkeypatch, compiled).program.collectives
+    assert sum(each.bytes * each.runs for each in found) == pytest.approx(100 + 50 * 12)
+    assert [each.overlapped for each in found] == [False, True]
+
+
+class Unreadable:
+    """An executable whose text JAX can't parse, as libtpu 0.0.52 makes for v5p and v6e."""
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure async-update\nstack trace")
+
+    def memory_analysis(self):
+        return types.SimpleNamespace(
+            argument_size_in_bytes=3 * 2**30,
+            output_size_in_bytes=2 * 2**30,
+            alias_size_in_bytes=2 * 2**30,
+            temp_size_in_bytes=4 * 2**30,
+            generated_code_size_in_bytes=2**30,
+        )
+
+    def cost_analysis(self):
+        return {"bytes accessed": 5e9}
+
+
+class Lowered:
+    """What compiles to that, and writes `dumped` where it is asked to, or knows no such option."""
+
+    def __init__(self, dumped, *, dumps=True):
+        self.dumped, self.dumps = dumped, dumps
+
+    def compile(self, compiler_options=None):
+        if compiler_options and not self.dumps:
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such option: 'xla_dump_to'")
+        for name, text in self.dumped.items():
+            folder = pathlib.Path(compiler_options["xla_dump_to"])
+            assert folder.is_dir()
+            (folder / name).write_text(text)
+            self.folder = folder
+        return Unreadable()
+
+
+def compiles_to(monkeypatch, lowered):
+    monkeypatch.setattr(ahead_of_time, "devices", lambda place: jax.devices()[:4])
+    monkeypatch.setattr(ahead_of_time, "lower_step", lambda config, mesh: lowered)
+
+
+def test_the_compilers_own_dump_serves_where_jax_cannot_read_the_program(monkeypatch):
+    instruction = "  ROOT %a = f32[] constant(0)"
+    text = f"HloModule step\n\nENTRY %main () -> f32[] {{\n{instruction}\n}}\n"
+    costed = text.replace("constant(0)", 'add(), backend_config={"estimated_cycles":"105"}')
+    lowered = Lowered({"1.before.txt": text, "1.after.txt": costed, "1.memory.txt": "table"})
+    compiles_to(monkeypatch, lowered)
+    made = ahead_of_time.compile_step(tiny_config(), slices.parse_slice("v5p-8"))
+    assert made.program.cycles == 105
+    assert made.missing == ""
+    assert (made.needed, made.hbm_bytes) == (8 * 2**30, 5e9)
+    assert not lowered.folder.exists()
+
+
+@pytest.mark.parametrize("lowered", [Lowered({}), Lowered({}, dumps=False)])
+@pytest.mark.parametrize("program", ["full", "shallow"])
+def test_without_the_programs_text_memory_is_still_known(monkeypatch, lowered, program):
+    compiles_to(monkeypatch, lowered)
+    config = tiny_config(**{"run.batch_size": 64, "model.layers": 6})
+    made = plan.make_plan(config, slices.parse_slice("v5p-8"), program=program)
+    assert made.memory.needed == 8 * 2**30
+    assert made.memory.fits
+    assert made.time is None
+    assert made.images_per_second[0] < made.images_per_second[1]
+    printed = plan.table(made)
+    assert "4.00 GiB  activations" in printed
+    assert "no cycles, no collectives: the compiled program's text can't be had" in printed
+    assert "RET_CHECK failure async-update" in printed
+    assert "stack trace" not in printed
+    assert "v5p-8" in plan.comparison([made])
 
 
 @needs_libtpu
@@ -307,6 +414,38 @@ def test_every_fsdp_that_divides_finds_its_place_on_the_slice(name, fsdp):
     mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)
     assert dict(mesh.shape) == {"data": place.chips // fsdp, "fsdp": fsdp}
     assert len({device.process_index for device in devices}) == place.hosts
+
+
+@needs_libtpu
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_two_slices(fsdp):
+    """Groups of `fsdp` stay inside a slice, also where they are no whole axis of its torus."""
+    from jax.experimental import topologies
+
+    ahead_of_time.devices(slices.parse_slice("v4-8"))  # for its settings of the environment
+    described = topologies.get_topology_desc(
+        "v4:4x4x4",
+        "tpu",
+        chip_config_name="megacore",
+        chips_per_host_bounds=(2, 2, 1),
+        num_slices=2,
+    )
+    mesh = sharding.make_mesh(fsdp=fsdp, devices=list(described.devices))
+    assert dict(mesh.shape) == {"data": 128 // fsdp, "fsdp": fsdp}
+    assert all(len({device.slice_index for device in row}) == 1 for row in mesh.devices)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4-8", "v5litepod-8", "v5p-8", "v6e-8"])
+def test_every_chips_program_can_be_read(name):
+    """On v5p and v6e gathers run on SparseCores, in a form that JAX can't parse."""
+    # Large enough to be worth the way to them.
+    settings = {"run.batch_size": 256, "model.dtype": "bfloat16", "model.width": 128}
+    made = plan.make_plan(tiny_config(**settings), slices.parse_slice(name), program="full")
+    assert made.missing == ""
+    assert made.time.cycles > 0
+    assert {each.kind for each in made.collectives} == {"all-reduce"}
 
 
 @needs_libtpu

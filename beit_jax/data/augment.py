@@ -19,7 +19,7 @@ import math
 
 import tensorflow as tf
 
-from beit_jax.config import AugmentConfig
+from beit_jax.config import AugmentConfig, ClassifyAugmentConfig
 
 # Official RandomResizedCrop defaults: ten tries, aspect (width / height) log-uniform in 3/4..4/3.
 CROP_TRIES = 10
@@ -37,10 +37,10 @@ MEAN_SAMPLES = 128 * 128
 Parameters = dict[str, tf.Tensor]
 
 # Traced once for all pipelines of a process, which makes a new pipeline start sooner.
-_traced_once = tf.function(autograph=False, reduce_retracing=True)
+traced_once = tf.function(autograph=False, reduce_retracing=True)
 
 
-@_traced_once
+@traced_once
 def draw_parameters(
     key: tf.Tensor, *, height: tf.Tensor, width: tf.Tensor, config: AugmentConfig
 ) -> Parameters:
@@ -61,7 +61,7 @@ def draw_parameters(
     tries = CROP_TRIES
     uniform = tf.random.stateless_uniform([9 + 2 * tries], seed=key, alg="philox")
     spread = tf.constant([config.brightness, config.contrast, config.saturation], tf.float32)
-    box = _crop_box(
+    box = crop_box(
         uniform[9 : 9 + tries],
         uniform[9 + tries :],
         uniform[7:9],
@@ -77,19 +77,28 @@ def draw_parameters(
     }
 
 
-def _crop_box(
+def crop_box(
     area_uniform: tf.Tensor,
     aspect_uniform: tf.Tensor,
     place_uniform: tf.Tensor,
     *,
     height: tf.Tensor,
     width: tf.Tensor,
-    config: AugmentConfig,
+    config: AugmentConfig | ClassifyAugmentConfig,
 ) -> tf.Tensor:
-    """Torchvision's random crop box, int32 [4], from uniform numbers in [0, 1).
+    """Torchvision's random crop box from uniform numbers in [0, 1).
 
     The first of the tries that fits the image is taken; where none does, the largest centred box
     of an allowed aspect.
+
+    Args:
+      area_uniform, aspect_uniform: float32 [tries].
+      place_uniform: float32 [2], of top and left.
+      height, width: int32 scalars, the image's size in pixels.
+      config: the range of the crop's share of the area.
+
+    Returns:
+      int32 [4]: top, left, height, width.
     """
     full_height, full_width = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
     low, high = config.min_crop_scale, config.max_crop_scale
@@ -122,13 +131,13 @@ def _crop_box(
     return tf.cast(box, tf.int32)
 
 
-@_traced_once
+@traced_once
 def apply_views(
     image: tf.Tensor,
     *,
     parameters: Parameters,
-    image_size: int,
-    token_image_size: int,
+    image_size: int | None,
+    token_image_size: int | None,
 ) -> dict[str, tf.Tensor]:
     """Applies drawn parameters and makes both views.
 
@@ -138,7 +147,7 @@ def apply_views(
     Args:
       image: uint8 [h, w, 3].
       parameters: as `draw_parameters` returns them.
-      image_size, token_image_size: sides of the views in pixels.
+      image_size, token_image_size: sides of the views in pixels; a view without is not made.
 
     Returns:
       A dict of `image`, uint8 [image_size, image_size, 3], and `token_image`, uint8
@@ -152,7 +161,7 @@ def apply_views(
         lambda: _jitter(crop, image, factors=factors, order=parameters["order"]),
     )
     return _resize_views(
-        _flip(crop, flip=parameters["flip"]),
+        flip_if(crop, flip=parameters["flip"]),
         image_size=image_size,
         token_image_size=token_image_size,
     )
@@ -169,7 +178,7 @@ def apply_segmentation(segmentation: tf.Tensor, *, parameters: Parameters, size:
     Returns:
       uint8 [size, size]: ids of the nearest pixels, never mixtures.
     """
-    crop = _flip(_crop(segmentation[..., None], parameters=parameters), flip=parameters["flip"])
+    crop = flip_if(_crop(segmentation[..., None], parameters=parameters), flip=parameters["flip"])
     return _resize_segmentation(crop, size=size)
 
 
@@ -184,8 +193,10 @@ def eval_parameters(*, height: tf.Tensor, width: tf.Tensor) -> Parameters:
     }
 
 
-@_traced_once
-def eval_views(image: tf.Tensor, *, image_size: int, token_image_size: int) -> dict[str, tf.Tensor]:
+@traced_once
+def eval_views(
+    image: tf.Tensor, *, image_size: int | None, token_image_size: int | None
+) -> dict[str, tf.Tensor]:
     """Both views of the centred square, without anything random; as `apply_views` otherwise."""
     height, width = tf.unstack(tf.shape(image)[:2])
     crop = _crop(image, parameters=eval_parameters(height=height, width=width))
@@ -231,19 +242,30 @@ def _jitter(
     return tf.reshape(tf.cast(pixels, tf.uint8), tf.shape(crop))
 
 
-def _blend(pixels: tf.Tensor, degenerate: tf.Tensor | float, factor: tf.Tensor) -> tf.Tensor:
-    """Pillow's Image.blend: from `degenerate` (factor 0) through `pixels` (1) and beyond."""
+def blend(pixels: tf.Tensor, degenerate: tf.Tensor | float, factor: tf.Tensor) -> tf.Tensor:
+    """Pillow's Image.blend: from `degenerate` (factor 0) through `pixels` (1) and beyond.
+
+    Args:
+      pixels, degenerate: float32, whole numbers in 0..255, of shapes that broadcast.
+      factor: float32 scalar.
+
+    Returns:
+      float32, whole numbers in 0..255.
+    """
     mixed = degenerate + factor * (pixels - degenerate)
     return tf.floor(tf.clip_by_value(mixed, 0.0, 255.0))
 
 
 def _brightness(pixels: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """`_blend` with black, in fewer passes."""
+    """`blend` with black, in fewer passes."""
     return tf.floor(tf.minimum(factor * pixels, 255.0))
 
 
-def _grey(pixels: tf.Tensor) -> tf.Tensor:
-    """Pillow's convert("L"), three times beside each other: float32 [n, 3], whole numbers."""
+def grey(pixels: tf.Tensor) -> tf.Tensor:
+    """Pillow's convert("L"), exactly: of float32 [n, 3], thrice beside each other, float32 [n, 3].
+
+    Whole numbers both: in units of 2**-16, every product and sum here is below 2**24.
+    """
     # One small matmul is several times faster here than slicing channels and broadcasting.
     weights = tf.constant([[weight] * 3 for weight in LUMA])
     return tf.floor(tf.matmul(pixels, weights) + 0.5)
@@ -252,12 +274,12 @@ def _grey(pixels: tf.Tensor) -> tf.Tensor:
 def _contrast(
     pixels: tf.Tensor, sample: tf.Tensor, factor: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    mean = tf.floor(tf.reduce_mean(_grey(sample)) + 0.5)
-    return _blend(pixels, mean, factor), _blend(sample, mean, factor)
+    mean = tf.floor(tf.reduce_mean(grey(sample)) + 0.5)
+    return blend(pixels, mean, factor), blend(sample, mean, factor)
 
 
 def _saturation(pixels: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    return _blend(pixels, _grey(pixels), factor)
+    return blend(pixels, grey(pixels), factor)
 
 
 def _crop(image: tf.Tensor, *, parameters: Parameters) -> tf.Tensor:
@@ -267,21 +289,33 @@ def _crop(image: tf.Tensor, *, parameters: Parameters) -> tf.Tensor:
     return image[top : top + height, left : left + width]
 
 
-def _flip(crop: tf.Tensor, *, flip: tf.Tensor) -> tf.Tensor:
-    return tf.cond(flip, lambda: tf.reverse(crop, [1]), lambda: crop)
+def flip_if(image: tf.Tensor, *, flip: tf.Tensor) -> tf.Tensor:
+    """The image [h, w, c], mirrored left to right where `flip`, bool scalar, is true."""
+    return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
 
 
 def _resize_views(
-    crop: tf.Tensor, *, image_size: int, token_image_size: int
+    crop: tf.Tensor, *, image_size: int | None, token_image_size: int | None
 ) -> dict[str, tf.Tensor]:
-    return {
-        "image": _resize(crop, size=image_size, method="bicubic"),
-        "token_image": _resize(crop, size=token_image_size, method="lanczos3"),
-    }
+    views = {}
+    if image_size is not None:
+        views["image"] = resize(crop, size=image_size, method="bicubic")
+    if token_image_size is not None:
+        views["token_image"] = resize(crop, size=token_image_size, method="lanczos3")
+    return views
 
 
-def _resize(crop: tf.Tensor, *, size: int, method: str) -> tf.Tensor:
-    """Antialiased, to uint8 [size, size, 3]; both filters overshoot, hence the clip."""
+def resize(crop: tf.Tensor, *, size: int, method: str) -> tf.Tensor:
+    """Resizes to a square, with antialiasing.
+
+    Args:
+      crop: uint8 [h, w, 3].
+      size: side of the result in pixels.
+      method: as tf.image.resize has it: "bilinear", "bicubic", "lanczos3".
+
+    Returns:
+      uint8 [size, size, 3]. Bicubic and Lanczos overshoot, hence the clip.
+    """
     resized = tf.image.resize(crop, [size, size], method=method, antialias=True)
     resized = tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)
     return tf.ensure_shape(resized, [size, size, 3])

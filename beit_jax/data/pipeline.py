@@ -1,7 +1,7 @@
 """Batches for one host, as a pure function of (seed, step).
 
     batches = training_batches(
-        source, config=config, grid=14, seed=0, batch_size=2048, start_step=step,
+        source, config=config, views=views, seed=0, batch_size=2048, start_step=step,
         shard=jax.process_index(), shards=jax.process_count(),
     )
     bad_images = BadImages(source, max_share=config.max_bad_share)
@@ -14,10 +14,13 @@ its mask are functions of (seed, epoch, index). So a run that resumes at step k 
 k, and it doesn't matter how many hosts share a batch: each makes its slots, in order. (Not so for a
 source that can only be read in order; see `Source.sequence`.)
 
+What becomes of an image is the job's own: `Views`, from `data/views.py`.
+
 Memory is bounded: `config.prefetch` batches and an image or two per worker, whatever the source's
 size; nothing is cached and no shuffle buffer holds images.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -27,8 +30,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from beit_jax.config import ConfigError, DataConfig, RunError, check
-from beit_jax.data import augment, masking
+from beit_jax.config import ConfigError, RunError, SourceConfig, check
 from beit_jax.data.sources import Element, Source
 
 # Tried in turn for an image that can't be decoded, before a grey one takes its place.
@@ -48,50 +50,69 @@ EVAL_SEED = 20_210_615
 Batch = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Views:
+    """What becomes of an image: where the pipelines of two jobs differ.
+
+    Attributes:
+      training: (what the source loads, key) -> tensors of fixed shapes. The key, int64 [3], is
+        (seed, epoch, index); everything random is a function of it.
+      evaluation: the same without anything random.
+      batch: a whole batch, with its keys as `key` [b, 3] -> further tensors of a batch (masks).
+      fields: of the source that are needed beside `image`.
+    """
+
+    training: Callable[[Element, tf.Tensor], Element]
+    evaluation: Callable[[Element], Element]
+    batch: Callable[[Element], Element] = lambda batch: {}
+    fields: tuple[str, ...] = ()
+
+
 def training_batches(
     source: Source,
     *,
-    config: DataConfig,
-    grid: int,
+    config: SourceConfig,
+    views: Views,
     seed: int,
     batch_size: int,
     start_step: int = 0,
     shard: int = 0,
     shards: int = 1,
-    extras: tuple[str, ...] = (),
+    repeats: int = 1,
 ) -> Iterator[Batch]:
     """One host's part of each global batch, from `start_step` on, without end.
 
     Args:
       source: the images.
-      config: view sizes, augmentation, masks, workers.
-      grid: patches along one side of view 1.
+      config: workers and prefetch.
+      views: what becomes of an image.
       seed: of order, augmentation and masks.
       batch_size: B, of all hosts together.
       start_step: the first batch's step.
       shard, shards: which host this is of how many; it makes b = B / shards images of each batch.
-      extras: further fields of the source to deliver: "label", "segmentation".
+      repeats: copies of an image that follow each other, each with its own augmentation. An epoch
+        stays as long as it was and sees a part of the images (repeated augmentation, as DeiT's
+        sampler does it).
 
     Returns:
-      An iterator over dicts of
-        image: uint8 [b, image_size, image_size, 3], view 1.
-        token_image: uint8 [b, token_image_size, token_image_size, 3], view 2.
-        mask: bool [b, grid, grid], True where the patch is hidden.
+      An iterator over dicts of what `views` makes, and
         index: int64 [b], of the image in the source.
         replaced: bool [b], the image could not be decoded and another one, or a grey one, is here.
-        label: int32 [b], and segmentation: uint8 [b, image_size, image_size], where asked for.
 
     Raises:
-      ConfigError: the batch does not divide over the hosts, or the masks don't fit the grid.
-      ValueError: the source does not have one of the `extras`.
+      ConfigError: the batch does not divide over the hosts, or the source lacks what is needed.
     """
-    local = _check(source, config, grid, batch_size, shard=shard, shards=shards, extras=extras)
+    local = _check(source, views, batch_size, shard=shard, shards=shards)
     seed %= 1 << 31
     size = len(source)
 
+    def view(element: Element) -> Element:
+        loaded = _load_or_replace(source, element)
+        kept = {name: element[name] for name in ("index", "key")}
+        return views.training(loaded, element["key"]) | kept | {"replaced": loaded["replaced"]}
+
     def finish(elements: tf.data.Dataset) -> tf.data.Dataset:
-        views = _training_views(source, config, extras)
-        return _finish(elements, views, config=config, grid=grid, batch_size=local)
+        return _finish(elements, view, views.batch, config=config, batch_size=local)
 
     if source.sequence is not None:
         steps = size // shards // local
@@ -102,14 +123,19 @@ def training_batches(
             "can read without overlap from a source without random access",
         )
 
+        def copies(record: Element, epoch: int) -> tf.data.Dataset:
+            turns = tf.data.Dataset.range(repeats)
+            return turns.map(lambda turn: _place(record, seed, epoch * repeats + turn))
+
         def epochs() -> Iterator[Batch]:
             for epoch in itertools.count(start_step // steps):
                 done = start_step % steps if epoch == start_step // steps else 0
                 records = source.sequence(seed=seed, epoch=epoch, shard=shard, shards=shards)
+                elements = records.flat_map(lambda record, epoch=epoch: copies(record, epoch))
                 # Whole batches only: what is left at an epoch's end is not seen in that epoch.
-                records = records.take(steps * local).skip(done * local)
-                elements = records.map(lambda record, epoch=epoch: _place(record, seed, epoch))
-                yield from finish(elements).as_numpy_iterator()
+                yield from finish(
+                    elements.take(steps * local).skip(done * local)
+                ).as_numpy_iterator()
 
         return epochs()
 
@@ -117,9 +143,9 @@ def training_batches(
         """From the place in this host's stream to the image."""
         slot = shard * local + place % local
         number = place // local * batch_size + slot
-        epoch = number // size
-        index = _permute(number % size, size=size, seed=seed, epoch=epoch)
-        return _place({"index": index}, seed, epoch)
+        epoch, number = number // size, number % size
+        index = _permute(number // repeats, size=size, seed=seed, epoch=epoch)
+        return _place({"index": index}, seed, epoch * repeats + number % repeats)
 
     places = tf.data.Dataset.counter(start_step * local, dtype=tf.int64)
     return finish(places.map(locate)).as_numpy_iterator()
@@ -128,12 +154,11 @@ def training_batches(
 def eval_batches(
     source: Source,
     *,
-    config: DataConfig,
-    grid: int,
+    config: SourceConfig,
+    views: Views,
     batch_size: int,
     shard: int = 0,
     shards: int = 1,
-    extras: tuple[str, ...] = (),
 ) -> Iterator[Batch]:
     """One host's part of one pass over all images, in a fixed order with fixed masks.
 
@@ -141,18 +166,23 @@ def eval_batches(
     the last batch is padding.
 
     Args:
-      source, config, grid, batch_size, shard, shards, extras: as for `training_batches`.
+      source, config, views, batch_size, shard, shards: as for `training_batches`.
 
     Returns:
       An iterator over dicts as `training_batches` gives, with
         valid: bool [b], False for padding.
 
     Raises:
-      ConfigError, ValueError: as `training_batches` does.
+      ConfigError: as `training_batches` does.
     """
-    local = _check(source, config, grid, batch_size, shard=shard, shards=shards, extras=extras)
+    local = _check(source, views, batch_size, shard=shard, shards=shards)
     size = len(source)
-    views = _eval_views(source, config, extras)
+
+    def view(element: Element) -> Element:
+        loaded = _load_or_replace(source, element)
+        kept = {name: element[name] for name in ("index", "key", "valid")}
+        replaced = loaded["replaced"] & element["valid"]
+        return views.evaluation(loaded) | kept | {"replaced": replaced}
 
     if source.sequence is not None:
         records = source.sequence(seed=None, epoch=0, shard=shard, shards=shards)
@@ -172,7 +202,7 @@ def eval_batches(
         elements = tf.data.Dataset.range(math.ceil(size / batch_size) * local).map(locate)
 
     elements = elements.map(lambda element: _place(element, EVAL_SEED, 0))
-    batches = _finish(elements, views, config=config, grid=grid, batch_size=local)
+    batches = _finish(elements, view, views.batch, config=config, batch_size=local)
     return batches.as_numpy_iterator()
 
 
@@ -224,26 +254,19 @@ class BadImages:
             )
 
 
-def _check(
-    source: Source,
-    config: DataConfig,
-    grid: int,
-    batch_size: int,
-    *,
-    shard: int,
-    shards: int,
-    extras: tuple[str, ...],
-) -> int:
+def _check(source: Source, views: Views, batch_size: int, *, shard: int, shards: int) -> int:
     """Checks what both kinds of batches need; returns a host's part of the batch size."""
     check(len(source) > 0, "config.data.source", "there are no images")
     if batch_size < 1 or batch_size % shards:
         raise ConfigError(f"batch_size: {batch_size} does not divide over {shards} hosts")
     if not 0 <= shard < shards:
         raise ValueError(f"shard {shard} is not one of {shards}")
-    for field in extras:
-        if field not in source.fields:
-            raise ValueError(f"this source has no {field!r}, but {', '.join(source.fields)}")
-    masking.check_masks(config.mask, grid=grid)
+    for field in views.fields:
+        check(
+            field in source.fields,
+            "config.data.source",
+            f"this source has no {field!r} for its images, but {', '.join(source.fields)}",
+        )
     return batch_size // shards
 
 
@@ -281,89 +304,25 @@ def _place(element: Element, seed: int, epoch: tf.Tensor | int) -> Element:
     return {**element, "key": tf.stack(key)}
 
 
-def _training_views(
-    source: Source, config: DataConfig, extras: tuple[str, ...]
-) -> Callable[[Element], Element]:
-    def views(element: Element) -> Element:
-        loaded = _load_or_replace(source, element)
-        image = loaded["image"]
-        height, width = tf.unstack(tf.shape(image)[:2])
-        seed, epoch, index = tf.unstack(element["key"])
-        parameters = augment.draw_parameters(
-            # Two numbers seed TensorFlow's generator; seed and epoch are under 2**31.
-            tf.stack([tf.bitwise.left_shift(seed, 32) + epoch, index]),
-            height=height,
-            width=width,
-            config=config.augment,
-        )
-        result = augment.apply_views(
-            image,
-            parameters=parameters,
-            image_size=config.image_size,
-            token_image_size=config.token_image_size,
-        )
-        result |= {name: element[name] for name in ("index", "key")}
-        return result | _extras(loaded, parameters=parameters, config=config, extras=extras)
-
-    return views
-
-
-def _eval_views(
-    source: Source, config: DataConfig, extras: tuple[str, ...]
-) -> Callable[[Element], Element]:
-    def views(element: Element) -> Element:
-        loaded = _load_or_replace(source, element)
-        image = loaded["image"]
-        result = augment.eval_views(
-            image, image_size=config.image_size, token_image_size=config.token_image_size
-        )
-        height, width = tf.unstack(tf.shape(image)[:2])
-        parameters = augment.eval_parameters(height=height, width=width)
-        result |= {name: element[name] for name in ("index", "key", "valid")}
-        result |= _extras(loaded, parameters=parameters, config=config, extras=extras)
-        result["replaced"] &= element["valid"]
-        return result
-
-    return views
-
-
-def _extras(
-    loaded: Element,
-    *,
-    parameters: augment.Parameters,
-    config: DataConfig,
-    extras: tuple[str, ...],
-) -> Element:
-    result = {"replaced": loaded["replaced"]}
-    if "label" in extras:
-        result["label"] = loaded["label"]
-    if "segmentation" in extras:
-        result["segmentation"] = augment.apply_segmentation(
-            loaded["segmentation"], parameters=parameters, size=config.image_size
-        )
-    return result
-
-
 def _finish(
     elements: tf.data.Dataset,
-    views: Callable[[Element], Element],
+    view: Callable[[Element], Element],
+    batch_view: Callable[[Element], Element],
     *,
-    config: DataConfig,
-    grid: int,
+    config: SourceConfig,
     batch_size: int,
 ) -> tf.data.Dataset:
-    """Images in parallel, then batches, then masks for a whole batch at once."""
+    """Images in parallel, then batches, then what is made of a whole batch at once."""
     workers = config.workers or _cores()
 
-    def add_masks(batch: Element) -> Element:
-        masks = masking.draw_masks(batch["key"], config=config.mask, grid=grid)
+    def add(batch: Element) -> Element:
         kept = {name: value for name, value in batch.items() if name != "key"}
-        return kept | {"mask": tf.ensure_shape(masks, [batch_size, grid, grid])}
+        return kept | batch_view(batch)
 
     batches = (
-        elements.map(views, num_parallel_calls=workers, deterministic=True)
+        elements.map(view, num_parallel_calls=workers, deterministic=True)
         .batch(batch_size, drop_remainder=True)
-        .map(add_masks)
+        .map(add)
     )
     if config.prefetch:
         batches = batches.prefetch(config.prefetch)

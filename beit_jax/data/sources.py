@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from beit_jax.config import ConfigError, DataConfig, check
+from beit_jax.config import ConfigError, SourceConfig, check
 
 # TensorFlow only feeds the run here: it must not take the accelerators' memory away from JAX. It
 # has to be said before TensorFlow first runs anything, hence on import.
@@ -65,6 +65,7 @@ class Source:
         `fields`: `label` (int32 scalar), `segmentation` (uint8 [h, w]). Works in a tf.data graph;
         raises a TensorFlow error there for an image that can't be read or decoded.
       fields: names of what `load` returns.
+      classes: their names, where images have a label: it is a place in this list.
       reliable: `load` can't fail.
       sequence: None where access is random. Otherwise records come only in order:
         `sequence(seed=, epoch=, shard=, shards=)` is a dataset of dicts with `index` (int64, the
@@ -76,6 +77,7 @@ class Source:
     name: Callable[[int], str]
     load: Callable[[tf.Tensor | Element], Element]
     fields: tuple[str, ...] = ("image",)
+    classes: tuple[str, ...] = ()
     reliable: bool = False
     sequence: Callable[..., tf.data.Dataset] | None = None
 
@@ -83,7 +85,7 @@ class Source:
         return self.size
 
 
-def open_source(config: DataConfig, *, training: bool) -> Source:
+def open_source(config: SourceConfig, *, training: bool) -> Source:
     """Opens the training or the evaluation images.
 
     Evaluation images are `eval_source` where it is given. Otherwise they are `holdout` images of
@@ -114,7 +116,7 @@ def open_source(config: DataConfig, *, training: bool) -> Source:
 
 
 def _open_embedded(
-    rest: str, config: DataConfig, *, setting: str, training: bool, separate: bool
+    rest: str, config: SourceConfig, *, setting: str, training: bool, separate: bool
 ) -> Source:
     check(
         rest == "" or (rest.isdecimal() and int(rest) > 0),
@@ -133,6 +135,7 @@ def _open_embedded(
         name=lambda index: f"embedded image {start + index}",
         load=lambda index: draw_embedded(start + index, side=side),
         fields=("image", "label", "segmentation"),
+        classes=SHAPES,
         reliable=True,
     )
 
@@ -281,7 +284,7 @@ def _texture(
 
 
 def _open_folder(
-    rest: str, config: DataConfig, *, setting: str, training: bool, separate: bool
+    rest: str, config: SourceConfig, *, setting: str, training: bool, separate: bool
 ) -> Source:
     root = os.path.expanduser(rest) if "://" not in rest else rest
     if not rest or not tf.io.gfile.isdir(root):
@@ -291,6 +294,7 @@ def _open_folder(
         raise ConfigError(
             f"{setting}: no images in {rest!r} at any depth; looked for {', '.join(EXTENSIONS)}"
         )
+    classes = _class_folders(names)
     if not separate:
         if not training:
             _check_holdout(config)
@@ -306,15 +310,26 @@ def _open_folder(
     # Bytes, since a file system may hold names that aren't UTF-8.
     table = tf.constant([os.fsencode(name) for name in names])
     size = len(names)
+    place = {each: number for number, each in enumerate(classes)}
+    labels = tf.constant([place[each.split("/")[0]] for each in names] if classes else [], tf.int32)
 
     def name(index: int) -> str:
         return table[index].numpy().decode("utf-8", "backslashreplace")
 
     def load(index: tf.Tensor) -> Element:
         data = tf.io.read_file(tf.strings.join([root, table[index]], separator="/"))
-        return {"image": decode_image(data, exif_orientation=config.exif_orientation)}
+        image = decode_image(data, exif_orientation=config.exif_orientation)
+        return {"image": image} | ({"label": labels[index]} if classes else {})
 
-    return Source(size=size, name=name, load=load)
+    fields = ("image", "label") if classes else ("image",)
+    return Source(size=size, name=name, load=load, fields=fields, classes=classes)
+
+
+def _class_folders(names: list[str]) -> tuple[str, ...]:
+    """The first folders, sorted, as the classes; none where images lie beside them."""
+    if any("/" not in name for name in names):
+        return ()
+    return tuple(sorted({name.split("/")[0] for name in names}))
 
 
 def _lot(name: str) -> bytes:
@@ -373,7 +388,7 @@ def _walk_remote(root: str, prefix: str) -> Iterator[str]:
             yield name
 
 
-def _check_holdout(config: DataConfig) -> None:
+def _check_holdout(config: SourceConfig) -> None:
     check(
         config.holdout > 0,
         "config.data.holdout",
@@ -384,7 +399,7 @@ def _check_holdout(config: DataConfig) -> None:
 # ---------------------------------------------------------------------------- TFDS
 
 
-def _open_tfds(rest: str, config: DataConfig, *, setting: str, training: bool) -> Source:
+def _open_tfds(rest: str, config: SourceConfig, *, setting: str, training: bool) -> Source:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
@@ -410,6 +425,7 @@ def _open_tfds(rest: str, config: DataConfig, *, setting: str, training: bool) -
     check(size > 0, split_setting, f"{split!r} of {rest} is empty")
 
     image_feature, label_feature = _tfds_features(builder, setting=setting)
+    classes = tuple(builder.info.features[label_feature].names) if label_feature else ()
     wanted = {image_feature: True} | ({label_feature: True} if label_feature else {})
     partial = tfds.decode.PartialDecoding(
         wanted, decoders={image_feature: tfds.decode.SkipDecoding()}
@@ -436,7 +452,11 @@ def _open_tfds(rest: str, config: DataConfig, *, setting: str, training: bool) -
 
         name = f"{rest} {split}"
         return Source(
-            size=size, name=lambda index: f"{name}, record {index}", load=load, fields=fields
+            size=size,
+            name=lambda index: f"{name}, record {index}",
+            load=load,
+            fields=fields,
+            classes=classes,
         )
 
     logging.warning(
@@ -477,6 +497,7 @@ def _open_tfds(rest: str, config: DataConfig, *, setting: str, training: bool) -
         name=lambda index: f"{rest} {split}, image {index} in that epoch's order",
         load=lambda record: decode(record["data"], record.get("label")),
         fields=fields,
+        classes=classes,
         sequence=sequence,
     )
 

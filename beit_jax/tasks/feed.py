@@ -1,72 +1,128 @@
 """Images from their source to this host's batches, as every image job reads them."""
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from beit_jax.config import DataConfig, RunConfig
+from beit_jax.config import DataConfig, LabelledDataConfig, RunConfig, SourceConfig, check
 from beit_jax.training import cluster, loop
+
+if TYPE_CHECKING:
+    # Elsewhere inside the functions: a job's step is measured where TensorFlow is not installed.
+    from beit_jax.data.pipeline import Views
+    from beit_jax.data.sources import Source
 
 
 def image_feed(
     config: DataConfig, *, run: RunConfig, grid: int, keys: tuple[str, ...]
 ) -> loop.Feed:
-    """Training and held-out batches of this host.
+    """Training and held-out batches of this host, for pre-training and the tokenizer.
 
     Args:
       config: the source and the views.
       run: the seed, the global batch and how much to evaluate.
       grid: patches along one side, for the masks.
-      keys: what the job takes to the devices; held-out batches also have `valid`.
+      keys: what the job takes to the devices, nothing else is made; held-out batches also have
+        `valid`.
     """
-    # Here and not above: a job's step is measured where TensorFlow is not installed.
-    from beit_jax.data import pipeline, sources
+    from beit_jax.data import sources, views
 
-    train_source = sources.open_source(config, training=True)
-    eval_source = sources.open_source(config, training=False)
-    counts = [None if each is None else len(each) for each in (train_source, eval_source)]
+    return feed_of(
+        views.pretraining_views(config, grid=grid, keys=keys),
+        config=config,
+        run=run,
+        training=sources.open_source(config, training=True),
+        evaluation=sources.open_source(config, training=False),
+    )
+
+
+def labelled_feed(config: LabelledDataConfig, *, run: RunConfig) -> tuple[loop.Feed, tuple]:
+    """Batches of `image` and `label`, and the names of the classes.
+
+    Raises:
+      ConfigError: the images have no classes, or training and held-out images have different ones.
+    """
+    from beit_jax.data import sources, views
+
+    training = sources.open_source(config, training=True)
+    evaluation = sources.open_source(config, training=False)
+    check_classes(training, evaluation)
+    feed = feed_of(
+        views.classification_views(config),
+        config=config,
+        run=run,
+        training=training,
+        evaluation=evaluation,
+        repeats=config.repeats,
+    )
+    return feed, training.classes
+
+
+def check_classes(training: "Source", evaluation: "Source") -> None:
+    """Labels are places in the list of classes: both sources must have the same list."""
+    check(
+        bool(training.classes),
+        "config.data.source",
+        "its images have no classes; a folder needs a folder for each class, and no images beside",
+    )
+    ours, theirs = set(training.classes), set(evaluation.classes)
+    check(
+        training.classes == evaluation.classes,
+        "config.data.eval_source",
+        "its classes are not those of config.data.source; only there:"
+        f" {', '.join(sorted(ours - theirs)[:5]) or 'none'}; only here:"
+        f" {', '.join(sorted(theirs - ours)[:5]) or 'none'}",
+    )
+
+
+def feed_of(
+    views: "Views",
+    *,
+    config: SourceConfig,
+    run: RunConfig,
+    training: "Source",
+    evaluation: "Source",
+    repeats: int = 1,
+) -> loop.Feed:
+    """What `views` make of two sources, for this host."""
+    from beit_jax.data import pipeline
+
+    counts = [len(training), len(evaluation)]
     cluster.check_agreement("images of config.data.source and eval_source", counts)
-    shard, shards = jax.process_index(), jax.process_count()
-    bad = pipeline.BadImages(train_source, max_share=config.max_bad_share)
+    bad = pipeline.BadImages(training, max_share=config.max_bad_share)
+    shared = {
+        "config": config,
+        "views": views,
+        "batch_size": run.batch_size,
+        "shard": jax.process_index(),
+        "shards": jax.process_count(),
+    }
+    bookkeeping = ("index", "replaced")
 
-    def pick(batch: dict[str, np.ndarray], extra: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-        return {key: batch[key] for key in (*keys, *extra)}
+    def only_views(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {key: value for key, value in batch.items() if key not in bookkeeping}
 
-    def training(start_step: int) -> Iterator[dict[str, np.ndarray]]:
+    def training_batches(start_step: int) -> Iterator[dict[str, np.ndarray]]:
         batches = pipeline.training_batches(
-            train_source,
-            config=config,
-            grid=grid,
-            seed=run.seed,
-            batch_size=run.batch_size,
-            start_step=start_step,
-            shard=shard,
-            shards=shards,
+            training, **shared, seed=run.seed, start_step=start_step, repeats=repeats
         )
         for batch in batches:
             bad.count(batch)
-            yield pick(batch)
+            yield only_views(batch)
 
-    def evaluation() -> Iterable[dict[str, np.ndarray]]:
-        if eval_source is None:
-            return
-        batches = pipeline.eval_batches(
-            eval_source,
-            config=config,
-            grid=grid,
-            batch_size=run.batch_size,
-            shard=shard,
-            shards=shards,
-        )
-        for number, batch in enumerate(batches):
+    def eval_batches() -> Iterable[dict[str, np.ndarray]]:
+        for number, batch in enumerate(pipeline.eval_batches(evaluation, **shared)):
             if run.eval_batches and number == run.eval_batches:
                 return
-            yield pick(batch, ("valid",))
+            # What can't be decoded counts for nothing: another image stands in its place.
+            batch["valid"] = batch["valid"] & ~batch["replaced"]
+            yield only_views(batch)
 
     return loop.Feed(
-        training=training,
-        evaluation=evaluation,
+        training=training_batches,
+        evaluation=eval_batches,
         metrics=lambda: {"replaced_images": float(bad.bad)},
     )
 

@@ -168,8 +168,9 @@ def pretrain_task(
     encoder_params = tokenizer.encoding_params(tokenizer_params)
     normalization = config.data.normalization
 
-    def prepare(frozen: Any, batch: Batch) -> Batch:
+    def prepare(frozen: Any, batch: Batch, key: jax.Array | None) -> Batch:
         """uint8 views and masks → normalised images, positions, their token ids and weights."""
+        del key  # all that is random was drawn on the host
         ids = tokenizer.encode(frozen, batch["token_image"])
         positions, weights = masked_positions(batch["mask"], slots=slots)
         labels = jnp.take_along_axis(ids.reshape(ids.shape[0], -1), positions, axis=1)
@@ -207,7 +208,7 @@ def pretrain_task(
         return result["loss"], result
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> Sums:
-        return sums(params, prepare(frozen, batch), None)
+        return sums(params, prepare(frozen, batch, None), None)
 
     def metrics(totals: Sums) -> dict[str, jax.Array]:
         return {

@@ -154,8 +154,8 @@ def tokenizer_task(config: TokenizerTaskConfig) -> Task:
     vae = dvae.discrete_vae(config.tokenizer)
     vocabulary = config.tokenizer.vocabulary
 
-    def prepare(frozen: Any, batch: Batch) -> Batch:
-        del frozen
+    def prepare(frozen: Any, batch: Batch, key: jax.Array | None) -> Batch:
+        del frozen, key
         pixels = dvae.normalize(batch["token_image"].astype(jnp.float32) / 255.0)
         valid = batch.get("valid", jnp.ones(pixels.shape[0], bool))
         return {"pixels": pixels, "valid": valid.astype(jnp.float32)}
@@ -193,7 +193,7 @@ def tokenizer_task(config: TokenizerTaskConfig) -> Task:
 
     def evaluate(params: Any, frozen: Any, batch: Batch) -> Sums:
         """With hard tokens, as the tokenizer is used."""
-        batch = prepare(frozen, batch)
+        batch = prepare(frozen, batch, None)
         logits = vae.apply(params, batch["pixels"], method="logits")
         decoded = vae.apply(params, jnp.argmax(logits, axis=-1), method="decode")
         return sums(decoded, logits, batch)

@@ -1,7 +1,8 @@
 """Checkpoints: saved in the background, restored in a fixed order of precedence, never half.
 
-A run's directory holds `checkpoints/<step>/{state, config}` and `config.json`. What a run starts
-from, first match wins:
+A run's directory holds `checkpoints/<step>/{state, config}` and `config.json`; where a job names a
+metric for it, `best/checkpoints/<step>/` with the parameters that did best on held-out images. What
+a run starts from, first match wins:
 
 1. the newest readable checkpoint of its own directory (the same command resumes);
 2. `config.run.init_from`, parameters from elsewhere (`restore_params`), with a fresh optimizer and
@@ -33,7 +34,9 @@ from beit_jax.weights.convert import restore_params as restore_params
 from beit_jax.weights.native import saved_config as saved_config
 from beit_jax.weights.native import saved_params_shapes as saved_params_shapes
 
-_FIELDS = ("step", "params", "opt_state", "skipped", "skipped_in_row")
+_FIELDS = ("step", "params", "ema", "opt_state", "skipped", "skipped_in_row")
+# Settings that a run's checkpoints depend on.
+_FIXED = ("model.", "tokenizer.voc", "classes", "pooling", "optimizer.ema_decay: was None")
 
 
 class Checkpoints:
@@ -50,13 +53,14 @@ class Checkpoints:
         self._run = run
         self._config = config
         self._last_save = time.monotonic()
-        self._manager = self._open()
+        self._manager = self._open(self._root / "checkpoints", keep=run.keep_checkpoints)
+        self._best: ocp.CheckpointManager | None = None
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self, path: epath.Path, *, keep: int) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
-            self._root / "checkpoints",
+            path,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(self._run.keep_checkpoints),
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,  # left by a process killed while saving
             ),
             item_names=("state", "config"),
@@ -82,7 +86,11 @@ class Checkpoints:
     def _write_config(self, path: epath.Path) -> None:
         if path.exists() and self._manager.latest_step() is not None:
             changed = _differences(json.loads(path.read_text()), _plain(self._config))
-            fixed = [each for each in changed if each.startswith(("model.", "tokenizer.voc"))]
+            fixed = [
+                each
+                for each in changed
+                if each.startswith(_FIXED) or each.endswith("now None") and "ema_decay" in each
+            ]
             if fixed:
                 raise ConfigError(
                     f"config.{fixed[0]}: differs from the checkpoint in {self._root}"
@@ -131,7 +139,7 @@ class Checkpoints:
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(shapes)))
         )
-        state = TrainState(**restored["state"])
+        state = TrainState(**{"ema": {}} | restored["state"])
         _check_shapes(state, shapes)
         return state
 
@@ -147,7 +155,7 @@ class Checkpoints:
                 (self._root / "checkpoints" / str(step)).rename(target)
                 logging.error("unreadable checkpoint %d moved to %s", step, target)
         cluster.barrier("to set checkpoints aside")
-        self._manager = self._open()
+        self._manager = self._open(self._root / "checkpoints", keep=self._run.keep_checkpoints)
 
     def due(self, step: int, *, meeting: bool = True) -> bool:
         """Whether a checkpoint is due after `step` steps, by steps or by minutes.
@@ -182,6 +190,38 @@ class Checkpoints:
         )
         self._last_save = time.monotonic()
 
+    def best(self) -> dict[str, Any] | None:
+        """What `save_best` last noted; None where there is nothing yet."""
+        if not self._best_manager().all_steps():
+            return None
+        return saved_config(str(self._root / "best"))["best"]
+
+    def save_best(self, params: Any, *, step: int, note: dict[str, Any]) -> None:
+        """Keeps these parameters as the best ones, good for `init_from` and export.
+
+        Args:
+          params: nested dict of arrays.
+          step: steps done.
+          note: kept with them, and given back by `best`: their score.
+        """
+        manager = self._best_manager()
+        if step in manager.all_steps():  # evaluated again after a restart
+            return
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave({"params": params}),
+                config=ocp.args.JsonSave(self._config | {"best": note | {"step": step}}),
+            ),
+            force=True,
+        )
+        manager.wait_until_finished()  # small and rare; `best` must see it
+
+    def _best_manager(self) -> ocp.CheckpointManager:
+        if self._best is None:
+            self._best = self._open(self._root / "best" / "checkpoints", keep=1)
+        return self._best
+
     def check(self) -> None:
         """Raises what went wrong in the background."""
         self._manager.check_for_errors()
@@ -190,6 +230,8 @@ class Checkpoints:
         """Waits for the last save to be complete."""
         self._manager.wait_until_finished()
         self._manager.close()
+        if self._best is not None:
+            self._best.close()
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +244,9 @@ def _say(error: Exception | None) -> str:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in _FIELDS}
+    fields = {name: getattr(state, name) for name in _FIELDS}
+    # Without an average there is no such entry, as in checkpoints from before there were averages.
+    return {name: value for name, value in fields.items() if name != "ema" or value}
 
 
 def _check_shapes(state: TrainState, shapes: TrainState) -> None:

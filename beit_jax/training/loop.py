@@ -49,13 +49,16 @@ class Trained:
 
     Attributes:
       state: the last train state.
-      evaluation: metrics on the held-out images.
+      evaluation: metrics on the held-out images; of the average, if there is one, as `ema_*`.
+      best: the best of the task's metric over the run: `value`, `step` and `weights` ("last" or
+        "ema"); None where the task names none.
       images_per_second: median over the logged intervals; None where no step was left to do.
       seconds: of the whole call.
     """
 
     state: TrainState
     evaluation: dict[str, float]
+    best: dict[str, Any] | None
     images_per_second: float | None
     seconds: float
 
@@ -91,7 +94,8 @@ def train(
     mesh = open_mesh(run=run, accumulate=optimizer_config.accumulate)
     optimizer = optim.adamw(optimizer_config)
     schedule = optim.learning_rate(optimizer_config, steps=run.steps)
-    shapes = state.state_shapes(task, optimizer, mesh)
+    average = optimizer_config.ema_decay is not None
+    shapes = state.state_shapes(task, optimizer, mesh, average=average)
     _log_size(shapes, mesh)
     if run.print_sharding and jax.process_index() == 0:
         print(sharding.table(shapes.params))
@@ -104,7 +108,10 @@ def train(
     cluster.check_agreement("parameters that are not trained", _digest(task.frozen))
     frozen = sharding.replicate(task.frozen, mesh)
     sums = jax.jit(task.evaluate, out_shardings=NamedSharding(mesh, sharding.REPLICATED))
-    evaluate = functools.partial(run_evaluation, sums, task, feed, frozen, mesh)
+    evaluate = functools.partial(
+        evaluate_state, functools.partial(run_evaluation, sums, task, feed, frozen, mesh)
+    )
+    keep_best = functools.partial(_keep_best, checkpoints, task.best)
 
     step_function = functools.partial(
         state.train_step,
@@ -130,15 +137,17 @@ def train(
                 checkpoints=checkpoints,
                 log=log,
                 evaluate=evaluate,
+                keep_best=keep_best,
                 picture=picture,
             )
             checkpoints.save(train_state, step=run.steps)
-        evaluation = evaluate(train_state.params)
+        evaluation = evaluate(train_state)
         if evaluation is None:
             raise cluster.Preempted(run.steps)
         if evaluation:
             log.write(run.steps, {f"eval_{name}": value for name, value in evaluation.items()})
             logging.info("step %d held-out: %s", run.steps, _join(evaluation))
+        best = keep_best(train_state, evaluation, step=run.steps)
     finally:
         checkpoints.close()
         log.close()
@@ -147,6 +156,7 @@ def train(
     return Trained(
         state=train_state,
         evaluation=evaluation,
+        best=best,
         images_per_second=float(np.median(speeds)) if speeds else None,
         seconds=time.perf_counter() - began,
     )
@@ -184,9 +194,11 @@ def restore_or_init(
             allow_unused=run.init_allow_unused,
         )
         logging.info("parameters from %s", run.init_from)
-        fresh = functools.partial(state.state_from_params, optimizer=optimizer)
+        fresh = functools.partial(
+            state.state_from_params, optimizer=optimizer, average=bool(shapes.ema)
+        )
         return jax.jit(fresh, out_shardings=places)(params)
-    fresh = functools.partial(state.init_state, task, optimizer)
+    fresh = functools.partial(state.init_state, task, optimizer, average=bool(shapes.ema))
     return jax.jit(fresh, out_shardings=places)(jax.random.key(run.seed))
 
 
@@ -205,6 +217,42 @@ def run_evaluation(
     return {name: float(value) for name, value in task.metrics(total).items()}
 
 
+def evaluate_state(
+    evaluate: Callable[[Any], dict[str, float] | None], train_state: TrainState
+) -> dict[str, float] | None:
+    """`run_evaluation` of the parameters and, where there is one, of their average (`ema_*`)."""
+    result = evaluate(train_state.params)
+    if not result or not train_state.ema:
+        return result
+    averaged = evaluate(train_state.ema)
+    if averaged is None:
+        return None
+    return result | {f"ema_{name}": value for name, value in averaged.items()}
+
+
+def _keep_best(
+    checkpoints: checkpoint.Checkpoints,
+    metric: str,
+    train_state: TrainState,
+    evaluation: dict[str, float],
+    *,
+    step: int,
+) -> dict[str, Any] | None:
+    """Saves the parameters (or their average) if they beat the best so far; what is best now."""
+    if not metric or not evaluation:
+        return None
+    candidates = [(evaluation[metric], "last", train_state.params)]
+    if train_state.ema:
+        candidates.append((evaluation[f"ema_{metric}"], "ema", train_state.ema))
+    value, weights, params = max(candidates, key=lambda each: each[0])
+    best = checkpoints.best()
+    if best is None or value > best["value"]:
+        note = {"metric": metric, "value": value, "weights": weights}
+        checkpoints.save_best(params, step=step, note=note)
+        best = checkpoints.best()
+    return best
+
+
 def _run_steps(
     step_function,
     train_state,
@@ -218,6 +266,7 @@ def _run_steps(
     checkpoints,
     log,
     evaluate,
+    keep_best,
     picture,
 ):
     """Steps until `run.steps`, with everything that happens between them."""
@@ -273,12 +322,13 @@ def _run_steps(
             )
             checkpoints.check()
         if evaluates:
-            evaluation = evaluate(train_state.params)
+            evaluation = evaluate(train_state)
             if evaluation is None:
                 leave()
             if evaluation:
                 log.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
                 logging.info("step %d held-out: %s", step, _join(evaluation))
+            keep_best(train_state, evaluation, step=step)
         if draws:
             drawn = picture(train_state)
             if drawn is not None:

@@ -32,6 +32,7 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"blocks/mlp/fc2/kernel$", PartitionSpec(None, FSDP, None)),
     (r"patch_embed/kernel$", PartitionSpec(None, None, None, FSDP)),
     (r"(lm_head|head)/kernel$", PartitionSpec(None, FSDP)),
+    (r"probe/kernel$", REPLICATED),
     (r"(bias|scale|gamma_[12]|cls_token|mask_token|pos_embed|table)$", REPLICATED),
     (r"(encoder|decoder)/.*kernel$", REPLICATED),  # of a dVAE: small
     (r"codebook$", REPLICATED),
@@ -82,8 +83,7 @@ def arrange_slices(devices: list, *, fsdp: int) -> np.ndarray:
         (each // fsdp, fsdp),
         (slices, 1),
         devices=devices,
-        # As jax.make_mesh does inside one slice.
-        allow_split_physical_axes=devices[0].device_kind in ("TPU v5 lite", "TPU v5e"),
+        allow_split_physical_axes=fsdp > 1,  # as inside one slice
     )
 
 

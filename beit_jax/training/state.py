@@ -17,6 +17,9 @@ Batch = dict[str, jax.Array]
 # batches, means don't.
 Sums = dict[str, jax.Array]
 
+# Sets the randomness of `Task.prepare` apart from that of micro-batches, numbered from 0.
+PREPARATION = 1 << 20
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class TrainState:
       step: int32 scalar, steps done, skipped ones included; the schedule and all randomness
         follow it.
       params: nested dict, float32.
+      ema: their moving average (`OptimizerConfig.ema_decay`); empty without one.
       opt_state: optax state.
       skipped: int32, non-finite updates skipped so far.
       skipped_in_row: int32, those since the last good one.
@@ -34,6 +38,7 @@ class TrainState:
 
     step: jax.Array
     params: Any
+    ema: Any
     opt_state: Any
     skipped: jax.Array
     skipped_in_row: jax.Array
@@ -45,45 +50,57 @@ class Task:
 
     Attributes:
       init: `key -> params`.
-      prepare: `(frozen, batch) -> batch`, what needs no gradient (normalise, tokenise).
+      prepare: `(frozen, batch, key) -> batch`, what needs no gradient (normalise, tokenise, mix).
       loss: `(params, batch, key, step) -> (loss_sum, sums)`. `sums["weight"]` is what the loss
         sum and the other sums are divided by; it must not depend on the parameters.
       evaluate: `(params, frozen, batch) -> sums` on held-out images; `batch["valid"]` marks
         padding.
       metrics: sums → scalars by name; "loss" is among them.
+      best: the metric on held-out images, the larger the better, whose best checkpoint is kept;
+        "" keeps none.
       frozen: parameters that are not trained (the tokenizer's), passed to prepare and evaluate.
       flops_per_image: of a training step, matmuls, forward and backward, for MFU.
     """
 
     init: Callable[[jax.Array], Any]
-    prepare: Callable[[Any, Batch], Batch]
+    prepare: Callable[[Any, Batch, jax.Array], Batch]
     loss: Callable[[Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Sums]]
     evaluate: Callable[[Any, Any, Batch], Sums]
     metrics: Callable[[Sums], dict[str, jax.Array]]
     frozen: Any
     flops_per_image: float
+    best: str = ""
 
 
-def init_state(task: Task, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, key: jax.Array, *, average: bool = False
+) -> TrainState:
     """A fresh train state; runs under `jax.jit` and `jax.eval_shape`."""
-    return state_from_params(task.init(key), optimizer=optimizer)
+    return state_from_params(task.init(key), optimizer=optimizer, average=average)
 
 
-def state_from_params(params: Any, *, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 with these parameters and a fresh optimizer."""
+def state_from_params(
+    params: Any, *, optimizer: optax.GradientTransformation, average: bool = False
+) -> TrainState:
+    """Step 0 with these parameters, a fresh optimizer and, where asked for, an average."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
         params=params,
+        ema=jax.tree.map(jnp.copy, params) if average else {},
         opt_state=optimizer.init(params),
         skipped=zero,
         skipped_in_row=zero,
     )
 
 
-def state_shapes(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shapes(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, *, average: bool = False
+) -> TrainState:
     """The train state's shapes, dtypes and shardings; nothing is materialised."""
-    shapes = jax.eval_shape(lambda key: init_state(task, optimizer, key), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: init_state(task, optimizer, key, average=average), jax.random.key(0)
+    )
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
@@ -119,7 +136,7 @@ def train_step(
     if mesh is not None and mesh.shape[sharding.FSDP] > 1:
         task = dataclasses.replace(task, loss=_with_whole_parameters(task.loss, mesh))
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    batch = task.prepare(frozen, batch)
+    batch = task.prepare(frozen, batch, jax.random.fold_in(key, PREPARATION))
     gradients, sums = _gradients(
         state.params, batch, key, state.step, task=task, micro_batches=config.accumulate
     )
@@ -132,6 +149,10 @@ def train_step(
     directions, opt_state = optimizer.update(clipped, state.opt_state, state.params)
     rate = schedule(state.step)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
+    ema = {}
+    if config.ema_decay is not None:
+        decay = config.ema_decay
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -140,6 +161,7 @@ def train_step(
     new_state = TrainState(
         step=state.step + 1,
         params=keep(params, state.params),
+        ema=keep(ema, state.ema),
         opt_state=keep(opt_state, state.opt_state),
         skipped=state.skipped + skipped,
         skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1).astype(jnp.int32),

@@ -11,7 +11,7 @@ import tensorflow as tf
 from PIL import Image
 
 from beit_jax.config import AugmentConfig, ConfigError, DataConfig, MaskConfig
-from beit_jax.data import pipeline, sources
+from beit_jax.data import pipeline, sources, views
 
 GRID = 4
 SMALL = {
@@ -45,9 +45,15 @@ def _open(path: Path, *, training: bool = True, **settings) -> tuple[sources.Sou
     return sources.open_source(config, training=training), config
 
 
+def _views(config: DataConfig, *, grid: int, extras: tuple[str, ...]) -> pipeline.Views:
+    keys = ("image", "token_image", "mask", *extras)
+    return views.pretraining_views(config, grid=grid, keys=keys)
+
+
 def _take(number: int, source: sources.Source, config: DataConfig, **settings) -> list[dict]:
-    settings = {"grid": GRID, "seed": 0, "batch_size": 8} | settings
-    batches = pipeline.training_batches(source, config=config, **settings)
+    settings = {"seed": 0, "batch_size": 8} | settings
+    made = _views(config, grid=settings.pop("grid", GRID), extras=settings.pop("extras", ()))
+    batches = pipeline.training_batches(source, config=config, views=made, **settings)
     return list(itertools.islice(batches, number))
 
 
@@ -277,8 +283,9 @@ def test_nothing_but_bad_files_ends_the_run_whatever_the_share(tmp_path):
 
 
 def _evaluate(source: sources.Source, config: DataConfig, **settings) -> list[dict]:
-    settings = {"grid": GRID, "batch_size": 8} | settings
-    return list(pipeline.eval_batches(source, config=config, **settings))
+    settings = {"batch_size": 8} | settings
+    made = _views(config, grid=GRID, extras=settings.pop("extras", ()))
+    return list(pipeline.eval_batches(source, config=config, views=made, **settings))
 
 
 def test_evaluation_covers_every_image_once_and_pads(folder):
@@ -319,8 +326,8 @@ def test_errors_say_what_is_wrong(folder):
     source, config = _open(folder)
     with pytest.raises(ConfigError, match="batch_size: 8 does not divide over 3 hosts"):
         _take(1, source, config, shards=3)
-    with pytest.raises(ValueError, match="has no 'label'"):
-        _take(1, source, config, extras=("label",))
+    with pytest.raises(ConfigError, match="has no 'segmentation'"):
+        _take(1, source, config, extras=("segmentation",))
     with pytest.raises(ValueError, match="shard 2"):
         _take(1, source, config, shard=2, shards=2)
     with pytest.raises(ConfigError, match="count"):

@@ -1,4 +1,4 @@
-"""The classification head and how fine-tuning draws its parameters."""
+"""The classification head, how fine-tuning draws its parameters, and parity with `transformers`."""
 
 import dataclasses
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from beit_jax.config import ConfigError, ModelConfig
-from beit_jax.models.functional import flatten
+from beit_jax.models.functional import flatten, functional
 from beit_jax.models.heads import classifier
-from beit_jax.training import optim, sharding
+from beit_jax.models.vit import Encoder
+from beit_jax.training import batch_augment, optim, sharding
 
 TINY = ModelConfig(
     layers=3,
@@ -98,9 +99,6 @@ def test_the_class_token_is_not_in_the_mean_and_is_all_of_cls():
 
 
 def _tokens(encoder_params, images):
-    from beit_jax.models.functional import functional
-    from beit_jax.models.vit import Encoder
-
     encoder = functional(lambda rngs: Encoder(TINY, mask_token=False, final_norm=False, rngs=rngs))
     return encoder.apply(encoder_params, images)
 
@@ -117,3 +115,116 @@ def test_every_parameter_has_its_rules():
 def test_pooling_is_checked():
     with pytest.raises(ConfigError, match="pooling: must be one of mean, cls; got 'max'"):
         classifier(dataclasses.replace(TINY, layers=1), classes=5, pooling="max")
+
+
+def peer_to_ours(tensors: dict, *, layers: int) -> dict:
+    """`BeitForImageClassification`'s parameters, or their gradients, → our nested dict."""
+    from tests.models import beit_peer
+
+    # The converter of the pre-training model, given this one's norm and head under its names.
+    moved = {
+        "beit.pooler.layernorm": "layernorm",  # mean pooling
+        "beit.layernorm": "layernorm",  # class token
+        "classifier": "lm_head",
+    }
+    renamed = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        renamed[f"{moved.get(module, module)}.{leaf}"] = tensor
+    renamed["beit.embeddings.mask_token"] = tensors["beit.embeddings.cls_token"]
+    params = beit_peer.to_ours(renamed, layers=layers)
+    encoder = params["encoder"]
+    del encoder["mask_token"]
+    result = {"encoder": encoder, "head": params["lm_head"]}
+    if "beit.pooler.layernorm.weight" in tensors:
+        result["fc_norm"] = encoder.pop("norm")
+    return result
+
+
+def relative_error(ours, theirs):
+    """Largest difference over the largest value."""
+    return np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_size", [224, 384])
+def test_logits_loss_and_every_gradient_equal_transformers(image_size):
+    """Float32, same weights, real sizes: relative 1e-4 for logits, smoothed loss, gradients."""
+    torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
+    from tests.models import beit_peer
+
+    config = dataclasses.replace(
+        TINY, width=32, heads=2, mlp_width=64, image_size=image_size, patch_size=16
+    )
+    classes = 12
+    peer = beit_peer.classifier(config, classes=classes, pooling="mean")
+    params = peer_to_ours(dict(peer.named_parameters()), layers=config.layers)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, image_size, image_size, 3)).astype(np.float32)
+    labels = rng.integers(0, classes, 3)
+    output = peer(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    loss = torch.nn.functional.cross_entropy(
+        output.logits, torch.from_numpy(labels), label_smoothing=0.1
+    )
+    loss.backward()
+    theirs = flatten(
+        peer_to_ours({name: p.grad for name, p in peer.named_parameters()}, layers=config.layers)
+    )
+
+    model = classifier(config, classes=classes)
+
+    def our_loss(params):
+        logits = model.apply(params, images)
+        each = batch_augment.smoothed_cross_entropy(logits, jnp.asarray(labels), smoothing=0.1)
+        return each.mean(), logits
+
+    (our, logits), gradients = jax.jit(jax.value_and_grad(our_loss, has_aux=True))(params)
+    errors = {
+        "logits": relative_error(logits, output.logits.detach()),
+        "loss": abs(float(our) - loss.item()) / loss.item(),
+    }
+    ours = flatten(gradients)
+    assert ours.keys() == theirs.keys()
+    errors |= {name: relative_error(ours[name], theirs[name]) for name in ours}
+
+    assert not {name: error for name, error in errors.items() if not error < 1e-4}
+
+
+FEATURES = {
+    "per block, mean": (TINY, "mean"),
+    "shared, cls": (dataclasses.replace(TINY, positions="relative_shared"), "cls"),
+    "plain, mean": (
+        dataclasses.replace(TINY, positions="absolute", layer_scale_init=None),
+        "mean",
+    ),
+    "224": (dataclasses.replace(TINY, image_size=224, patch_size=16), "mean"),
+}
+
+
+@pytest.mark.parametrize("variant", FEATURES)
+def test_hidden_states_equal_transformers(variant):
+    """What a probe uses: the embeddings and every block's output, without the final norm.
+
+    Each block's own contribution is compared too: the residual stream would hide a small one.
+    """
+    torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
+    from tests.models import beit_peer
+
+    config, pooling = FEATURES[variant]
+    size = config.image_size
+    peer = beit_peer.classifier(config, classes=5, pooling=pooling)
+    params = peer_to_ours(dict(peer.named_parameters()), layers=config.layers)["encoder"]
+    images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+    with torch.no_grad():
+        output = peer(torch.from_numpy(images.transpose(0, 3, 1, 2)), output_hidden_states=True)
+    theirs = np.stack([states.numpy() for states in output.hidden_states])
+
+    encoder = functional(
+        lambda rngs: Encoder(config, mask_token=False, final_norm=pooling == "cls", rngs=rngs)
+    )
+    ours = jax.jit(lambda p, x: encoder.apply(p, x, method="hidden_states"))(params, images)
+    assert ours.shape == theirs.shape == (config.layers + 1, 2, config.tokens + 1, config.width)
+    for layer in range(config.layers + 1):
+        assert relative_error(ours[layer], theirs[layer]) < 1e-5, layer
+    for layer, contribution in enumerate(np.diff(theirs, axis=0)):
+        assert relative_error(np.diff(ours, axis=0)[layer], contribution) < 1e-4, layer

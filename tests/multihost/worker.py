@@ -55,7 +55,7 @@ def regression(config: RegressionConfig) -> Task:
 
     return Task(
         init=lambda key: {"head": {"kernel": jax.random.normal(key, (INPUTS, OUTPUTS))}},
-        prepare=lambda frozen, batch: batch,
+        prepare=lambda frozen, batch, key: batch,
         loss=loss,
         evaluate=evaluate,
         metrics=lambda sums: {"loss": sums["loss"] / sums["weight"]},

@@ -129,7 +129,7 @@ def test_what_a_run_leaves_behind(finished):
 
 def test_held_out_loss_equals_plain_numpy(finished):
     """Held-out loss and accuracy, recomputed image by image from the checkpoint."""
-    from beit_jax.data import pipeline, sources
+    from beit_jax.data import pipeline, sources, views
 
     workdir, config, summary = finished
     model = masked_image_model(config.model, vocabulary=64)
@@ -143,7 +143,8 @@ def test_held_out_loss_equals_plain_numpy(finished):
     source = sources.open_source(config.data, training=False)
     apply, encode = jax.jit(model.apply), jax.jit(tokenizer.encode)
     total, correct, seen = [], [], 0
-    for batch in pipeline.eval_batches(source, config=config.data, grid=4, batch_size=1):
+    made = views.pretraining_views(config.data, grid=4, keys=("image", "token_image", "mask"))
+    for batch in pipeline.eval_batches(source, config=config.data, views=made, batch_size=1):
         assert batch["valid"].all()
         seen += 1
         pixels = batch["image"].astype(np.float32) / 255

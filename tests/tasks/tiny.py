@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import beit_base, dvae, quickstart
+from configs import beit_base, beit_base_ft1k, dvae, quickstart
 
 
 def shrink_run(run: ConfigDict, *, steps: int) -> None:
@@ -51,6 +51,26 @@ def pretrain() -> ConfigDict:
     return config
 
 
+def classify() -> ConfigDict:
+    """Fine-tuning of `pretrain`'s model, with everything the recipe has."""
+    config = beit_base_ft1k.get_config()
+    shrink_run(config.run, steps=12)
+    config.run.init_from = ""
+    config.model.layers = 2
+    config.model.width = 32
+    config.model.heads = 2
+    config.model.mlp_width = 64
+    config.model.image_size = 32
+    config.model.patch_size = 8
+    config.model.scan_unroll = 1
+    config.classes = 0
+    config.mixing.groups = 2
+    shrink_data(config.data)
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_steps = 3
+    return config
+
+
 def tokenizer() -> ConfigDict:
     """A discrete VAE of 16 tokens on 16-pixel images."""
     config = dvae.get_config()
@@ -85,4 +105,5 @@ def story() -> ConfigDict:
 
 def get_config(name: str = "pretrain") -> ConfigDict:
     """For `main.py --config=tests/tasks/tiny.py:NAME`."""
-    return {"pretrain": pretrain, "tokenizer": tokenizer, "story": story}[name]()
+    jobs = {"pretrain": pretrain, "tokenizer": tokenizer, "classify": classify, "story": story}
+    return jobs[name]()

@@ -35,7 +35,7 @@ def regression() -> Task:
 
     return Task(
         init=lambda key: {"head": {"kernel": jax.random.normal(key, (WIDTH, 1))}},
-        prepare=lambda frozen, batch: batch | {"valid": jnp.ones(batch["x"].shape[0])},
+        prepare=lambda frozen, batch, key: batch | {"valid": jnp.ones(batch["x"].shape[0])},
         loss=loss,
         evaluate=evaluate,
         metrics=lambda sums: {"loss": sums["loss"] / sums["weight"]},

@@ -94,6 +94,52 @@ def test_decay_list_by_name():
     }
 
 
+def test_probe_heads_are_decayed_whole():
+    """The linear probe's optimizer has one group: its biases are decayed, no one else's are."""
+    shapes = {"probe": {"kernel": jnp.zeros((3, 4, 2)), "bias": jnp.zeros((3, 2))}}
+    assert flatten(optim.decay_mask(shapes)) == {"probe/kernel": True, "probe/bias": True}
+    shapes["head"] = {"bias": jnp.zeros(2)}
+    assert not optim.decay_mask(shapes)["head"]["bias"]
+
+
+@pytest.mark.parametrize("positions", ["relative_shared", "relative_per_block"])
+def test_tables_can_be_taken_out_of_decay(positions):
+    """Only the tables' flag changes, and a step with a zero gradient leaves them where they are."""
+    config = dataclasses.replace(TINY, positions=positions)
+    shapes = masked_image_model(config, vocabulary=8).shapes()
+    with_tables = flatten(optim.decay_mask(shapes))
+    without = flatten(optim.decay_mask(shapes, relative_positions=False))
+    changed = {name for name in with_tables if with_tables[name] != without[name]}
+    place = "blocks/attention/" if positions == "relative_per_block" else ""
+    assert changed == {f"encoder/{place}relative_position_bias/table"}
+
+    params = jax.tree.map(lambda shape: np.ones(shape.shape, np.float32), shapes)
+    zeros = jax.tree.map(np.zeros_like, params)
+    optimizer = optim.adamw(dataclasses.replace(CONFIG, decay_relative_positions=False))
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for name, update in flatten(updates).items():
+        assert (np.asarray(update) == np.float32(0.05 * without[name])).all(), name
+
+
+def test_a_held_rate_is_pytorchs_cosine_per_epoch():
+    """The linear probe's: no warm-up, to zero, stepped once in seven steps."""
+    torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
+    epochs, hold = 10, 7
+    config = OptimizerConfig(
+        learning_rate=4e-3, min_learning_rate=0.0, warmup_steps=0, hold_steps=hold
+    )
+    ours = np.asarray(optim.learning_rate(config, steps=epochs * hold)(jnp.arange(epochs * hold)))
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=4e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0.0)
+    theirs = []
+    for _ in range(epochs):
+        theirs += hold * [optimizer.param_groups[0]["lr"]]
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert len(np.unique(ours)) == epochs
+
+
 def test_a_parameter_without_a_rule_is_named():
     with pytest.raises(ValueError, match=r"no weight-decay rule .*: blocks/novelty, other"):
         optim.decay_mask({"blocks": {"novelty": jnp.zeros(2)}, "other": jnp.zeros(2)})
@@ -126,7 +172,7 @@ def masked_task(model):
 
     return Task(
         init=model.init,
-        prepare=lambda frozen, batch: batch,
+        prepare=lambda frozen, batch, key: batch,
         loss=loss,
         evaluate=lambda params, frozen, batch: loss(params, batch, None, None)[1],
         metrics=lambda sums: {"loss": sums["loss"] / sums["weight"]},

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +130,39 @@ def test_between_slices_goes_data_only():
     assert slices == [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2]]
     with pytest.raises(ConfigError, match=r"run\.fsdp: 8 does not divide the 4 devices of each"):
         sharding.arrange_slices(devices, fsdp=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip(SliceDevice):
+    """And what it looks at on a TPU: places on the torus."""
+
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+    platform: str = "tpu"
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "fsdp"),
+    [
+        ("TPU v4", (4, 4, 4), 1),
+        ("TPU v4", (4, 4, 4), 2),
+        ("TPU v4", (4, 4, 4), 8),
+        ("TPU v4", (2, 2, 1), 4),
+        ("TPU v5 lite", (4, 4, 1), 8),
+        ("TPU v6 lite", (8, 8, 1), 4),
+        ("TPU v6 lite", (8, 8, 1), 16),
+    ],
+)
+def test_groups_that_are_no_whole_axis_of_the_torus(kind, shape, fsdp):
+    """Two slices; 8 on 4 × 4 × 4 chips are half a plane."""
+    devices = [
+        Chip(id=i, slice_index=i // math.prod(shape), device_kind=kind, coords=coords)
+        for i, coords in enumerate(2 * list(itertools.product(*map(range, shape))))
+    ]
+    mesh = sharding.make_mesh(fsdp=fsdp, devices=devices[::-1])
+    assert dict(mesh.shape) == {"data": 2 * math.prod(shape) // fsdp, "fsdp": fsdp}
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
+    assert all(len({device.slice_index for device in row}) == 1 for row in mesh.devices)
 
 
 def test_arrays_come_back_whole():

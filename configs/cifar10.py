@@ -1,0 +1,52 @@
+"""What pre-training is worth, measured on CIFAR-10: the quickstart's story on photographs.
+
+32 × 32 images cut into 4 × 4 patches: 64 tokens, as the quickstart has; own tokenizer, 256 codes.
+Sizes and lengths are ours, for two CPU cores. Images are in class folders: one with
+`train/<class>/*.jpg` and `test/<class>/*.jpg`.
+
+    python main.py --config=configs/cifar10.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import quickstart
+
+SIZE = 32
+IMAGES = 10_000
+BATCH = 64
+STEPS_PER_EPOCH = IMAGES // BATCH
+
+
+def get_config() -> ConfigDict:
+    """A diff of `quickstart`; `tokenizer.data.source` and `eval_source` are those of all jobs."""
+    config = quickstart.get_config()
+
+    first = config.tokenizer
+    first.run.steps = 1500
+    first.run.log_every = 100
+    first.run.eval_every = 500
+    first.run.checkpoint_every = 500
+    first.data.source = "folder:cifar10/train"
+    first.data.eval_source = "folder:cifar10/test"
+    first.data.holdout = 0
+    first.data.image_size = SIZE
+    first.data.token_image_size = SIZE
+    first.tokenizer.image_size = SIZE
+    first.tokenizer.vocabulary = 256
+
+    second = config.pretrain
+    second.run.steps = 20 * STEPS_PER_EPOCH
+    second.run.batch_size = BATCH
+    second.run.eval_every = 5 * STEPS_PER_EPOCH
+    second.run.picture_every = 0
+    second.run.checkpoint_every = 5 * STEPS_PER_EPOCH
+    second.model.image_size = SIZE
+    second.model.patch_size = 4
+    second.tokenizer = first.tokenizer.copy_and_resolve_references()
+    second.data = first.data.copy_and_resolve_references()
+    second.data.source = first.data.get_ref("source")
+    second.data.eval_source = first.data.get_ref("eval_source")
+    second.data.mask = quickstart.get_config().pretrain.data.mask
+    second.optimizer.learning_rate = 1.5e-3
+    second.optimizer.warmup_steps = 2 * STEPS_PER_EPOCH
+    return config
