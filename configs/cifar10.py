@@ -49,4 +49,19 @@ def get_config() -> ConfigDict:
     second.data.mask = quickstart.get_config().pretrain.data.mask
     second.optimizer.learning_rate = 1.5e-3
     second.optimizer.warmup_steps = 2 * STEPS_PER_EPOCH
+
+    last = config.classify
+    last.run.steps = 6 * STEPS_PER_EPOCH
+    last.run.batch_size = BATCH
+    last.run.eval_every = 2 * STEPS_PER_EPOCH
+    last.run.checkpoint_every = 2 * STEPS_PER_EPOCH
+    last.model.image_size = SIZE
+    last.model.patch_size = 4
+    last.data.source = first.data.get_ref("source")
+    last.data.eval_source = first.data.get_ref("eval_source")
+    last.data.holdout = 0
+    last.data.augment.min_crop_scale = 0.35
+    last.optimizer.learning_rate = 1e-3
+    last.optimizer.warmup_steps = STEPS_PER_EPOCH
+    config.seeds = (0, 1, 2)
     return config

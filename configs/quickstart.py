@@ -8,9 +8,9 @@ only the method is the paper's: 64 × 64 images cut into 8 × 8 patches, one tok
 
 from ml_collections import ConfigDict
 
-from configs import beit_base, dvae
+from configs import beit_base, dvae, quickstart_classify
 
-SIZE = 64  # pixels of the encoder's view; the tokenizer's is half of that, as 112 of 224
+SIZE = quickstart_classify.SIZE  # pixels of the encoder's view; the tokenizer's is half of that
 
 
 def get_config() -> ConfigDict:
@@ -69,4 +69,7 @@ def get_config() -> ConfigDict:
     second.data.mask.min_block = 4
     second.optimizer.learning_rate = 2e-3
     second.optimizer.warmup_steps = 100
+
+    config.classify = quickstart_classify.get_config()
+    config.seeds = (0,)
     return config

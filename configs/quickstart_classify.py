@@ -8,7 +8,9 @@ quickstart pre-trained.
 
 from ml_collections import ConfigDict
 
-from configs import beit_base_ft1k, quickstart
+from configs import beit_base_ft1k
+
+SIZE = 64  # pixels
 
 
 def get_config() -> ConfigDict:
@@ -28,7 +30,7 @@ def small(config: ConfigDict) -> ConfigDict:
     config.model.width = 128
     config.model.heads = 4
     config.model.mlp_width = 512
-    config.model.image_size = quickstart.SIZE
+    config.model.image_size = SIZE
     config.model.patch_size = 8
     config.model.drop_path_rate = 0.0
     config.model.scan_unroll = 1
@@ -45,4 +47,5 @@ def small(config: ConfigDict) -> ConfigDict:
     config.data.augment.eval_crop = 1.0
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 20
+    config.optimizer.layer_decay = 1.0  # what starts from scratch must learn in every layer
     return config

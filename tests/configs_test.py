@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from beit_jax import jobs
-from beit_jax.models.heads import masked_image_model
+from beit_jax.models.heads import classifier, masked_image_model
 from beit_jax.tokenizers.dvae import discrete_vae
 
-# Official log (base: 91,965,776) and the sizes of the released checkpoints.
+# Official log (base: 91,965,776) and the sizes of the released checkpoints; of a plain ViT at another
+# resolution or with other classes, what those change. A probe has the checkpoint's model.
 PARAMETERS = {
     "beit_base": 91_965_776,
     "beit_base_300ep": 91_965_776,
@@ -23,6 +24,23 @@ PARAMETERS = {
     "beit_large_plain": 311_674_880,
     "dvae": 20_081_411,
     "quickstart": 836_240,
+    "cifar10": 834_320,
+    "beit_base_ft22k": 102_557_713,
+    "beit_large_ft22k": 325_792_593,
+    "beit_base_ft1k": 86_530_984,
+    "beit_large_ft1k": 304_430_568,
+    "beit_base_ft22k_ft1k": 86_530_984,
+    "beit_base_ft22k_ft1k_384": 86_744_104,
+    "beit_large_ft22k_ft1k": 304_430_568,
+    "beit_large_ft22k_ft1k_384": 304_998_888,
+    "beit_large_ft22k_ft1k_512": 305_674_728,
+    "beit_base_plain_ft1k": 86_558_440,
+    "beit_base_plain_ft1k_384": 86_558_440 + (577 - 197) * 768,
+    "beit_large_plain_ft1k": 304_302_056,
+    "beit_base_cifar100": 86_558_440 - 900 * 769,
+    "quickstart_classify": 823_626,
+    "probe_base": None,
+    "probe_large": None,
 }
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -46,6 +64,14 @@ def test_parameters(name):
     if config.task == "tokenizer":
         assert count(discrete_vae(config.tokenizer).shapes()) == PARAMETERS[name]
         return
+    if config.task == "classify":
+        classes = config.classes or 10
+        model = classifier(config.model, classes=classes, pooling=config.pooling)
+        assert count(model.shapes()) == PARAMETERS[name]
+        return
+    if config.task == "probe":  # its model is the checkpoint's
+        assert PARAMETERS[name] is None
+        return
     config = config.pretrain if config.task == "quickstart" else config
     model = masked_image_model(config.model, vocabulary=config.tokenizer.vocabulary)
     assert count(model.shapes()) == PARAMETERS[name]
@@ -62,7 +88,7 @@ def test_every_setting_can_be_overridden_on_the_command_line():
             elif dataclasses.is_dataclass(value):
                 yield from missing(value, section[field.name], f"{path}.{field.name}")
 
-    for name in ("beit_base", "dvae", "quickstart"):
+    for name in ("beit_base", "dvae", "quickstart", "beit_base_ft1k", "probe_base"):
         section = importlib.import_module(f"configs.{name}").get_config().to_dict()
         assert not list(missing(load(name), section, name))
 
@@ -88,3 +114,52 @@ def test_the_recipes_numbers():
     assert more.model == large.model
     plain = load("beit_base_plain").model
     assert (plain.positions, plain.layer_scale_init) == ("absolute", None)
+
+
+# spec: unilm/beit README and get_started_for_image_classification.md; paper table 13. Epochs and
+# warm-up in epochs of the data set.
+FINE_TUNING = {
+    # name: batch, rate, epochs, warm-up, layer decay, drop path, weight decay, mixup, cutmix
+    "beit_base_ft22k": (4096, 3e-3, 90, 5, 0.65, 0.2, 0.05, 0.0, 0.0),
+    "beit_large_ft22k": (2048, 2e-3, 90, 5, 0.75, 0.2, 0.05, 0.0, 0.0),
+    "beit_base_ft1k": (1024, 4e-3, 100, 20, 0.65, 0.1, 0.05, 0.8, 1.0),
+    "beit_large_ft1k": (1024, 1e-3, 50, 5, 0.75, 0.2, 0.05, 0.8, 1.0),
+    "beit_base_ft22k_ft1k": (512, 2e-5, 30, 5, 0.85, 0.1, 1e-8, 0.0, 0.0),
+    "beit_base_ft22k_ft1k_384": (512, 2e-5, 30, 5, 0.85, 0.1, 1e-8, 0.0, 0.0),
+    "beit_large_ft22k_ft1k": (512, 2e-5, 30, 5, 0.9, 0.4, 1e-8, 0.0, 0.0),
+    "beit_large_ft22k_ft1k_384": (512, 2e-5, 30, 5, 0.9, 0.4, 1e-8, 0.0, 0.0),
+    "beit_large_ft22k_ft1k_512": (512, 2e-5, 30, 5, 0.9, 0.4, 1e-8, 0.0, 0.0),
+    "beit_base_plain_ft1k": (1024, 4e-3, 100, 20, 0.65, 0.1, 0.05, 0.8, 1.0),
+    "beit_large_plain_ft1k": (1024, 2e-3, 50, 5, 0.75, 0.1, 0.05, 0.8, 1.0),
+    "beit_base_cifar100": (512, 4e-3, 150, 20, 0.65, 0.1, 0.3, 0.8, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_fine_tuning_recipes(name):
+    config = load(name)
+    images = {21_841: 14_197_122, 1000: 1_281_167, 100: 50_000}[config.classes]
+    epoch = images // config.run.batch_size
+    assert (
+        config.run.batch_size,
+        config.optimizer.learning_rate,
+        config.run.steps / epoch,
+        config.optimizer.warmup_steps / epoch,
+        config.optimizer.layer_decay,
+        config.model.drop_path_rate,
+        config.optimizer.weight_decay,
+        config.mixing.mixup,
+        config.mixing.cutmix,
+    ) == FINE_TUNING[name]
+    assert config.optimizer.clip_norm is None  # --clip_grad has no effect with DeepSpeed
+    assert config.optimizer.min_learning_rate == 1e-6
+    assert (config.label_smoothing, config.head_init_scale, config.pooling) == (0.1, 0.001, "mean")
+    augment = config.data.augment
+    assert (augment.operations, augment.magnitude, augment.magnitude_std) == (2, 9.0, 0.5)
+    assert augment.erase_probability == (0.0 if name == "beit_base_cifar100" else 0.25)
+    # Paper table 13: repeated augmentation for base, in the paper's own recipe alone.
+    assert config.data.repeats == (3 if name.startswith(("beit_base_plain", "beit_base_c")) else 1)
+    assert config.data.image_size == config.model.image_size
+    plain = config.model.positions == "absolute"
+    assert plain == ("plain" in name or "cifar100" in name)
+    assert (config.model.layer_scale_init is None) == plain

@@ -203,13 +203,7 @@ def run(config: ProbeConfig, *, workdir: str) -> dict[str, Any]:
         "config.neighbours.counts",
         f"{config.neighbours.counts}, but there are {images.size} training images",
     )
-    if encoder.normalization != config.data.normalization:
-        logging.warning(
-            "THE CHECKPOINT EXPECTS PIXELS NORMALISED BY %r; config.data.normalization is %r."
-            " Features of other pixels are worth less.",
-            encoder.normalization,
-            config.data.normalization,
-        )
+    compare_normalization(encoder, config.data)
     if config.reference:
         logging.info("published reference: %s", config.reference)
 
@@ -306,6 +300,17 @@ def load_encoder(
         model=description.model,
         normalization=description.normalization,
     )
+
+
+def compare_normalization(encoder: FrozenEncoder, data: LabelledDataConfig) -> None:
+    """Shouts where pixels will not be what the encoder was trained on."""
+    if encoder.normalization != data.normalization:
+        logging.warning(
+            "THE CHECKPOINT EXPECTS PIXELS NORMALISED BY %r; config.data.normalization is %r."
+            " Features of other pixels are worth less.",
+            encoder.normalization,
+            data.normalization,
+        )
 
 
 def frozen_encoder(model: ModelConfig, params: Mapping[str, Any]) -> tuple[Functional, Any]:

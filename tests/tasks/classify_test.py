@@ -221,9 +221,13 @@ def test_starts_from_pre_training_and_is_exported(folders, tmp_path):
     """From a run of this project's pre-training, with copies of its table; to Hugging Face."""
     pretrain = tiny.pretrain()
     pretrain.run.steps = 1
+    pretrain.optimizer.warmup_steps = 1
     run(pretrain.to_dict(), tmp_path / "pretrain")
     values = settings(
-        folders, run__steps=1, run__init_from=str(tmp_path / "pretrain"), optimizer__warmup_steps=1
+        folders,
+        run__steps=1,
+        run__init_from=str(tmp_path / "pretrain"),
+        optimizer__warmup_steps=1,
     )
     # With the rate 0 of the first warm-up step the weights stay what they were.
     run(values, tmp_path / "run")
