@@ -206,7 +206,9 @@ def lower_step(config: PretrainConfig, mesh: Mesh) -> Any:
     """The run's train step on `mesh`, traced and lowered for TPUs, with nothing materialised."""
     task = task_of_shapes(config)
     optimizer = optim.adamw(config.optimizer)
-    shapes: TrainState = state.state_shapes(task, optimizer, mesh)
+    shapes: TrainState = state.state_shapes(
+        task, optimizer, mesh, average=config.optimizer.ema_decay is not None
+    )
     replicated = NamedSharding(mesh, sharding.REPLICATED)
     split = NamedSharding(mesh, sharding.BATCH)
 

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from beit_jax.config import ConfigError, RunError, check, parse, to_dict
-from beit_jax.tasks import classify, pretrain, quickstart, tokenizer
+from beit_jax.tasks import classify, pretrain, probe, quickstart, tokenizer
 from beit_jax.tokenizers.loading import TokenizerFileError
 from beit_jax.training import cluster
 
 JOBS = {
     "classify": (classify.ClassifyConfig, classify.run),
     "pretrain": (pretrain.PretrainConfig, pretrain.run),
+    "probe": (probe.ProbeConfig, probe.run),
     "tokenizer": (tokenizer.TokenizerTaskConfig, tokenizer.run),
     "quickstart": (quickstart.QuickstartConfig, quickstart.run),
 }

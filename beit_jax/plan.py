@@ -316,7 +316,9 @@ def memory_of_state(config: PretrainConfig, place: Slice) -> Memory:
         processes=place.hosts,
     )
     task = task_of_shapes(config)
-    shapes = state.state_shapes(task, optim.adamw(config.optimizer), mesh)
+    shapes = state.state_shapes(
+        task, optim.adamw(config.optimizer), mesh, average=config.optimizer.ema_decay is not None
+    )
     per_chip = functools.partial(jax.tree.map, _shard_bytes)
     total = sum(jax.tree.leaves(per_chip(shapes)))
     parameters = sum(jax.tree.leaves(per_chip(shapes.params)))

@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.run.keep_checkpoints = 2
     config.run.init_from = "beit_base_patch16_224_pt22k.pth"
     config.run.init_allow_missing = ("fc_norm", "head")  # start fresh
-    # The official loader drops these too, the final norm included (run_class_finetuning.py:315-437).
+    # The official loader drops these too, the norm included (run_class_finetuning.py:315-437).
     config.run.init_allow_unused = ("lm_head", "encoder/mask_token", "encoder/norm")
     config.run.on_corrupt_checkpoint = "fall_back"
     config.run.print_sharding = False

@@ -1,10 +1,10 @@
-"""Intermediate fine-tuning of BEiT-B/16 on ImageNet-22k labels: `beit_base_patch16_224_pt22k_ft22k`.
+"""BEiT-B/16 fine-tuned on ImageNet-22k labels, the intermediate step: `..._pt22k_ft22k`.
 
 unilm/beit README, "Fine-tuning on ImageNet-22k": 16 × 256 images, 90 epochs. Its --clip_grad 3.0
 has no effect with DeepSpeed, so there is no clipping here. TFDS has no ImageNet-22k: a folder of
 21,841 class folders.
 
-    python main.py --config=configs/beit_base_ft22k.py --config.data.source=folder:/data/imagenet22k
+    python main.py --config=configs/beit_base_ft22k.py --config.data.source=folder:/data/22k
 """
 
 from ml_collections import ConfigDict

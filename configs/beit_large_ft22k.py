@@ -1,8 +1,8 @@
-"""Intermediate fine-tuning of BEiT-L/16 on ImageNet-22k labels: `..._large_..._pt22k_ft22k`.
+"""BEiT-L/16 fine-tuned on ImageNet-22k labels, the intermediate step: `..._pt22k_ft22k`.
 
 unilm/beit README, "Fine-tuning on ImageNet-22k": 16 × 64 images in two micro-batches, 90 epochs.
 
-    python main.py --config=configs/beit_large_ft22k.py --config.data.source=folder:/data/imagenet22k
+    python main.py --config=configs/beit_large_ft22k.py --config.data.source=folder:/data/22k
 """
 
 from ml_collections import ConfigDict

@@ -15,6 +15,8 @@ SIZE = 32
 IMAGES = 10_000
 BATCH = 64
 STEPS_PER_EPOCH = IMAGES // BATCH
+PROBE_BATCH = 256
+PROBE_STEPS_PER_EPOCH = IMAGES // PROBE_BATCH
 
 
 def get_config() -> ConfigDict:
@@ -49,6 +51,21 @@ def get_config() -> ConfigDict:
     second.data.mask = quickstart.get_config().pretrain.data.mask
     second.optimizer.learning_rate = 1.5e-3
     second.optimizer.warmup_steps = 2 * STEPS_PER_EPOCH
+
+    probe = config.probe
+    probe.run.steps = 50 * PROBE_STEPS_PER_EPOCH
+    probe.run.batch_size = PROBE_BATCH
+    probe.run.eval_every = 10 * PROBE_STEPS_PER_EPOCH
+    probe.run.checkpoint_every = 0
+    probe.features = "cls_mean"
+    probe.linear = True
+    probe.cached_views = 5
+    probe.data.image_size = SIZE
+    probe.data.source = first.data.get_ref("source")
+    probe.data.eval_source = first.data.get_ref("eval_source")
+    probe.data.holdout = 0
+    probe.data.augment.min_crop_scale = 0.35
+    probe.optimizer.hold_steps = PROBE_STEPS_PER_EPOCH
 
     last = config.classify
     last.run.steps = 6 * STEPS_PER_EPOCH

@@ -8,7 +8,7 @@ only the method is the paper's: 64 × 64 images cut into 8 × 8 patches, one tok
 
 from ml_collections import ConfigDict
 
-from configs import beit_base, dvae, quickstart_classify
+from configs import beit_base, dvae, probe_base, quickstart_classify
 
 SIZE = quickstart_classify.SIZE  # pixels of the encoder's view; the tokenizer's is half of that
 
@@ -70,6 +70,22 @@ def get_config() -> ConfigDict:
     second.optimizer.learning_rate = 2e-3
     second.optimizer.warmup_steps = 100
 
+    config.probe = probe_base.get_config()
+    small_probe(config.probe)
     config.classify = quickstart_classify.get_config()
     config.seeds = (0,)
     return config
+
+
+def small_probe(config: ConfigDict) -> None:
+    """k-NN alone, among the labelled images that fine-tuning gets."""
+    labelled = quickstart_classify.get_config()
+    config.reference = ""
+    config.run.batch_size = labelled.run.batch_size
+    config.run.init_from = "pretrain"  # filled in: before and after pre-training
+    config.features = "mean"
+    config.classes = 0
+    config.linear = False
+    config.data = labelled.data.copy_and_resolve_references()
+    config.data.image_size = SIZE
+    config.optimizer.warmup_steps = 0

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
 def small(config: ConfigDict) -> ConfigDict:
     """The same task on 2,000 of the embedded images, with the quickstart's model."""
     config.reference = ""
-    config.run.steps = 200
+    config.run.steps = 150
     config.run.batch_size = 64
     config.run.eval_every = 0
     config.run.checkpoint_every = 100

@@ -12,8 +12,8 @@ from beit_jax import jobs
 from beit_jax.models.heads import classifier, masked_image_model
 from beit_jax.tokenizers.dvae import discrete_vae
 
-# Official log (base: 91,965,776) and the sizes of the released checkpoints; of a plain ViT at another
-# resolution or with other classes, what those change. A probe has the checkpoint's model.
+# Official log (base: 91,965,776) and the sizes of the released checkpoints; of a plain ViT at
+# another resolution or with other classes, what those change. A probe has the checkpoint's model.
 PARAMETERS = {
     "beit_base": 91_965_776,
     "beit_base_300ep": 91_965_776,

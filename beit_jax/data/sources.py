@@ -29,7 +29,8 @@ tf.config.set_visible_devices([], "GPU")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
-# What the embedded set shows; a segmentation map holds 0 for the background, 1 + class elsewhere.
+# What the embedded set shows: a shape, told by its segmentation map (0 for the background, 1 + the
+# place here on the shape), ...
 SHAPES = (
     "disc",
     "square",
@@ -42,6 +43,8 @@ SHAPES = (
     "frame",
     "half disc",
 )
+# ... on a texture: its class. (The shape would be too hard a class for a few minutes' training.)
+TEXTURES = ("stripes", "waves", "checks", "dots", "rings", "gradient")
 EMBEDDED_IMAGES = 10_000
 # Drawn this much larger than config.image_size, so that most random crops are not enlarged.
 EMBEDDED_SCALE = 1.25
@@ -135,7 +138,7 @@ def _open_embedded(
         name=lambda index: f"embedded image {start + index}",
         load=lambda index: draw_embedded(start + index, side=side),
         fields=("image", "label", "segmentation"),
-        classes=SHAPES,
+        classes=TEXTURES,
         reliable=True,
     )
 
@@ -152,8 +155,8 @@ def draw_embedded(index: tf.Tensor, *, side: int) -> Element:
       side: height and width in pixels.
 
     Returns:
-      `image` uint8 [side, side, 3], `label` int32 scalar (a place in `SHAPES`), `segmentation`
-      uint8 [side, side]: 0 for the background, 1 + label on the shape.
+      `image` uint8 [side, side, 3], `label` int32 scalar (the background's place in `TEXTURES`),
+      `segmentation` uint8 [side, side]: 0 for the background, 1 + a place in `SHAPES` on the shape.
     """
     key = tf.stack([tf.constant(2106_08254, tf.int64), tf.cast(index, tf.int64)])
     uniform = tf.random.stateless_uniform([32], seed=key, alg="philox")
@@ -162,11 +165,11 @@ def draw_embedded(index: tf.Tensor, *, side: int) -> Element:
     axis = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
     x, y = (tf.constant(values) for values in np.meshgrid(axis, axis))
 
-    label = tf.cast(uniform[0] * len(SHAPES), tf.int32)
+    shape = tf.cast(uniform[0] * len(SHAPES), tf.int32)
     radius = 0.4 + 0.35 * uniform[1]
     angle = 2 * np.pi * uniform[2]
     centre = (uniform[3:5] * 2 - 1) * (0.95 - radius)
-    inside = _shape(label, *_turn((x - centre[0]) / radius, (y - centre[1]) / radius, angle))
+    inside = _shape(shape, *_turn((x - centre[0]) / radius, (y - centre[1]) / radius, angle))
     # `inside` is a distance from the outline in units of `radius`; one pixel of soft edge.
     alpha = tf.clip_by_value(inside * radius * (side / 2) + 0.5, 0.0, 1.0)
 
@@ -174,8 +177,8 @@ def draw_embedded(index: tf.Tensor, *, side: int) -> Element:
     # At least 0.3 from the background in each channel, wrapped around.
     foreground = tf.math.floormod(background + 0.3 + 0.4 * uniform[8:11], 1.0)
     # The shape's two colours are closer to each other, which lets its outline be seen.
-    back_share, back_step = _texture(x, y, colour=background, uniform=uniform[11:21])
-    front_share, front_step = _texture(x, y, colour=foreground, uniform=uniform[21:31])
+    back_share, back_step, label = _texture(x, y, colour=background, uniform=uniform[11:21])
+    front_share, front_step, _ = _texture(x, y, colour=foreground, uniform=uniform[21:31])
     colours = tf.stack([background, back_step, foreground, 0.6 * front_step])
     shares = [1 - alpha, (1 - alpha) * back_share, alpha, alpha * front_share]
     # As a matrix product this is several times faster than broadcasting over three channels.
@@ -183,7 +186,7 @@ def draw_embedded(index: tf.Tensor, *, side: int) -> Element:
     return {
         "image": tf.reshape(tf.cast(image + 0.5, tf.uint8), [side, side, 3]),
         "label": label,
-        "segmentation": tf.where(alpha > 0.5, tf.cast(label + 1, tf.uint8), tf.zeros((), tf.uint8)),
+        "segmentation": tf.where(alpha > 0.5, tf.cast(shape + 1, tf.uint8), tf.zeros((), tf.uint8)),
     }
 
 
@@ -193,7 +196,7 @@ def _turn(x: tf.Tensor, y: tf.Tensor, angle: tf.Tensor) -> tuple[tf.Tensor, tf.T
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _shape(label: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+def _shape(shape: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     """Roughly the distance to the shape's outline, positive inside; the shape fits |x|, |y| < 1."""
 
     def disc(x, y, radius):
@@ -221,12 +224,12 @@ def _shape(label: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         "frame": lambda: 0.2 - tf.abs(box(x, y, 0.68, 0.68)),
         "half disc": lambda: tf.minimum(disc(x, y - 0.4, 0.95), 0.4 - y),
     }
-    return tf.switch_case(label, [drawn[name] for name in SHAPES])
+    return tf.switch_case(shape, [drawn[name] for name in SHAPES])
 
 
 def _texture(
     x: tf.Tensor, y: tf.Tensor, *, colour: tf.Tensor, uniform: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """A texture in two colours.
 
     Args:
@@ -235,14 +238,14 @@ def _texture(
       uniform: float32 [10] in 0..1: everything else.
 
     Returns:
-      The share of the other colour, float32 [side, side] in 0..1, and the step from the one colour
-      to the other, float32 [3].
+      The share of the other colour, float32 [side, side] in 0..1; the step from the one colour to
+      the other, float32 [3]; and the texture's place in `TEXTURES`, int32 scalar.
     """
     frequency = 2 * np.pi * (1.25 + 2.5 * uniform[0])  # radians over half the image
     sharpness = 1.0 + 2.5 * uniform[1]
     along, across = _turn(x, y, np.pi * uniform[2])
     phase, phase_across = 2 * np.pi * uniform[3], 2 * np.pi * uniform[4]
-    kind = tf.cast(uniform[5] * 6, tf.int32)
+    kind = tf.cast(uniform[5] * len(TEXTURES), tf.int32)
 
     def stripes(bend: float = 0.0):
         wave = bend * tf.sin(5 * across + phase_across)
@@ -277,7 +280,7 @@ def _texture(
     share = tf.clip_by_value(0.5 + 0.5 * sharpness * value, 0.0, 1.0)
     # Where the other colour would leave 0..1 it lies the other way, so that contrast stays.
     step = 0.25 + 0.3 * uniform[6:9]
-    return share, tf.where(colour > 0.5, -step, step)
+    return share, tf.where(colour > 0.5, -step, step), kind
 
 
 # ---------------------------------------------------------------------------- folder

@@ -14,6 +14,7 @@ A checkpoint that can't be read (cut off while it was copied, say) is set aside 
 """
 
 import json
+import re
 import time
 from typing import Any
 
@@ -35,8 +36,8 @@ from beit_jax.weights.native import saved_config as saved_config
 from beit_jax.weights.native import saved_params_shapes as saved_params_shapes
 
 _FIELDS = ("step", "params", "ema", "opt_state", "skipped", "skipped_in_row")
-# Settings that a run's checkpoints depend on.
-_FIXED = ("model.", "tokenizer.voc", "classes", "pooling", "optimizer.ema_decay: was None")
+# Changed settings that a run's checkpoints would not fit; an average that comes or goes.
+_FIXED = re.compile(r"(model\.|tokenizer\.voc|classes|pooling|optimizer\.ema_decay: .*None)")
 
 
 class Checkpoints:
@@ -86,11 +87,7 @@ class Checkpoints:
     def _write_config(self, path: epath.Path) -> None:
         if path.exists() and self._manager.latest_step() is not None:
             changed = _differences(json.loads(path.read_text()), _plain(self._config))
-            fixed = [
-                each
-                for each in changed
-                if each.startswith(_FIXED) or each.endswith("now None") and "ema_decay" in each
-            ]
+            fixed = [each for each in changed if _FIXED.match(each)]
             if fixed:
                 raise ConfigError(
                     f"config.{fixed[0]}: differs from the checkpoint in {self._root}"

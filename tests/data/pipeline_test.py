@@ -194,8 +194,12 @@ def test_labels_and_segmentations_where_asked_for():
     (batch,) = _take(1, source, config, extras=("label", "segmentation"))
     assert batch["label"].dtype == np.int32
     assert batch["segmentation"].shape == (8, 32, 32)
-    for label, segmentation in zip(batch["label"], batch["segmentation"], strict=True):
-        assert set(np.unique(segmentation)) <= {0, label + 1}
+    for index, label, segmentation in zip(
+        *(batch[name] for name in ("index", "label", "segmentation")), strict=True
+    ):
+        original = source.load(tf.constant(index))
+        assert label == original["label"].numpy()
+        assert set(np.unique(segmentation)) <= set(np.unique(original["segmentation"]))
     plain = _take(1, source, config)[0]
     assert "label" not in plain
     np.testing.assert_array_equal(plain["image"], batch["image"])

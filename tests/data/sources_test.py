@@ -320,14 +320,48 @@ def test_embedded_sizes():
     assert len(sources.open_source(config, training=False)) == 9
 
 
-def test_embedded_labels_and_segmentations_agree():
+def test_embedded_segmentations_show_one_shape():
     images = _embedded(300)
-    labels = [int(each["label"]) for each in images]
-    assert set(labels) == set(range(len(sources.SHAPES)))
     for each in images:
         assert each["image"].shape == (80, 80, 3)
-        assert set(np.unique(each["segmentation"])) == {0, each["label"] + 1}
+        background, shape = np.unique(each["segmentation"])
+        assert background == 0
+        assert 1 <= shape <= len(sources.SHAPES)
         assert 0.01 < (each["segmentation"] > 0).mean() < 0.6
+    assert len({each["segmentation"].max() for each in images}) == len(sources.SHAPES)
+
+
+def test_embedded_classes_are_the_backgrounds_textures():
+    """Slopes of stripes all lie along one line, a gradient's too and it never turns back; those of
+    checks, dots and rings lie in all directions."""
+    source = sources.open_source(DataConfig(source="embedded:1", image_size=64), training=True)
+    assert source.classes == sources.TEXTURES
+
+    def coherence(each: dict) -> tuple[float, float]:
+        image = each["image"].astype(float).mean(axis=2)
+        # Over four pixels: a gradient's steps are under one level a pixel.
+        rows = (image[4:] - image[:-4])[:, 2:-2]
+        columns = (image[:, 4:] - image[:, :-4])[2:-2]
+        windows = np.lib.stride_tricks.sliding_window_view(each["segmentation"], (5, 5))
+        clear = windows.max(axis=(2, 3)) == 0  # nothing of the shape around
+        slopes = np.stack([rows[clear], columns[clear]])
+        tensor = slopes @ slopes.T
+        large, small = np.linalg.eigvalsh(tensor)[::-1]
+        direction = np.linalg.eigh(tensor)[1][:, -1] @ slopes
+        return (large - small) / (large + small), abs(direction.sum()) / np.abs(direction).sum()
+
+    found = {name: [] for name in sources.TEXTURES}
+    for each in _embedded(300):
+        found[sources.TEXTURES[each["label"]]].append(coherence(each))
+    assert all(len(values) > 25 for values in found.values())
+    along, one_way = (
+        {name: np.median([value[i] for value in values]) for name, values in found.items()}
+        for i in (0, 1)
+    )
+    assert min(along["stripes"], along["gradient"]) > 0.9
+    assert max(along[name] for name in ("checks", "dots", "waves")) < 0.8
+    assert one_way["gradient"] > 0.9
+    assert max(value for name, value in one_way.items() if name != "gradient") < 0.6
 
 
 def test_embedded_shapes_are_what_they_are_called():
@@ -340,7 +374,7 @@ def test_embedded_shapes_are_what_they_are_called():
 
     fills = {name: [] for name in sources.SHAPES}
     for each in _embedded(300):
-        fills[sources.SHAPES[each["label"]]].append(fill(each))
+        fills[sources.SHAPES[each["segmentation"].max() - 1]].append(fill(each))
     mean = {name: np.mean(values) for name, values in fills.items()}
     assert mean["disc"] == pytest.approx(np.pi / 8, abs=0.02)
     assert mean["ring"] < 0.75 * mean["disc"]

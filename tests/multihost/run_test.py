@@ -77,6 +77,26 @@ def test_same_curve_and_every_image_read_once(photographs, tmp_path):
         assert not [path for path in written[i] if not path.startswith("checkpoints/")]
 
 
+def test_classification_is_the_same_with_two_processes(tmp_path):
+    """Mixing in groups across processes, erasing, and every held-out image counted once."""
+    config = tiny.classify()
+    config.run.steps = 5
+    config.data.holdout = 13  # divides by nothing here
+    config.optimizer.ema_decay = 0.5
+    summaries, curves = [], []
+    for count in (1, 2):
+        finish(tmp_path / str(count), config.to_dict(), count=count)
+        summaries.append(json.loads((tmp_path / str(count) / "summary.json").read_text()))
+        curves.append(list(losses(tmp_path / str(count)).values()))
+    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-4)
+    one, two = summaries
+    for name in ("top1", "top5", "ema_top1"):
+        assert one[name] == pytest.approx(two[name], abs=1e-6), name
+    assert one["loss"] == pytest.approx(two["loss"], rel=2e-4)
+    assert one["best"] == pytest.approx(two["best"])
+    assert (tmp_path / "2/best/checkpoints/5").exists()
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """An uninterrupted run of two processes, with FSDP."""

@@ -56,6 +56,7 @@ def classify() -> ConfigDict:
     config = beit_base_ft1k.get_config()
     shrink_run(config.run, steps=12)
     config.run.init_from = ""
+    config.reference = ""
     config.model.layers = 2
     config.model.width = 32
     config.model.heads = 2
