@@ -528,8 +528,8 @@ def _advice(plan: Plan, config: PretrainConfig) -> list[str]:
         )
     if config.run.fsdp > 1 and held * config.run.fsdp < 0.25 * memory.available:
         advice.append(
-            f"config.run.fsdp = 1: the state is {_gib(held * config.run.fsdp)} whole; sharding it"
-            " only adds collectives"
+            f"config.run.fsdp = 1 would fit too, the state is {_gib(held * config.run.fsdp)} whole:"
+            " plan both; gathers cost time, a sharded optimizer saves some"
         )
     if plan.host_images_per_vcpu > IMAGES_PER_VCPU:
         advice.append(

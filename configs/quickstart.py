@@ -19,13 +19,13 @@ def get_config() -> ConfigDict:
     config.task = "quickstart"
 
     first = config.tokenizer = dvae.get_config()
-    first.run.steps = 700
+    first.run.steps = 500
     first.run.batch_size = 32
     first.run.log_every = 50
     first.run.eval_every = 0
     first.run.eval_batches = 0
     first.run.picture_every = 0
-    first.run.checkpoint_every = 350
+    first.run.checkpoint_every = 250
     first.run.keep_checkpoints = 2
     first.tokenizer.vocabulary = 128
     first.tokenizer.image_size = SIZE // 2

@@ -101,6 +101,12 @@ def story() -> ConfigDict:
     config.pretrain.model.width = 32
     config.pretrain.model.heads = 2
     config.pretrain.model.mlp_width = 64
+    for job in (config.probe, config.classify):
+        shrink_run(job.run, steps=4)
+        shrink_data(job.data)
+    config.classify.optimizer.warmup_steps = 2
+    for size in ("layers", "width", "heads", "mlp_width"):
+        config.classify.model[size] = config.pretrain.model[size]
     return config
 
 

@@ -13,6 +13,7 @@ from beit_jax import jobs
 from beit_jax.config import ConfigError
 from beit_jax.tasks import quickstart, tokenizer
 from beit_jax.tokenizers.loading import load_params, open_tokenizer
+from beit_jax.weights import native
 from tests.tasks import tiny
 
 
@@ -92,9 +93,21 @@ def test_the_whole_story_and_again(tmp_path, capsys):
     first = quickstart.run(config, workdir=str(tmp_path))
     printed = capsys.readouterr().out
     assert "held-out masked tokens" in printed
+    assert "k nearest neighbours" in printed
+    scratch, pretrained = (first["classify"][name][0] for name in ("scratch", "pretrained"))
+    assert scratch["steps"] == pretrained["steps"] == 4
+    assert 0 <= scratch["top1"] <= scratch["top5"] <= 1
+    # The untrained weights are those that pre-training started from, not those it ended with.
+    before, after = (first["probe"][name]["knn"]["accuracy"] for name in ("before", "after"))
+    assert before.keys() == after.keys() == {"1", "2"}
+    started = native.read_params(str(tmp_path / "untrained"))
+    ended = native.read_params(str(tmp_path / "pretrain"))
+    assert np.abs(started["lm_head"]["kernel"] - ended["lm_head"]["kernel"]).max() > 1e-4
     assert (tmp_path / "reconstruction.png").exists()
     wanted = {"loss", "accuracy", "token_entropy", "majority_accuracy", "chance_loss"}
     assert wanted | {"images_per_second", "seconds"} <= first.keys()
     second = quickstart.run(config, workdir=str(tmp_path))
+    for name in ("scratch", "pretrained"):
+        assert second["classify"][name][0]["top1"] == first["classify"][name][0]["top1"]
     assert all(first[name] == second[name] for name in wanted | {"images_per_second"})
     assert second["seconds"] > first["seconds"]
