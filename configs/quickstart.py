@@ -1,4 +1,4 @@
-"""Five minutes on a laptop: a small tokenizer, then a small BEiT, on images made by code.
+"""Eight minutes on a laptop: a small tokenizer, a small BEiT, fine-tuning, on images made by code.
 
 No download. Sizes are ours, chosen so that two CPU cores learn something visible in a few minutes;
 only the method is the paper's: 64 × 64 images cut into 8 × 8 patches, one token of 128 for each.
@@ -14,7 +14,7 @@ SIZE = quickstart_classify.SIZE  # pixels of the encoder's view; the tokenizer's
 
 
 def get_config() -> ConfigDict:
-    """Two jobs as diffs of `dvae` and `beit_base`."""
+    """Jobs as diffs of `dvae`, `beit_base`, `probe_base` and `beit_base_ft1k`."""
     config = ConfigDict()
     config.task = "quickstart"
 
