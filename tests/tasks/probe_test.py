@@ -498,7 +498,7 @@ def test_bad_settings_are_named(encoder, changes, message):
         ({"blocks": (4,)}, r"config\.blocks: there is no block \[4\], the encoder has 3"),
         ({"neighbours__blocks": (9,)}, r"config\.neighbours\.blocks: there is no block \[9\]"),
         ({"neighbours__counts": (151,)}, r"config\.neighbours\.counts: .* 150 training images"),
-        ({"classes": 7}, r"config\.classes: 7, but embedded:150 has 10"),
+        ({"classes": 7}, r"config\.classes: 7, but embedded:150 has 6"),
         ({"run__init_from": "/nowhere"}, r"config\.run\.init_from: .*/nowhere"),
         ({"data__image_size": 36}, r"config\.run\.init_from: .*36 is not a multiple"),
         ({"run__batch_size": 12}, r"config\.run\.batch_size: 12 does not divide"),
