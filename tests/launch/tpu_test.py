@@ -47,11 +47,12 @@ if told.startswith("first:"):  # one host fails, the other for want of it
     if host != "0-w-1":
         time.sleep(0.3)
         told = "1"
-while told == "wait" and not ended:
+patience = time.monotonic() + 300  # nobody is left to stop it where a test died
+while told == "wait" and not ended and time.monotonic() < patience:
     time.sleep(0.02)
 if told == "kill":
     os.kill(os.getpid(), signal.SIGABRT)
-sys.exit(ended[0] if ended else int(told))
+sys.exit(ended[0] if ended else 1 if told == "wait" else int(told))
 """
 
 PYTHON = """#!/bin/sh
