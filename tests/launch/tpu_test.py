@@ -156,11 +156,12 @@ class Cloud:
         (self.standin / "machine.json").write_text(json.dumps(value))
 
     def processes(self):
-        """Processes whose command line names this cloud."""
+        """Processes whose command line names this cloud, or that work in it."""
         found = []
         for command in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                if str(self.standin).encode() in command.read_bytes():
+                place = str(command.parent.joinpath("cwd").readlink())
+                if str(self.standin) in f"{place} {command.read_bytes().decode(errors='replace')}":
                     found.append(int(command.parent.name))
             except OSError:
                 pass  # gone meanwhile
