@@ -16,6 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
+from machine import processor_name
 
 from beit_jax.config import MaskConfig
 from beit_jax.data.masking import draw_masks
@@ -33,15 +34,6 @@ def measure(*, config: MaskConfig, grid: int, batch: int, repeats: int) -> tuple
         processor.append(time.process_time() - starts[0])
         wall.append(time.perf_counter() - starts[1])
     return tuple(statistics.median(t[warm_up:]) / batch * 1e6 for t in (processor, wall))
-
-
-def processor_name() -> str:
-    """The processor's model, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -24,8 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from machine import processor_name  # beside this file
 
 WARM_UP = 2  # steps of each that don't count
 
@@ -206,15 +205,6 @@ def build(
             torch.cuda.synchronize()
 
     return ours, theirs, losses
-
-
-def processor_name() -> str:
-    """The processor's model, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -54,14 +54,7 @@ def get_config() -> ConfigDict:
     second.run.picture_every = 200
     second.run.checkpoint_every = 200
     second.run.keep_checkpoints = 2
-    second.model.layers = 4
-    second.model.width = 128
-    second.model.heads = 4
-    second.model.mlp_width = 512
-    second.model.image_size = SIZE
-    second.model.patch_size = 8
-    second.model.drop_path_rate = 0.0
-    second.model.scan_unroll = 1
+    quickstart_classify.small_model(second.model)
     second.tokenizer = first.tokenizer.copy_and_resolve_references()
     second.data = first.data.copy_and_resolve_references()
     second.data.mask.kind = "block"

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.sharding import NamedSharding
 
 from beit_jax import pictures
 from beit_jax.config import (
@@ -35,8 +34,9 @@ from beit_jax.config import (
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import classifier
 from beit_jax.models.vit import NORMALIZATIONS, encoder_flops, normalize
-from beit_jax.tasks.feed import labelled_feed
-from beit_jax.training import checkpoint, loop, optim, sharding, state
+from beit_jax.tasks.feed import check_class_count, labelled_feed, with_first
+from beit_jax.tasks.summary import write_summary
+from beit_jax.training import checkpoint, loop, optim, state
 from beit_jax.training.batch_augment import erase, mix, smoothed_cross_entropy
 from beit_jax.training.state import Batch, Sums, Task
 
@@ -119,7 +119,8 @@ def run(config: ClassifyConfig, *, workdir: str) -> dict[str, Any]:
         config=to_dict(config),
         workdir=workdir,
     )
-    return summarize(trained, workdir=workdir, began=began)
+    figures = trained.evaluation | {"best": trained.best}
+    return write_summary(figures, trained=trained, workdir=workdir, began=began)
 
 
 def with_classes(config: ClassifyConfig, classes: tuple[str, ...]) -> ClassifyConfig:
@@ -128,11 +129,7 @@ def with_classes(config: ClassifyConfig, classes: tuple[str, ...]) -> ClassifyCo
     Raises:
       ConfigError: it asks for another number of classes than the images have.
     """
-    check(
-        config.classes in (0, len(classes)),
-        "config.classes",
-        f"{config.classes}, but {config.data.source} has {len(classes)}",
-    )
+    check_class_count(config.classes, classes, source=config.data.source)
     return dataclasses.replace(config, classes=len(classes), labels=classes)
 
 
@@ -240,9 +237,7 @@ def evaluate_only(
     )
     train_state = loop.restore_or_init(task, optimizer, checkpoints, shapes=shapes, run=config.run)
     checkpoints.close()
-    sums = jax.jit(task.evaluate, out_shardings=NamedSharding(mesh, sharding.REPLICATED))
-    evaluate = functools.partial(loop.run_evaluation, sums, task, feed, {}, mesh)
-    evaluation = loop.evaluate_state(evaluate, train_state)
+    evaluation = loop.evaluator(task, feed, frozen={}, mesh=mesh)(train_state)
     if evaluation is None:
         raise loop.cluster.Preempted(int(train_state.step))
     summary = {"steps": int(train_state.step), **evaluation}
@@ -276,32 +271,4 @@ def show_first(
             f"{workdir}/first_batch.png", pictures.contact_sheet(rows, captions=list(columns))
         )
 
-    def shown(start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        batches = training(start_step)
-        first = next(batches)
-        if jax.process_index() == 0:
-            draw(first)
-        yield first
-        yield from batches
-
-    return shown
-
-
-def summarize(trained: loop.Trained, *, workdir: str, began: float) -> dict[str, Any]:
-    """Writes and returns `summary.json`; figures of an earlier call that did the work are kept."""
-    path = epath.Path(workdir) / "summary.json"
-    first = jax.process_index() == 0
-    before = json.loads(path.read_text()) if first and path.exists() else {}
-    speed, seconds = trained.images_per_second, time.perf_counter() - began
-    if speed is None:  # nothing was left to do
-        speed, seconds = before.get("images_per_second"), before.get("seconds", seconds)
-    summary = {
-        "steps": int(trained.state.step),
-        **trained.evaluation,
-        "best": trained.best,
-        "images_per_second": speed,
-        "seconds": seconds,
-    }
-    if first:
-        path.write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+    return with_first(training, draw)

@@ -1,6 +1,6 @@
 """Images from their source to this host's batches, as every image job reads them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -44,11 +44,9 @@ def labelled_feed(config: LabelledDataConfig, *, run: RunConfig) -> tuple[loop.F
     Raises:
       ConfigError: the images have no classes, or training and held-out images have different ones.
     """
-    from beit_jax.data import sources, views
+    from beit_jax.data import views
 
-    training = sources.open_source(config, training=True)
-    evaluation = sources.open_source(config, training=False)
-    check_classes(training, evaluation)
+    training, evaluation = labelled_sources(config)
     feed = feed_of(
         views.classification_views(config),
         config=config,
@@ -58,6 +56,27 @@ def labelled_feed(config: LabelledDataConfig, *, run: RunConfig) -> tuple[loop.F
         repeats=config.repeats,
     )
     return feed, training.classes
+
+
+def labelled_sources(config: LabelledDataConfig) -> tuple["Source", "Source"]:
+    """Training and held-out images of the same classes.
+
+    Raises:
+      ConfigError: the images have no classes, or training and held-out images have different ones.
+    """
+    from beit_jax.data import sources
+
+    training = sources.open_source(config, training=True)
+    evaluation = sources.open_source(config, training=False)
+    check_classes(training, evaluation)
+    return training, evaluation
+
+
+def check_class_count(wanted: int, classes: tuple[str, ...], *, source: str) -> None:
+    """Raises ConfigError where `config.classes` is neither 0 nor what the images have."""
+    check(
+        wanted in (0, len(classes)), "config.classes", f"{wanted}, but {source} has {len(classes)}"
+    )
 
 
 def check_classes(training: "Source", evaluation: "Source") -> None:
@@ -125,6 +144,23 @@ def feed_of(
         evaluation=eval_batches,
         metrics=lambda: {"replaced_images": float(bad.bad)},
     )
+
+
+def with_first(
+    training: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    look: Callable[[dict[str, np.ndarray]], None],
+) -> Callable[[int], Iterator[dict[str, np.ndarray]]]:
+    """`training`, whose first batch process 0 looks at when it is read."""
+
+    def shown(start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        batches = training(start_step)
+        first = next(batches)
+        if jax.process_index() == 0:
+            look(first)
+        yield first
+        yield from batches
+
+    return shown
 
 
 def first_images(

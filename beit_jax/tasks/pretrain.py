@@ -7,7 +7,6 @@ patch of the global batch.
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 from jax.experimental import multihost_utils
 
 from beit_jax import pictures
@@ -35,7 +33,8 @@ from beit_jax.models.flops import matmul_flops
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import masked_image_model, masked_positions
 from beit_jax.models.vit import normalize
-from beit_jax.tasks.feed import first_images, image_feed
+from beit_jax.tasks.feed import first_images, image_feed, with_first
+from beit_jax.tasks.summary import write_summary
 from beit_jax.tokenizers.loading import load_params, open_tokenizer
 from beit_jax.tokenizers.tokenizer import Tokenizer
 from beit_jax.training import loop, sharding
@@ -265,15 +264,7 @@ def show_first(
         sheet = pictures.contact_sheet(rows, captions=list(columns))
         pictures.save_png(f"{workdir}/first_batch.png", sheet)
 
-    def shown(start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        batches = training(start_step)
-        first = next(batches)
-        if jax.process_index() == 0:
-            draw(first)
-        yield first
-        yield from batches
-
-    return shown
+    return with_first(training, draw)
 
 
 def token_statistics(
@@ -372,25 +363,13 @@ def reconstructions(
 def summarize(
     trained: loop.Trained, statistics: TokenStatistics | None, *, workdir: str, began: float
 ) -> dict[str, Any]:
-    """Writes and returns `summary.json`; figures of an earlier call that did the work are kept."""
-    path = epath.Path(workdir) / "summary.json"
-    first = jax.process_index() == 0
-    before = json.loads(path.read_text()) if first and path.exists() else {}
-    speed = trained.images_per_second
-    seconds = time.perf_counter() - began
-    if speed is None:  # nothing was left to do
-        speed, seconds = before.get("images_per_second"), before.get("seconds", seconds)
-    summary = {
-        "steps": int(trained.state.step),
+    """Writes and returns `summary.json`."""
+    figures = {
         "loss": trained.evaluation.get("loss"),
         "accuracy": trained.evaluation.get("mlm_acc"),
         "token_entropy": statistics.entropy if statistics else None,
         "majority_accuracy": statistics.majority_accuracy if statistics else None,
         "chance_loss": statistics.chance_loss if statistics else None,
         "codes_used": statistics.codes_used if statistics else None,
-        "images_per_second": speed,
-        "seconds": seconds,
     }
-    if first:
-        path.write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+    return write_summary(figures, trained=trained, workdir=workdir, began=began)

@@ -45,7 +45,7 @@ from beit_jax.config import (
 )
 from beit_jax.models.functional import Functional, functional, unflatten
 from beit_jax.models.vit import Encoder, encoder_flops, normalize
-from beit_jax.tasks.feed import check_classes, feed_of
+from beit_jax.tasks.feed import check_class_count, feed_of, labelled_sources
 from beit_jax.training import loop, metrics, sharding, state
 from beit_jax.training.batch_augment import erase, smoothed_cross_entropy
 from beit_jax.training.state import Batch, Sums, Task
@@ -244,17 +244,10 @@ def open_images(config: ProbeConfig) -> Images:
       ConfigError: they have no classes, others than the held-out ones, or not `config.classes`.
     """
     # Here and not above: the step is measured where TensorFlow is not installed.
-    from beit_jax.data import sources, views
+    from beit_jax.data import views
 
-    training = sources.open_source(config.data, training=True)
-    evaluation = sources.open_source(config.data, training=False)
-    check_classes(training, evaluation)
-    count = len(training.classes)
-    check(
-        config.classes in (0, count),
-        "config.classes",
-        f"{config.classes}, but {config.data.source} has {count}",
-    )
+    training, evaluation = labelled_sources(config.data)
+    check_class_count(config.classes, training.classes, source=config.data.source)
     shared = {
         "views": views.classification_views(config.data),
         "config": config.data,
@@ -264,7 +257,7 @@ def open_images(config: ProbeConfig) -> Images:
     return Images(
         feed=feed_of(**shared, run=config.run, evaluation=evaluation, repeats=config.data.repeats),
         bank=feed_of(**shared, run=every, evaluation=training).evaluation,
-        classes=count,
+        classes=len(training.classes),
         size=len(training),
     )
 

@@ -107,10 +107,7 @@ def train(
     log = metrics.MetricsLog(workdir, start_step=start_step)
     cluster.check_agreement("parameters that are not trained", _digest(task.frozen))
     frozen = sharding.replicate(task.frozen, mesh)
-    sums = jax.jit(task.evaluate, out_shardings=NamedSharding(mesh, sharding.REPLICATED))
-    evaluate = functools.partial(
-        evaluate_state, functools.partial(run_evaluation, sums, task, feed, frozen, mesh)
-    )
+    evaluate = evaluator(task, feed, frozen=frozen, mesh=mesh)
     keep_best = functools.partial(_keep_best, checkpoints, task.best)
 
     step_function = functools.partial(
@@ -200,6 +197,15 @@ def restore_or_init(
         return jax.jit(fresh, out_shardings=places)(params)
     fresh = functools.partial(state.init_state, task, optimizer, average=bool(shapes.ema))
     return jax.jit(fresh, out_shardings=places)(jax.random.key(run.seed))
+
+
+def evaluator(
+    task: Task, feed: Feed, *, frozen: Any, mesh: Mesh
+) -> Callable[[TrainState], dict[str, float] | None]:
+    """`evaluate_state` for this job: a train state → its metrics on all held-out images."""
+    sums = jax.jit(task.evaluate, out_shardings=NamedSharding(mesh, sharding.REPLICATED))
+    run = functools.partial(run_evaluation, sums, task, feed, frozen, mesh)
+    return functools.partial(evaluate_state, run)
 
 
 def run_evaluation(
