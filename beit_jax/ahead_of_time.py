@@ -46,6 +46,7 @@ class Compiled:
       program: what its text says.
       arguments, temporary, code: the parts of `needed`; None where it does not fit.
       hbm_bytes: operands and results of everything; None where loops hide it.
+      flops: as the compiler counts them; None where loops hide some.
     """
 
     needed: float
@@ -55,6 +56,7 @@ class Compiled:
     temporary: float | None = None
     code: float | None = None
     hbm_bytes: float | None = None
+    flops: float | None = None
 
 
 def have_compiler() -> bool:
@@ -136,6 +138,7 @@ def compile_step(config: PretrainConfig, place: Slice) -> Compiled:
         temporary=size.temp_size_in_bytes,
         code=size.generated_code_size_in_bytes,
         hbm_bytes=compiled.cost_analysis().get("bytes accessed") if countable else None,
+        flops=compiled.cost_analysis().get("flops") if countable else None,
     )
 
 
@@ -268,10 +271,12 @@ def compile_shallow(config: PretrainConfig, place: Slice) -> Compiled:
     if low.program is None or high.program is None:
         return Compiled(needed=needed, missing=low.missing or high.missing, **sizes)
     known = low.hbm_bytes is not None and high.hbm_bytes is not None
+    counted = low.flops is not None and high.flops is not None
     return Compiled(
         needed=needed,
         program=_continue(low.program, high.program, line=line),
         hbm_bytes=line(low.hbm_bytes, high.hbm_bytes) if known else None,
+        flops=line(low.flops, high.flops) if counted else None,
         **sizes,
     )
 

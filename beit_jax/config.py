@@ -138,6 +138,9 @@ class ModelConfig:
     drop_path_rate: float = 0.1
     layer_norm_epsilon: float = 1e-6
     dtype: str = "auto"  # matmuls: "auto" is bfloat16 on accelerators, float32 on CPU
+    # "auto": on a TPU the kernel of models/fused_attention.py where heads are 64 wide, else "xla".
+    # "fused", "cudnn" (NVIDIA, untested) or "xla" by name.
+    attention: str = "auto"
     residual_dtype: str = "float32"  # the stream between blocks (official: float32 under AMP)
     scan_unroll: int = 1  # blocks per scan step: 1 compiles fastest, `layers` runs fastest on TPU
     remat: str = "none"  # "none", "dots" (keep matmul results) or "full"
@@ -158,6 +161,12 @@ class ModelConfig:
         one_of(self.positions, "positions", "relative_shared", "relative_per_block", "absolute")
         one_of(self.dtype, "dtype", "auto", "float32", "bfloat16")
         one_of(self.residual_dtype, "residual_dtype", "float32", "bfloat16")
+        one_of(self.attention, "attention", "auto", "fused", "xla", "cudnn")
+        check(
+            self.attention != "fused" or self.width == 64 * self.heads,
+            "attention",
+            f'"fused" takes heads 64 wide, these are {self.width / self.heads:g}',
+        )
         one_of(self.remat, "remat", "none", "dots", "full")
         check(0 <= self.drop_path_rate < 1, "drop_path_rate", "must be in [0, 1)")
         check(self.scan_unroll >= 1, "scan_unroll", "must be at least 1")
@@ -186,7 +195,9 @@ class TokenizerConfig:
     random_weights: bool = False  # for trying the machinery: ids then mean nothing
     vocabulary: int = 8192
     image_size: int = 112
-    dtype: str = "float32"  # of the convolutions; ids near ties depend on it
+    # Of the convolutions: "auto" is bfloat16 on accelerators, float32 on CPU. The last one, which
+    # scores the tokens, is always float32. Ids near ties depend on it (bench/tokenizer.py).
+    dtype: str = "auto"
     width: int = 256  # hidden channels (both kinds)
     levels: int = 3  # dvae: halvings
     codebook_width: int = 512  # dvae
@@ -194,7 +205,7 @@ class TokenizerConfig:
 
     def __post_init__(self):
         one_of(self.kind, "kind", "dalle", "dvae")
-        one_of(self.dtype, "dtype", "float32", "bfloat16")
+        one_of(self.dtype, "dtype", "auto", "float32", "bfloat16")
         check(self.vocabulary > 1, "vocabulary", f"must be at least 2, got {self.vocabulary}")
         check(
             self.image_size > 0 and self.image_size % self.stride == 0,
@@ -242,7 +253,14 @@ class MaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Pre-training views (datasets.py:27-75): jitter, flip, one crop box for both views."""
+    """Pre-training views (datasets.py:27-75): jitter, flip, one crop box for both views.
+
+    `fidelity`:
+      "official": as Pillow makes them, with a mean difference of 0.35 of 255.
+      "fast": of a JPEG only the crop is decoded, at half the resolution or less where that still
+        fills the view; view 2 is made from view 1; the jitter, on the device, comes after resizing
+        and takes contrast's mean from the crop. bench/input.py measures both.
+    """
 
     min_crop_scale: float = 0.08  # area share of the crop; BEiT v2: 0.2
     max_crop_scale: float = 1.0
@@ -250,6 +268,7 @@ class AugmentConfig:
     contrast: float = 0.4
     saturation: float = 0.4
     flip: bool = True
+    fidelity: str = "official"  # or "fast"
 
     def __post_init__(self):
         check(
@@ -258,6 +277,7 @@ class AugmentConfig:
             f"need 0 < min_crop_scale <= max_crop_scale <= 1, got {self.min_crop_scale} and "
             f"{self.max_crop_scale}",
         )
+        one_of(self.fidelity, "fidelity", "official", "fast")
         for name in ("brightness", "contrast", "saturation"):
             check(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]")
 
@@ -267,10 +287,10 @@ class SourceConfig:
     """Where images come from, and how they are read.
 
     `source`: "embedded[:N]" (made by code), "folder:PATH" (images at any depth, local or gs://; the
-    first folder under PATH is an image's class, for jobs that need one), "tfds:NAME" (any TFDS data
-    set with an image feature).
-    `eval_source`: the held-out images; "" withholds `holdout` images of `source` from training
-    (embedded and folder sources).
+    first folder under PATH is an image's class, for jobs that need one), "prepared:PATH" (what
+    `data/prepare.py` wrote), "tfds:NAME" (any TFDS data set with an image feature).
+    `eval_source`: the held-out images; "" withholds `holdout` images of `source` from training (not
+    of a TFDS data set).
     """
 
     source: str
@@ -284,6 +304,7 @@ class SourceConfig:
     exif_orientation: bool = True  # turn photographs upright; the official loader does not
     workers: int = 0  # parallel decoders; 0: as many as cores
     prefetch: int = 2  # batches ahead
+    service: tuple[str, ...] = ()  # host:port of machines that make the batches (`data/service.py`)
 
     def __post_init__(self):
         one_of(self.normalization, "normalization", "half", "imagenet")
@@ -296,15 +317,27 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(SourceConfig):
-    """Images for pre-training, and what becomes of them: two views and a mask."""
+    """Images for pre-training, and what becomes of them: two views and a mask.
+
+    `augmentation_cycle` K repeats the views of K epochs again and again: an image's crop, flip and
+    jitter are then functions of (seed, epoch mod K, index), and so is the order; masks stay new in
+    every epoch. Token ids are kept from the first K epochs on (two bytes a patch: ImageNet-1k at
+    K = 32 takes 16 GB, divided over the hosts) and the tokenizer, a third of BEiT-B's FLOPs, is
+    skipped ever after. What it gives up: an image has K different views, not one for each epoch,
+    and an epoch is whole batches (what is left over is not seen in it).
+    """
 
     token_image_size: int = 112  # view 2, for the tokenizer
+    augmentation_cycle: int = 0  # K; 0: every epoch has views of its own
+    token_cache: str = ""  # a folder on each host's disk for the ids; "": WORKDIR/token_cache
     augment: AugmentConfig = AugmentConfig()
     mask: MaskConfig = MaskConfig()
 
     def __post_init__(self):
         super().__post_init__()
         check(self.token_image_size > 0, "token_image_size", "must be positive")
+        check(self.augmentation_cycle >= 0, "augmentation_cycle", "must not be negative")
+        check("://" not in self.token_cache, "token_cache", "must be a folder on a local disk")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -431,6 +464,9 @@ class RunConfig:
     init_allow_unused: tuple[str, ...] = ()  # parameters of init_from that may be left out
     on_corrupt_checkpoint: str = "fall_back"  # to the one before; or "fail"
     print_sharding: bool = False  # which part of each parameter a device holds, at the start
+    # Where compiled programs are kept, see `training.startup.keep_compiled`: "auto", a folder, or
+    # "" for what JAX's own settings say.
+    compilation_cache: str = "auto"
 
     def __post_init__(self):
         check(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")

@@ -6,7 +6,7 @@ from typing import Any
 from beit_jax.config import ConfigError, RunError, check, parse, to_dict
 from beit_jax.tasks import classify, pretrain, probe, quickstart, tokenizer
 from beit_jax.tokenizers.loading import TokenizerFileError
-from beit_jax.training import cluster
+from beit_jax.training import cluster, startup
 
 JOBS = {
     "classify": (classify.ClassifyConfig, classify.run),
@@ -27,6 +27,7 @@ def parse_job(values: Mapping[str, Any]) -> Any:
 def run(values: Mapping[str, Any], *, workdir: str) -> dict[str, Any]:
     """Runs the job and returns its summary."""
     config = parse_job(values)
+    startup.keep_compiled(config.run.compilation_cache, workdir=workdir)
     return JOBS[config.task][1](config, workdir=workdir)
 
 

@@ -52,11 +52,12 @@ from beit_jax.ahead_of_time import (
     task_of_shapes,
 )
 from beit_jax.config import check, one_of
+from beit_jax.models.attention import implementation
 from beit_jax.models.flops import matmul_flops
 from beit_jax.models.heads import masked_image_model, mim_head_flops
 from beit_jax.models.vit import encoder_flops
 from beit_jax.slices import GIB, Slice
-from beit_jax.tasks.pretrain import PretrainConfig
+from beit_jax.tasks.pretrain import PretrainConfig, student_flops
 from beit_jax.tokenizers.loading import open_tokenizer
 from beit_jax.training import optim, sharding, state
 
@@ -254,9 +255,15 @@ def make_plan(config: PretrainConfig, place: Slice, *, program: str) -> Plan:
 
 def for_tpu(config: PretrainConfig) -> PretrainConfig:
     """The config with "auto" resolved as on a TPU, not as on the machine that makes the plan."""
-    if config.model.dtype != "auto":
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    parts = {
+        name: dataclasses.replace(part, dtype="bfloat16")
+        for name, part in (("model", config.model), ("tokenizer", config.tokenizer))
+        if part.dtype == "auto"
+    }
+    model = parts.get("model", config.model)
+    way = implementation(model.attention, head_width=model.width // model.heads, platform="tpu")
+    parts["model"] = dataclasses.replace(model, attention=way)
+    return dataclasses.replace(config, **parts)
 
 
 @functools.cache
@@ -273,9 +280,7 @@ def workload(config: PretrainConfig) -> Workload:
     )
     encoder = encoder_flops(config.model)
     head = mim_head_flops(config.model, vocabulary=tokenizer.vocabulary, slots=scored)
-    # Backward is twice forward, but for pixels: nobody asks for their gradient.
-    pixels = 2.0 * config.model.tokens * 3 * config.model.patch_size**2 * config.model.width
-    student = 3 * (encoder + head) - pixels
+    student = student_flops(config.model, vocabulary=tokenizer.vocabulary, slots=scored)
     return Workload(
         parameters={
             "encoder": _count(shapes["encoder"]),

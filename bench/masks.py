@@ -1,16 +1,18 @@
 """Prints what drawing masks costs: microseconds of processor time per mask, in graph mode.
 
-    python bench/masks.py [--grid=14] [--repeats=100]
+    python bench/masks.py [--grid=14] [--repeats=100] [--json=FILE]
 
 Processor time is that of all threads, so it is what a mask takes away from decoding images; run
 it under `taskset -c 0` for one core's time without the cost of waking the others.
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
 import time
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -41,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--grid", type=int, default=14)
     parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--json", default="")
     flags = parser.parse_args()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(
@@ -49,6 +52,7 @@ def main() -> None:
     )
     print(f"{flags.grid} x {flags.grid} patches, median of {flags.repeats} batches, µs per mask")
     count = round(75 / 196 * flags.grid**2)
+    masks = []
     for kind in ("block", "block_exact", "block_paper", "random"):
         for batch in (128, 1024):
             processor, wall = measure(
@@ -57,7 +61,21 @@ def main() -> None:
                 batch=batch,
                 repeats=flags.repeats,
             )
+            masks.append({"kind": kind, "batch": batch, "processor": processor, "wall": wall})
             print(f"{kind:12s} batch {batch:5d}: {processor:6.1f} processor, {wall:6.1f} wall")
+    if flags.json:
+        result = {
+            "date": time.strftime("%Y-%m-%d"),
+            "device": processor_name(),
+            "cores": cores,
+            "clock": "microseconds per mask, medians",
+            "versions": {"python": platform.python_version(), "tensorflow": tf.__version__},
+            "grid": flags.grid,
+            "repeats": flags.repeats,
+            "masks": masks,
+        }
+        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

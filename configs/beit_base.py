@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     config.run.init_allow_unused = ()
     config.run.on_corrupt_checkpoint = "fall_back"
     config.run.print_sharding = False
+    config.run.compilation_cache = "auto"
 
     config.model = ConfigDict()
     config.model.layers = 12  # paper §2.4
@@ -50,6 +51,7 @@ def get_config() -> ConfigDict:
     config.model.drop_path_rate = 0.1  # paper table 12: "stochastic depth"
     config.model.layer_norm_epsilon = 1e-6  # modeling_pretrain.py:35
     config.model.dtype = "auto"
+    config.model.attention = "auto"
     config.model.residual_dtype = "float32"  # under autocast float32 gammas promote the stream
     config.model.remat = "none"
     config.model.scan_unroll = 12  # all blocks: 25 % faster on TPU than a rolled scan
@@ -63,7 +65,7 @@ def get_config() -> ConfigDict:
     config.tokenizer.width = 256  # dall_e/encoder.py: n_hid
     config.tokenizer.levels = 3  # of kind "dvae" only, as the next
     config.tokenizer.codebook_width = 512
-    config.tokenizer.dtype = "float32"
+    config.tokenizer.dtype = "auto"  # official: float16 but for the last convolution
     config.tokenizer.sha256 = ""
 
     config.data = ConfigDict()
@@ -79,6 +81,9 @@ def get_config() -> ConfigDict:
     config.data.exif_orientation = False  # as the official loader
     config.data.workers = 0
     config.data.prefetch = 2
+    config.data.service = ()
+    config.data.augmentation_cycle = 0
+    config.data.token_cache = ""
 
     config.data.augment = ConfigDict()
     config.data.augment.min_crop_scale = 0.08  # transforms.py:67-166, torchvision's default
@@ -87,6 +92,7 @@ def get_config() -> ConfigDict:
     config.data.augment.contrast = 0.4
     config.data.augment.saturation = 0.4
     config.data.augment.flip = True
+    config.data.augment.fidelity = "official"  # or "fast": half the host's work, views 2 levels off
 
     config.data.mask = ConfigDict()
     config.data.mask.kind = "block"  # masking_generator.py; "block_paper" for algorithm 1

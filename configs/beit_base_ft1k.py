@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     config.run.init_allow_unused = ("lm_head", "encoder/mask_token", "encoder/norm")
     config.run.on_corrupt_checkpoint = "fall_back"
     config.run.print_sharding = False
+    config.run.compilation_cache = "auto"
 
     config.model = ConfigDict()
     config.model.layers = 12
@@ -53,6 +54,7 @@ def get_config() -> ConfigDict:
     config.model.drop_path_rate = 0.1  # --drop_path 0.1
     config.model.layer_norm_epsilon = 1e-6
     config.model.dtype = "auto"
+    config.model.attention = "auto"
     config.model.residual_dtype = "float32"
     config.model.remat = "none"
     config.model.scan_unroll = 12
@@ -83,6 +85,7 @@ def get_config() -> ConfigDict:
     config.data.exif_orientation = False
     config.data.workers = 0
     config.data.prefetch = 2
+    config.data.service = ()
     config.data.repeats = 1  # official code; the paper's table 13 has repeated augmentation
 
     config.data.augment = ConfigDict()  # datasets.py:127-169

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     config.run.init_allow_unused = ()
     config.run.on_corrupt_checkpoint = "fall_back"
     config.run.print_sharding = False
+    config.run.compilation_cache = "auto"
 
     config.tokenizer = ConfigDict()
     config.tokenizer.kind = "dvae"
@@ -45,7 +46,7 @@ def get_config() -> ConfigDict:
     config.tokenizer.width = 256
     config.tokenizer.levels = 3
     config.tokenizer.codebook_width = 512
-    config.tokenizer.dtype = "float32"
+    config.tokenizer.dtype = "float32"  # its own training; a frozen one may be "auto"
     config.tokenizer.path = ""  # this job writes it
     config.tokenizer.random_weights = False
     config.tokenizer.sha256 = ""
@@ -71,6 +72,9 @@ def get_config() -> ConfigDict:
     config.data.exif_orientation = False
     config.data.workers = 0
     config.data.prefetch = 2
+    config.data.service = ()
+    config.data.augmentation_cycle = 0
+    config.data.token_cache = ""
 
     config.data.augment = ConfigDict()  # what the tokens will be asked for: pre-training's views
     config.data.augment.min_crop_scale = 0.08
@@ -79,6 +83,7 @@ def get_config() -> ConfigDict:
     config.data.augment.contrast = 0.4
     config.data.augment.saturation = 0.4
     config.data.augment.flip = True
+    config.data.augment.fidelity = "official"
 
     config.data.mask = ConfigDict()  # not used, but every batch has a mask
     config.data.mask.kind = "random"

@@ -9,7 +9,6 @@ import pathlib
 import types
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from beit_jax import ahead_of_time, hlo, jobs, plan, slices
@@ -53,10 +52,8 @@ def test_parameters_and_flops_of_the_recipes(recipe, parameters, encoder, studen
 def test_flops_are_those_that_the_run_measures_itself_with():
     config = config_of(beit_base.get_config())
     tokenizer = open_tokenizer(config.tokenizer)
-    model = pretrain.masked_image_model(config.model, vocabulary=tokenizer.vocabulary)
-    logged = pretrain.flops_per_image(model, tokenizer, config=config, slots=75)
-    # The run's figure counts the pixels' gradient, which nobody computes: 0.1 %.
-    assert plan.workload(config).flops["step"] == pytest.approx(logged, rel=2e-3)
+    logged = pretrain.flops_per_image(tokenizer, config=config, slots=75)
+    assert plan.workload(config).flops["step"] == logged
 
 
 def test_days_and_input_follow_from_the_speed():
@@ -464,5 +461,7 @@ def test_auto_dtype_is_that_of_the_slice_not_of_this_machine():
     assert jax.default_backend() == "cpu"
     config = plan.for_tpu(tiny_config())
     assert config.model.dtype == "bfloat16"
-    assert plan.for_tpu(tiny_config(**{"model.dtype": "float32"})).model.dtype == "float32"
-    assert jnp.dtype(config.tokenizer.dtype) == jnp.float32
+    assert config.tokenizer.dtype == "bfloat16"
+    settings = {"model.dtype": "float32", "tokenizer.dtype": "float32"}
+    config = plan.for_tpu(tiny_config(**settings))
+    assert config.model.dtype == config.tokenizer.dtype == "float32"

@@ -12,7 +12,8 @@ Image number p = step * batch_size + slot of a run belongs to epoch p // n and i
 permutation of the n images at p % n; the permutation is computed, not stored. Its augmentation and
 its mask are functions of (seed, epoch, index). So a run that resumes at step k needs nothing but
 k, and it doesn't matter how many hosts share a batch: each makes its slots, in order. (Not so for a
-source that can only be read in order; see `Source.sequence`.)
+source that can only be read in order; see `Source.sequence`.) With a cycle of K epochs, all but the
+mask is a function of epoch mod K, and an epoch is whole batches.
 
 What becomes of an image is the job's own: `Views`, from `data/views.py`.
 
@@ -21,6 +22,7 @@ size; nothing is cached and no shuffle buffer holds images.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -31,7 +33,8 @@ import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError, RunError, SourceConfig, check
-from beit_jax.data.sources import Element, Source
+from beit_jax.data import service
+from beit_jax.data.sources import Element, Source, Window
 
 # Tried in turn for an image that can't be decoded, before a grey one takes its place.
 ALTERNATIVES = 5
@@ -56,16 +59,19 @@ class Views:
 
     Attributes:
       training: (what the source loads, key) -> tensors of fixed shapes. The key, int64 [3], is
-        (seed, epoch, index); everything random is a function of it.
+        (seed, epoch, index); everything random is a function of it. In a cycle, its epoch is the
+        place in the cycle.
       evaluation: the same without anything random.
       batch: a whole batch, with its keys as `key` [b, 3] -> further tensors of a batch (masks).
       fields: of the source that are needed beside `image`.
+      window: key -> what `training` needs of an image, where it is not all of it.
     """
 
     training: Callable[[Element, tf.Tensor], Element]
     evaluation: Callable[[Element], Element]
     batch: Callable[[Element], Element] = lambda batch: {}
     fields: tuple[str, ...] = ()
+    window: Callable[[tf.Tensor], Window] | None = None
 
 
 def training_batches(
@@ -79,6 +85,7 @@ def training_batches(
     shard: int = 0,
     shards: int = 1,
     repeats: int = 1,
+    cycle: int = 0,
 ) -> Iterator[Batch]:
     """One host's part of each global batch, from `start_step` on, without end.
 
@@ -93,6 +100,10 @@ def training_batches(
       repeats: copies of an image that follow each other, each with its own augmentation. An epoch
         stays as long as it was and sees a part of the images (repeated augmentation, as DeiT's
         sampler does it).
+      cycle: K epochs after which images, order, views and replacements of bad images repeat; 0:
+        never. What `views.batch` makes (masks) does not repeat. An epoch is `steps_per_epoch` whole
+        batches then, what is left over is not seen in it: the batch of a step holds the same
+        images at the same places as that of K * steps_per_epoch steps before.
 
     Returns:
       An iterator over dicts of what `views` makes, and
@@ -106,16 +117,23 @@ def training_batches(
     seed %= 1 << 31
     size = len(source)
 
-    def view(element: Element) -> Element:
-        loaded = _load_or_replace(source, element)
-        kept = {name: element[name] for name in ("index", "key")}
-        return views.training(loaded, element["key"]) | kept | {"replaced": loaded["replaced"]}
+    def in_cycle(epoch: tf.Tensor | int, length: int = cycle) -> tf.Tensor | int:
+        return epoch % length if length else epoch
 
-    def finish(elements: tf.data.Dataset) -> tf.data.Dataset:
-        return _finish(elements, view, views.batch, config=config, batch_size=local)
+    def view(element: Element, *, guarded: bool) -> Element:
+        run_seed, epoch, index = tf.unstack(element["key"])
+        drawn = {**element, "key": tf.stack([run_seed, in_cycle(epoch, cycle * repeats), index])}
+        loaded = _load(source, drawn, guarded=guarded, window=views.window)
+        kept = {name: element[name] for name in ("index", "key")}
+        return views.training(loaded, drawn["key"]) | kept | {"replaced": loaded["replaced"]}
+
+    def finish(elements: tf.data.Dataset, *, guarded: bool) -> tf.data.Dataset:
+        made = functools.partial(view, guarded=guarded)
+        return _finish(elements, made, views.batch, config=config, batch_size=local)
 
     if source.sequence is not None:
-        steps = size // shards // local
+        check(not config.service, "config.data.service", "this source can only be read in order")
+        steps = steps_per_epoch(source, batch_size=batch_size, shards=shards)
         check(
             steps > 0,
             "batch_size",
@@ -127,28 +145,64 @@ def training_batches(
             turns = tf.data.Dataset.range(repeats)
             return turns.map(lambda turn: _place(record, seed, epoch * repeats + turn))
 
-        def epochs() -> Iterator[Batch]:
-            for epoch in itertools.count(start_step // steps):
-                done = start_step % steps if epoch == start_step // steps else 0
-                records = source.sequence(seed=seed, epoch=epoch, shard=shard, shards=shards)
+        def epochs(start: int, *, guarded: bool) -> Iterator[Batch]:
+            for epoch in itertools.count(start // steps):
+                done = start % steps if epoch == start // steps else 0
+                records = source.sequence(
+                    seed=seed, epoch=in_cycle(epoch), shard=shard, shards=shards
+                )
                 elements = records.flat_map(lambda record, epoch=epoch: copies(record, epoch))
                 # Whole batches only: what is left at an epoch's end is not seen in that epoch.
-                yield from finish(
-                    elements.take(steps * local).skip(done * local)
-                ).as_numpy_iterator()
+                elements = elements.take(steps * local).skip(done * local)
+                yield from finish(elements, guarded=guarded).as_numpy_iterator()
 
-        return epochs()
+        return _unguarded_first(epochs, start=start_step)
+
+    length = size
+    if cycle:
+        length = batch_size * steps_per_epoch(source, batch_size=batch_size, shards=shards)
+        check(length > 0, "config.run.batch_size", f"{batch_size} is more than all {size} images")
 
     def locate(place: tf.Tensor) -> Element:
         """From the place in this host's stream to the image."""
         slot = shard * local + place % local
         number = place // local * batch_size + slot
-        epoch, number = number // size, number % size
-        index = _permute(number // repeats, size=size, seed=seed, epoch=epoch)
+        epoch, number = number // length, number % length
+        index = _permute(number // repeats, size=size, seed=seed, epoch=in_cycle(epoch))
         return _place({"index": index}, seed, epoch * repeats + number % repeats)
 
-    places = tf.data.Dataset.counter(start_step * local, dtype=tf.int64)
-    return finish(places.map(locate)).as_numpy_iterator()
+    def of_steps(steps: tf.data.Dataset, *, guarded: bool = True) -> tf.data.Dataset:
+        slots = steps.flat_map(lambda step: tf.data.Dataset.range(step * local, (step + 1) * local))
+        return finish(slots.map(locate), guarded=guarded)
+
+    if config.service:
+        check(
+            source.travels,
+            "config.data.service",
+            "this source is read by Python, which no service can do for it",
+        )
+        check(config.workers > 0, "config.data.workers", "say how many cores a service has")
+        mine = service.assigned(config.service, shard=shard, shards=shards)
+        return service.batches(of_steps, addresses=mine, start_step=start_step)
+
+    def stream(start: int, *, guarded: bool) -> Iterator[Batch]:
+        steps = tf.data.Dataset.counter(start, dtype=tf.int64)
+        return of_steps(steps, guarded=guarded).as_numpy_iterator()
+
+    return _unguarded_first(stream, start=start_step)
+
+
+def steps_per_epoch(source: Source, *, batch_size: int, shards: int) -> int:
+    """Whole batches in an epoch, where epochs are whole batches.
+
+    Args:
+      source: the training images.
+      batch_size: of all hosts together.
+      shards: hosts; only a source without random access is cut between them.
+    """
+    if source.sequence is not None:
+        return len(source) // shards // (batch_size // shards)
+    return len(source) // batch_size
 
 
 def eval_batches(
@@ -178,8 +232,8 @@ def eval_batches(
     local = _check(source, views, batch_size, shard=shard, shards=shards)
     size = len(source)
 
-    def view(element: Element) -> Element:
-        loaded = _load_or_replace(source, element)
+    def view(element: Element, *, guarded: bool) -> Element:
+        loaded = _load(source, element, guarded=guarded)
         kept = {name: element[name] for name in ("index", "key", "valid")}
         replaced = loaded["replaced"] & element["valid"]
         return views.evaluation(loaded) | kept | {"replaced": replaced}
@@ -202,8 +256,14 @@ def eval_batches(
         elements = tf.data.Dataset.range(math.ceil(size / batch_size) * local).map(locate)
 
     elements = elements.map(lambda element: _place(element, EVAL_SEED, 0))
-    batches = _finish(elements, view, views.batch, config=config, batch_size=local)
-    return batches.as_numpy_iterator()
+
+    def stream(start: int, *, guarded: bool) -> Iterator[Batch]:
+        made = functools.partial(view, guarded=guarded)
+        rest = elements.skip(start * local)
+        finished = _finish(rest, made, views.batch, config=config, batch_size=local)
+        return finished.as_numpy_iterator()
+
+    return _unguarded_first(stream, start=0)
 
 
 class TooManyBadImagesError(RunError):
@@ -252,6 +312,26 @@ class BadImages:
                 f"({self._max_share:.1%}); among them "
                 + ", ".join(itertools.islice(self._names.values(), 3))
             )
+
+
+def _unguarded_first(stream: Callable[..., Iterator[Batch]], *, start: int) -> Iterator[Batch]:
+    """`stream(start, guarded=False)`, and from the first batch that fails on, with guards.
+
+    A guard takes a sixth of an image's time, and most data sets need none.
+    """
+    step = start
+    batches = stream(start, guarded=False)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            logging.info("An image can't be read; from here on each is guarded. %s", error.message)
+            break
+        yield batch
+        step += 1
+    yield from stream(step, guarded=True)
 
 
 def _check(source: Source, views: Views, batch_size: int, *, shard: int, shards: int) -> int:
@@ -344,22 +424,30 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _load_or_replace(source: Source, element: Element) -> Element:
-    """Loads an image; where that fails another one, the same each time, and at last a grey one.
+def _load(
+    source: Source,
+    element: Element,
+    *,
+    guarded: bool,
+    window: Callable[[tf.Tensor], Window] | None = None,
+) -> Element:
+    """Loads an image. If guarded and it fails: another one, the same each time; at last a grey one.
 
     Dropping it instead would shift every later batch, and hosts would no longer agree on how many
     there are. A failing operation can't be caught in a graph, but a data set can skip elements that
-    fail: hence a data set of one element (0.1 ms an image). The others are tried only if need be.
+    fail: hence a data set of one element (0.6 ms an image). The others are tried only if need be.
 
     Returns:
       What `source.load` gives, with `replaced`, bool scalar.
     """
     request = element if source.sequence is not None else element["index"]
-    if source.reliable:
-        return {**source.load(request), "replaced": tf.constant(False)}
 
     def load(request: tf.Tensor | Element, *, replaced: bool) -> Element:
-        return {**source.load(request), "replaced": tf.constant(replaced)}
+        part = window(element["key"]) if window else None
+        return {**source.load(request, window=part), "replaced": tf.constant(replaced)}
+
+    if source.reliable or not guarded:
+        return load(request, replaced=False)
 
     first = tf.data.Dataset.from_tensors(request).map(lambda each: load(each, replaced=False))
     first = _first_good(first, fields=source.fields)

@@ -1,4 +1,4 @@
-"""Where images come from: made by code, a folder of files, or a TFDS data set.
+"""Where images come from: made by code, a folder of files, a prepared set, or a TFDS data set.
 
 `open_source` turns `config.source` into a `Source`: a number of images, a name for each, and a
 function that loads one inside a tf.data graph.
@@ -22,6 +22,7 @@ import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError, SourceConfig, check
+from beit_jax.data import prepared
 
 # TensorFlow only feeds the run here: it must not take the accelerators' memory away from JAX. It
 # has to be said before TensorFlow first runs anything, hence on import.
@@ -58,6 +59,21 @@ Element = dict[str, tf.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """The part of an image that is wanted, so that the rest needs no decoding.
+
+    Attributes:
+      box: from the upright image's height and width (int32 scalars) to top, left, height and width
+        (int32 [4]).
+      side: pixels that the shorter side must have at least; a box of twice that side and more may
+        come at half the resolution, and so on.
+    """
+
+    box: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+    side: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
     """A set of images.
 
@@ -66,10 +82,12 @@ class Source:
       name: from an index, what a person calls that image: a path, for instance.
       load: from an index (int64 scalar tensor) to `image`, uint8 [h, w, 3] RGB, and the other
         `fields`: `label` (int32 scalar), `segmentation` (uint8 [h, w]). Works in a tf.data graph;
-        raises a TensorFlow error there for an image that can't be read or decoded.
+        raises a TensorFlow error there for an image that can't be read or decoded. With `window=`,
+        a `Window` or None, `image` is that part of it; `segmentation` stays whole.
       fields: names of what `load` returns.
       classes: their names, where images have a label: it is a place in this list.
       reliable: `load` can't fail.
+      travels: `load` works in other processes too (`data/service.py`): it's all TensorFlow.
       sequence: None where access is random. Otherwise records come only in order:
         `sequence(seed=, epoch=, shard=, shards=)` is a dataset of dicts with `index` (int64, the
         place in that order) and what `load` then takes in place of an index. For shards without
@@ -78,11 +96,12 @@ class Source:
 
     size: int
     name: Callable[[int], str]
-    load: Callable[[tf.Tensor | Element], Element]
+    load: Callable[..., Element]
     fields: tuple[str, ...] = ("image",)
     classes: tuple[str, ...] = ()
     reliable: bool = False
     sequence: Callable[..., tf.data.Dataset] | None = None
+    travels: bool = True
 
     def __len__(self) -> int:
         return self.size
@@ -110,8 +129,11 @@ def open_source(config: SourceConfig, *, training: bool) -> Source:
         return _open_folder(rest, config, setting=setting, training=training, separate=separate)
     if kind == "tfds":
         return _open_tfds(rest, config, setting=setting, training=training)
+    if kind == "prepared":
+        return _open_prepared(rest, config, setting=setting, training=training, separate=separate)
     raise ConfigError(
-        f"{setting}: must be embedded, embedded:NUMBER, folder:PATH or tfds:NAME; got {value!r}"
+        f"{setting}: must be embedded, embedded:NUMBER, folder:PATH, prepared:PATH or tfds:NAME;"
+        f" got {value!r}"
     )
 
 
@@ -133,10 +155,15 @@ def _open_embedded(
             _check_holdout(config)
             number = config.holdout
     side = round(EMBEDDED_SCALE * config.image_size)
+
+    def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
+        drawn = draw_embedded(start + index, side=side)
+        return drawn | {"image": _cut(drawn["image"], window=window)}
+
     return Source(
         size=number,
         name=lambda index: f"embedded image {start + index}",
-        load=lambda index: draw_embedded(start + index, side=side),
+        load=load,
         fields=("image", "label", "segmentation"),
         classes=TEXTURES,
         reliable=True,
@@ -319,9 +346,9 @@ def _open_folder(
     def name(index: int) -> str:
         return table[index].numpy().decode("utf-8", "backslashreplace")
 
-    def load(index: tf.Tensor) -> Element:
+    def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
         data = tf.io.read_file(tf.strings.join([root, table[index]], separator="/"))
-        image = decode_image(data, exif_orientation=config.exif_orientation)
+        image = decode_window(data, window=window, exif_orientation=config.exif_orientation)
         return {"image": image} | ({"label": labels[index]} if classes else {})
 
     fields = ("image", "label") if classes else ("image",)
@@ -399,6 +426,44 @@ def _check_holdout(config: SourceConfig) -> None:
     )
 
 
+# ---------------------------------------------------------------------------- prepared
+
+
+def _open_prepared(
+    rest: str, config: SourceConfig, *, setting: str, training: bool, separate: bool
+) -> Source:
+    opened = prepared.open_set(rest, setting=setting)
+    places = np.arange(opened.size)
+    if not separate:
+        if not training:
+            _check_holdout(config)
+        check(
+            config.holdout < opened.size,
+            "config.data.holdout",
+            f"{config.holdout} of the {opened.size} images in {rest!r} leave none to train on",
+        )
+        lots = places.tolist() if config.holdout else []
+        held_out = np.isin(places, sorted(lots, key=lambda i: _lot(str(i)))[: config.holdout])
+        places = places[held_out != training]
+    table = tf.constant(places)
+    labels = None if opened.labels is None else tf.constant(opened.labels[places])
+
+    def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
+        data = tf.numpy_function(opened.read, [table[index]], tf.string, stateful=False)
+        # Turned upright, where that was wanted, when it was prepared.
+        image = decode_window(tf.ensure_shape(data, []), window=window, exif_orientation=False)
+        return {"image": image} | ({} if labels is None else {"label": labels[index]})
+
+    return Source(
+        size=len(places),
+        name=lambda index: f"{rest}, record {places[index]}",
+        load=load,
+        fields=("image",) if labels is None else ("image", "label"),
+        classes=opened.classes,
+        travels=False,
+    )
+
+
 # ---------------------------------------------------------------------------- TFDS
 
 
@@ -434,8 +499,8 @@ def _open_tfds(rest: str, config: SourceConfig, *, setting: str, training: bool)
         wanted, decoders={image_feature: tfds.decode.SkipDecoding()}
     )
 
-    def decode(data: tf.Tensor, label: tf.Tensor) -> Element:
-        image = decode_image(data, exif_orientation=config.exif_orientation)
+    def decode(data: tf.Tensor, label: tf.Tensor, *, window: Window | None) -> Element:
+        image = decode_window(data, window=window, exif_orientation=config.exif_orientation)
         return {"image": image} | ({"label": tf.cast(label, tf.int32)} if label_feature else {})
 
     fields = ("image", "label") if label_feature else ("image",)
@@ -449,9 +514,9 @@ def _open_tfds(rest: str, config: SourceConfig, *, setting: str, training: bool)
             record = records[int(index)]
             return record[image_feature], record[label_feature] if label_feature else -1
 
-        def load(index: tf.Tensor) -> Element:
+        def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
             data, label = tf.numpy_function(read, [index], [tf.string, tf.int64], stateful=False)
-            return decode(tf.ensure_shape(data, []), tf.ensure_shape(label, []))
+            return decode(tf.ensure_shape(data, []), tf.ensure_shape(label, []), window=window)
 
         name = f"{rest} {split}"
         return Source(
@@ -460,6 +525,7 @@ def _open_tfds(rest: str, config: SourceConfig, *, setting: str, training: bool)
             load=load,
             fields=fields,
             classes=classes,
+            travels=False,
         )
 
     logging.warning(
@@ -498,7 +564,9 @@ def _open_tfds(rest: str, config: SourceConfig, *, setting: str, training: bool)
     return Source(
         size=size,
         name=lambda index: f"{rest} {split}, image {index} in that epoch's order",
-        load=lambda record: decode(record["data"], record.get("label")),
+        load=lambda record, *, window=None: decode(
+            record["data"], record.get("label"), window=window
+        ),
         fields=fields,
         classes=classes,
         sequence=sequence,
@@ -580,6 +648,59 @@ def decode_image(data: tf.Tensor, *, exif_orientation: bool) -> tf.Tensor:
 
     image = tf.cond(_equal_bytes(data, b"\xff\xd8\xff"), jpeg, other)
     return tf.ensure_shape(image, [None, None, 3])
+
+
+def decode_window(data: tf.Tensor, *, window: Window | None, exif_orientation: bool) -> tf.Tensor:
+    """Decodes a part of an image.
+
+    Of a JPEG that lies upright nothing but that part is decoded, at a half, a quarter or an eighth
+    of the resolution where `Window.side` allows; of any other image everything.
+
+    Args:
+      data: string scalar, the file's content.
+      window: the part; None: all of it.
+      exif_orientation: as for `decode_image`.
+
+    Returns:
+      uint8 [h, w, 3].
+
+    Raises:
+      tf.errors.InvalidArgumentError: as `decode_image` does.
+    """
+    if window is None:
+        return decode_image(data, exif_orientation=exif_orientation)
+
+    def whole() -> tf.Tensor:
+        return _cut(decode_image(data, exif_orientation=exif_orientation), window=window)
+
+    def part() -> tf.Tensor:
+        height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(data))
+        box = window.box(height, width)
+        shorter = tf.reduce_min(box[2:])
+
+        def at(ratio: int) -> tf.Tensor:
+            return tf.image.decode_and_crop_jpeg(
+                data, box // ratio, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
+            )
+
+        halvings = sum(tf.cast(shorter >= ratio * window.side, tf.int32) for ratio in (2, 4, 8))
+        return tf.switch_case(halvings, [lambda r=ratio: at(r) for ratio in (1, 2, 4, 8)])
+
+    upright = _equal_bytes(data, b"\xff\xd8\xff")
+    if exif_orientation:
+        upright = tf.cond(upright, lambda: _stored_upright(data), lambda: False)
+    return tf.ensure_shape(tf.cond(upright, part, whole), [None, None, 3])
+
+
+def _stored_upright(data: tf.Tensor) -> tf.Tensor:
+    return exif_orientation(data) == 1
+
+
+def _cut(image: tf.Tensor, *, window: Window | None) -> tf.Tensor:
+    if window is None:
+        return image
+    top, left, height, width = tf.unstack(window.box(*tf.unstack(tf.shape(image)[:2])))
+    return image[top : top + height, left : left + width]
 
 
 def _equal_bytes(data: tf.Tensor, start: bytes) -> tf.Tensor:
@@ -668,20 +789,27 @@ def exif_orientation(data: tf.Tensor) -> tf.Tensor:
         head = tf.cast(head, tf.int32)
         return head[2] * 256 + head[3]
 
-    # Application segments come first in the file; most files have one or two.
-    first = tf.constant(2)
-    start, head = tf.while_loop(
-        lambda start, head: is_other_application(head),
-        lambda start, head: (start + 2 + size(head), segment(start + 2 + size(head))),
-        [first, segment(first)],
-        maximum_iterations=32,
-    )
+    def search() -> tf.Tensor:
+        # Application segments come first in the file; most files have one or two.
+        first = tf.constant(2)
+        start, head = tf.while_loop(
+            lambda start, head: is_other_application(head),
+            lambda start, head: (start + 2 + size(head), segment(start + 2 + size(head))),
+            [first, segment(first)],
+            maximum_iterations=32,
+        )
 
-    def parse() -> tf.Tensor:
-        block = tf.strings.substr(data, start + 10, tf.maximum(size(head) - 8, 0))
-        return _tiff_orientation(tf.cast(tf.io.decode_raw(block, tf.uint8), tf.int32))
+        def parse() -> tf.Tensor:
+            block = tf.strings.substr(data, start + 10, tf.maximum(size(head) - 8, 0))
+            return _tiff_orientation(tf.cast(tf.io.decode_raw(block, tf.uint8), tf.int32))
 
-    return tf.cond(is_exif(head), parse, lambda: tf.constant(1))
+        return tf.cond(is_exif(head), parse, lambda: tf.constant(1))
+
+    # Most files have a JFIF segment of sixteen bytes and no other: two looks instead of a loop.
+    begin = tf.io.decode_raw(_pad(tf.strings.substr(data, 2, 20), 20), tf.uint8)
+    another = (begin[18] == 0xFF) & (begin[19] >= 0xE0) & (begin[19] <= 0xEF)
+    jfif_alone = tf.reduce_all(begin[:4] == tf.constant([0xFF, 0xE0, 0, 16], tf.uint8)) & ~another
+    return tf.cond(jfif_alone, lambda: tf.constant(1), search)
 
 
 def _tiff_orientation(block: tf.Tensor) -> tf.Tensor:

@@ -5,7 +5,7 @@ import tensorflow as tf
 from beit_jax.config import DataConfig, LabelledDataConfig
 from beit_jax.data import augment, classify_views, masking
 from beit_jax.data.pipeline import Views
-from beit_jax.data.sources import Element
+from beit_jax.data.sources import Element, Window
 
 
 def pretraining_views(config: DataConfig, *, grid: int, keys: tuple[str, ...]) -> Views:
@@ -20,6 +20,8 @@ def pretraining_views(config: DataConfig, *, grid: int, keys: tuple[str, ...]) -
         mask: bool [grid, grid], True where the patch is hidden.
         label: int32 scalar; segmentation: uint8 [image_size, image_size]. Of sources that have
           them.
+        Training batches of the fast mode also have `factors` and `order`, the jitter that the
+        device is to do (`training/device_jitter.py`).
 
     Raises:
       ConfigError: the masks don't fit the grid.
@@ -44,11 +46,29 @@ def pretraining_views(config: DataConfig, *, grid: int, keys: tuple[str, ...]) -
         "token_image_size": config.token_image_size if "token_image" in keys else None,
     }
 
+    def draw(key: tf.Tensor, **full_size: tf.Tensor) -> augment.Parameters:
+        return augment.draw_parameters(two_numbers(key), **full_size, config=config.augment)
+
     def training(loaded: Element, key: tf.Tensor) -> Element:
-        image = loaded["image"]
-        parameters = augment.draw_parameters(two_numbers(key), **size(image), config=config.augment)
-        views = augment.apply_views(image, parameters=parameters, **sizes)
+        parameters = draw(key, **size(loaded["image"]))
+        views = augment.apply_views(loaded["image"], parameters=parameters, **sizes)
         return views | extras(loaded, parameters)
+
+    def fast_training(loaded: Element, key: tf.Tensor) -> Element:
+        # The image is the crop already; a segmentation is still whole.
+        if "segmentation" in keys:
+            parameters = draw(key, **size(loaded["segmentation"]))
+        else:
+            parameters = augment.draw_jitter_and_flip(two_numbers(key), config=config.augment)
+        views = augment.fast_views(loaded["image"], parameters=parameters, **sizes)
+        return views | extras(loaded, parameters)
+
+    def window(key: tf.Tensor) -> Window:
+        def box(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+            parameters = draw(key, height=height, width=width)
+            return augment.unflipped_box(parameters, width=width)
+
+        return Window(box=box, side=max(side for side in sizes.values() if side))
 
     def evaluation(loaded: Element) -> Element:
         image = loaded["image"]
@@ -62,6 +82,14 @@ def pretraining_views(config: DataConfig, *, grid: int, keys: tuple[str, ...]) -
         return {"mask": tf.ensure_shape(drawn, [batch["key"].shape[0], grid, grid])}
 
     fields = tuple(key for key in keys if key in ("label", "segmentation"))
+    if config.augment.fidelity == "fast" and any(sizes.values()):
+        return Views(
+            training=fast_training,
+            evaluation=evaluation,
+            batch=masks,
+            fields=fields,
+            window=window,
+        )
     return Views(training=training, evaluation=evaluation, batch=masks, fields=fields)
 
 

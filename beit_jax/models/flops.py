@@ -36,6 +36,8 @@ def _count(jaxpr) -> float:
             # A transposed convolution multiplies by inserted zeros; they are not work.
             holes = math.prod(equation.params["lhs_dilation"])
             total += 2.0 * math.prod(out.shape) * math.prod(kernel) / outputs / holes
+        elif name == "cond":  # one of them runs; `jax.lax.platform_dependent` is one, too
+            total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
         else:
             repeat = equation.params.get("length", 1) if name == "scan" else 1
             for value in equation.params.values():

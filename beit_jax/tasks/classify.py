@@ -36,7 +36,7 @@ from beit_jax.models.heads import classifier
 from beit_jax.models.vit import NORMALIZATIONS, encoder_flops, normalize
 from beit_jax.tasks.feed import check_class_count, labelled_feed, with_first
 from beit_jax.tasks.summary import write_summary
-from beit_jax.training import checkpoint, loop, optim, state
+from beit_jax.training import checkpoint, loop, optim, startup, state
 from beit_jax.training.batch_augment import erase, mix, smoothed_cross_entropy
 from beit_jax.training.state import Batch, Sums, Task
 
@@ -95,7 +95,7 @@ class ClassifyConfig:
 
 def run(config: ClassifyConfig, *, workdir: str) -> dict[str, Any]:
     """Fine-tunes, or only evaluates; writes `summary.json` and returns it."""
-    began = time.perf_counter()
+    began, begun = time.perf_counter(), startup.Startup()
     loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
     feed, classes = labelled_feed(config.data, run=config.run)
     config = with_classes(config, classes)
@@ -111,6 +111,7 @@ def run(config: ClassifyConfig, *, workdir: str) -> dict[str, Any]:
     if config.evaluate_only:
         return evaluate_only(task, feed, config=config, workdir=workdir)
     training = show_first(feed.training, config=config, workdir=workdir)
+    begun.done("data")
     trained = loop.train(
         task,
         dataclasses.replace(feed, training=training),
@@ -118,6 +119,7 @@ def run(config: ClassifyConfig, *, workdir: str) -> dict[str, Any]:
         optimizer_config=config.optimizer,
         config=to_dict(config),
         workdir=workdir,
+        begun=begun,
     )
     figures = trained.evaluation | {"best": trained.best}
     return write_summary(figures, trained=trained, workdir=workdir, began=began)

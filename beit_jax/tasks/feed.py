@@ -15,8 +15,23 @@ if TYPE_CHECKING:
     from beit_jax.data.sources import Source
 
 
+def image_sources(config: DataConfig) -> tuple["Source", "Source"]:
+    """Training and held-out images."""
+    from beit_jax.data import sources
+
+    return (
+        sources.open_source(config, training=True),
+        sources.open_source(config, training=False),
+    )
+
+
 def image_feed(
-    config: DataConfig, *, run: RunConfig, grid: int, keys: tuple[str, ...]
+    config: DataConfig,
+    *,
+    run: RunConfig,
+    grid: int,
+    keys: tuple[str, ...],
+    sources: tuple["Source", "Source"] | None = None,
 ) -> loop.Feed:
     """Training and held-out batches of this host, for pre-training and the tokenizer.
 
@@ -26,15 +41,18 @@ def image_feed(
       grid: patches along one side, for the masks.
       keys: what the job takes to the devices, nothing else is made; held-out batches also have
         `valid`.
+      sources: of `image_sources`, where they are already open.
     """
-    from beit_jax.data import sources, views
+    from beit_jax.data import views
 
+    training, evaluation = sources or image_sources(config)
     return feed_of(
         views.pretraining_views(config, grid=grid, keys=keys),
         config=config,
         run=run,
-        training=sources.open_source(config, training=True),
-        evaluation=sources.open_source(config, training=False),
+        training=training,
+        evaluation=evaluation,
+        cycle=config.augmentation_cycle,
     )
 
 
@@ -104,8 +122,9 @@ def feed_of(
     training: "Source",
     evaluation: "Source",
     repeats: int = 1,
+    cycle: int = 0,
 ) -> loop.Feed:
-    """What `views` make of two sources, for this host."""
+    """What `views` make of two sources, for this host; the rest as `pipeline.training_batches`."""
     from beit_jax.data import pipeline
 
     counts = [len(training), len(evaluation)]
@@ -125,7 +144,12 @@ def feed_of(
 
     def training_batches(start_step: int) -> Iterator[dict[str, np.ndarray]]:
         batches = pipeline.training_batches(
-            training, **shared, seed=run.seed, start_step=start_step, repeats=repeats
+            training,
+            **shared,
+            seed=run.seed,
+            start_step=start_step,
+            repeats=repeats,
+            cycle=cycle,
         )
         for batch in batches:
             bad.count(batch)

@@ -508,7 +508,6 @@ def feature_function(
     """
     params = sharding.replicate(encoder.params, mesh)
 
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, sharding.BATCH))
     def compute(params: Any, images: jax.Array, step: jax.Array | None) -> jax.Array:
         key = None
         if step is not None:
@@ -516,6 +515,10 @@ def feature_function(
             key = jax.random.fold_in(key, state.PREPARATION)
         features = features_of(encoder.functions, params, images, key, config=config, blocks=blocks)
         return features.astype(STORED)
+
+    compute = jax.jit(
+        sharding.on_mesh(compute, mesh), out_shardings=NamedSharding(mesh, sharding.BATCH)
+    )
 
     def features(batch: loop.HostBatch, step: int | None) -> np.ndarray:
         placed = sharding.to_devices({"image": batch["image"]}, mesh)
@@ -656,11 +659,14 @@ def knn_accuracy(
     blocks = chosen_blocks(config.blocks, layers=layers, name="config.neighbours.blocks")
     placed_params = sharding.replicate(params, mesh)
 
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, sharding.BATCH))
     def unit_features(params: Any, images: jax.Array) -> jax.Array:
         pixels = normalize(images, kind=normalization)
         raw = block_features(encoder, params, pixels, blocks=blocks, kind=features)
         return (raw / jnp.linalg.norm(raw, axis=-1, keepdims=True)).astype(STORED)
+
+    unit_features = jax.jit(
+        sharding.on_mesh(unit_features, mesh), out_shardings=NamedSharding(mesh, sharding.BATCH)
+    )
 
     def extract(batch: loop.HostBatch) -> tuple[np.ndarray, np.ndarray]:
         """This host's features, [b, l, f], and labels, -1 where there is none."""

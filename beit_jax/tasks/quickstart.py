@@ -14,7 +14,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from beit_jax.config import check, to_dict
+from beit_jax.config import RunConfig, check, to_dict
 from beit_jax.models.heads import masked_image_model
 from beit_jax.tasks import classify, pretrain, probe, tokenizer
 from beit_jax.training import cluster
@@ -58,6 +58,11 @@ class QuickstartConfig:
                 f"{value}, but the pre-trained model has {wanted}",
             )
         check(len(self.seeds) > 0, "seeds", "name at least one")
+
+    @property
+    def run(self) -> RunConfig:
+        """What holds for the whole process."""
+        return self.pretrain.run
 
 
 def run(config: QuickstartConfig, *, workdir: str) -> dict[str, Any]:

@@ -25,13 +25,16 @@ def write_summary(
     first = jax.process_index() == 0
     before = json.loads(path.read_text()) if first and path.exists() else {}
     speed, seconds = trained.images_per_second, time.perf_counter() - began
+    first_step = trained.time_to_first_step
     if speed is None:  # nothing was left to do
         speed, seconds = before.get("images_per_second"), before.get("seconds", seconds)
+        first_step = before.get("time_to_first_step")
     summary = {
         "steps": int(trained.state.step),
         **figures,
         "images_per_second": speed,
         "seconds": seconds,
+        "time_to_first_step": first_step,
     }
     if first:
         path.write_text(json.dumps(summary, indent=2) + "\n")

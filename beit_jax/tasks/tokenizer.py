@@ -33,7 +33,7 @@ from beit_jax.models.flops import matmul_flops
 from beit_jax.tasks.feed import first_images, image_feed
 from beit_jax.tokenizers import dvae
 from beit_jax.tokenizers.loading import save_params
-from beit_jax.training import cluster, loop, sharding
+from beit_jax.training import cluster, device_jitter, loop, sharding, startup
 from beit_jax.training.state import Batch, Sums, Task, TrainState
 
 PICTURES = 8
@@ -94,7 +94,7 @@ class TokenizerTaskConfig:
 
 def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
     """Trains a tokenizer; writes its weights, `summary.json` and `reconstruction.png`."""
-    began = time.perf_counter()
+    began, begun = time.perf_counter(), startup.Startup()
     loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
     task = tokenizer_task(config)
     feed = image_feed(
@@ -104,6 +104,7 @@ def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
         keys=("token_image",),
     )
     sample = first_images(feed.evaluation(), count=PICTURES)
+    begun.done("data")
 
     def draw(train_state: TrainState) -> np.ndarray | None:
         params = sharding.to_host(train_state.params)  # of all hosts, together
@@ -119,6 +120,7 @@ def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
         config=to_dict(config),
         workdir=workdir,
         picture=draw if sample else None,
+        begun=begun,
     )
     shout_if_collapsed(trained.evaluation, vocabulary=config.tokenizer.vocabulary)
     params = sharding.to_host(trained.state.params)
@@ -156,6 +158,7 @@ def tokenizer_task(config: TokenizerTaskConfig) -> Task:
 
     def prepare(frozen: Any, batch: Batch, key: jax.Array | None) -> Batch:
         del frozen, key
+        batch = device_jitter.jitter_batch(batch)
         pixels = dvae.normalize(batch["token_image"].astype(jnp.float32) / 255.0)
         valid = batch.get("valid", jnp.ones(pixels.shape[0], bool))
         return {"pixels": pixels, "valid": valid.astype(jnp.float32)}

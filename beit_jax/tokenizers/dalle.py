@@ -22,10 +22,11 @@ from flax import nnx
 
 from beit_jax.config import TokenizerConfig
 from beit_jax.models.functional import Functional, Params, functional
-from beit_jax.tokenizers.tokenizer import Tokenizer
+from beit_jax.tokenizers.tokenizer import Tokenizer, compute_dtype, scores
 
 GROUPS = 4
 BLOCKS_PER_GROUP = 2
+LAST_BLOCK = f"group_{GROUPS}/block_{BLOCKS_PER_GROUP}"
 POST_GAIN = 1 / (GROUPS * BLOCKS_PER_GROUP) ** 2  # original: 1 / n_layers ** 2
 LOGIT_LAPLACE_EPSILON = 0.1
 
@@ -155,6 +156,25 @@ class Encoder(nnx.Module):
           is last: the logits, float32 `[b, s/8, s/8, vocabulary]`. Under jit, what is not used is
           not kept.
         """
+        results = self._blocks(images)
+        return results | {"output": self.logits(nnx.relu(results[LAST_BLOCK]))}
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """What the logits are made of, position by position.
+
+        Args:
+          images: as for `stages`.
+
+        Returns:
+          `[b, s/8, s/8, channels]`, not negative, in the convolutions' dtype.
+        """
+        return nnx.relu(self._blocks(images)[LAST_BLOCK])
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """`features` of any positions, `[..., channels]` -> float32 `[..., vocabulary]`."""
+        return scores(self.output, features)
+
+    def _blocks(self, images: jax.Array) -> dict[str, jax.Array]:
         x = self.input(images)
         results = {"input": x}
         for index in range(1, GROUPS + 1):
@@ -163,7 +183,6 @@ class Encoder(nnx.Module):
             x = blocks[f"block_{BLOCKS_PER_GROUP}"]
             if index < GROUPS:
                 x = nnx.max_pool(x, (2, 2), strides=(2, 2))
-        results["output"] = self.output(nnx.relu(x))
         return results
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -250,7 +269,7 @@ def dalle_networks(
     settings = dict(
         width=config.width,
         vocabulary=config.vocabulary,
-        dtype=jnp.dtype(config.dtype),
+        dtype=compute_dtype(config),
         precision=precision,
     )
     return {
@@ -277,8 +296,11 @@ def dalle_tokenizer(
         keys = dict(zip(networks, jax.random.split(key, len(networks)), strict=True))
         return {name: network.init(keys[name]) for name, network in networks.items()}
 
-    def pixel_logits(params: Params, pixels: jax.Array) -> jax.Array:
-        return networks["encoder"].apply(params["encoder"], map_pixels(pixels))
+    def pixel_features(params: Params, pixels: jax.Array) -> jax.Array:
+        return networks["encoder"].apply(params["encoder"], map_pixels(pixels), method="features")
+
+    def feature_logits(params: Params, features: jax.Array) -> jax.Array:
+        return networks["encoder"].apply(params["encoder"], features, method="logits")
 
     def pixel_decode(params: Params, ids: jax.Array) -> jax.Array:
         output = networks["decoder"].apply(params["decoder"], ids)
@@ -290,6 +312,7 @@ def dalle_tokenizer(
         grid=config.grid,
         init=init,
         encoding_params=lambda params: {"encoder": params["encoder"]},
-        pixel_logits=pixel_logits,
+        pixel_features=pixel_features,
+        feature_logits=feature_logits,
         pixel_decode=pixel_decode,
     )

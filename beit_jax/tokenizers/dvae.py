@@ -29,7 +29,7 @@ from flax import nnx
 
 from beit_jax.config import TokenizerConfig, one_of
 from beit_jax.models.functional import Functional, Params, functional
-from beit_jax.tokenizers.tokenizer import Tokenizer
+from beit_jax.tokenizers.tokenizer import Tokenizer, compute_dtype, scores
 
 
 class GumbelOutput(NamedTuple):
@@ -232,11 +232,15 @@ class Pyramid(nnx.Module):
         # float32 as the DALL-E encoder's: ids are decided here.
         self.output = _conv(width, outputs, 1, dtype=jnp.float32, **settings)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[b, h, w, in]` -> float32 `[b, h', w', out]`."""
+    def features(self, x: jax.Array) -> jax.Array:
+        """All but the last convolution: `[b, h, w, in]` -> `[b, h', w', width]`."""
         for index in range(1, self.levels + 1):
             x = getattr(self, f"level_{index}")(x)
-        return self.output(x)
+        return x
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[b, h, w, in]` -> float32 `[b, h', w', out]`."""
+        return scores(self.output, self.features(x))
 
 
 class DiscreteVAE(nnx.Module):
@@ -263,6 +267,14 @@ class DiscreteVAE(nnx.Module):
     def logits(self, images: jax.Array) -> jax.Array:
         """Normalised `[b, s, s, 3]` -> float32 `[b, h, w, vocabulary]`."""
         return self.encoder(images)
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Normalised `[b, s, s, 3]` -> what the logits are made of, `[b, h, w, width]`."""
+        return self.encoder.features(images)
+
+    def feature_logits(self, features: jax.Array) -> jax.Array:
+        """`features` of any positions, `[..., width]` -> float32 `[..., vocabulary]`."""
+        return scores(self.encoder.output, features)
 
     def decode(self, ids: jax.Array) -> jax.Array:
         """Integers `[b, h, w]` -> normalised float32 `[b, s, s, 3]`; NaN where no such id."""
@@ -317,7 +329,8 @@ def discrete_vae(config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = 
       precision: of the convolutions. None on TPU means one bfloat16 pass, even for float32 inputs.
 
     Returns:
-      The functions; the methods are `logits`, `decode`, `decode_soft` and `gumbel_forward`.
+      The functions; the methods are `logits`, `features`, `feature_logits`, `decode`,
+      `decode_soft` and `gumbel_forward`.
     """
     return functional(
         lambda rngs: DiscreteVAE(
@@ -325,7 +338,7 @@ def discrete_vae(config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = 
             levels=config.levels,
             vocabulary=config.vocabulary,
             codebook_width=config.codebook_width,
-            dtype=jnp.dtype(config.dtype),
+            dtype=compute_dtype(config),
             precision=precision,
             rngs=rngs,
         )
@@ -346,8 +359,11 @@ def dvae_tokenizer(
     """
     vae = discrete_vae(config, precision=precision)
 
-    def pixel_logits(params: Params, pixels: jax.Array) -> jax.Array:
-        return vae.apply(params, normalize(pixels), method="logits")
+    def pixel_features(params: Params, pixels: jax.Array) -> jax.Array:
+        return vae.apply(params, normalize(pixels), method="features")
+
+    def feature_logits(params: Params, features: jax.Array) -> jax.Array:
+        return vae.apply(params, features, method="feature_logits")
 
     def pixel_decode(params: Params, ids: jax.Array) -> jax.Array:
         return denormalize(vae.apply(params, ids, method="decode"))
@@ -358,6 +374,7 @@ def dvae_tokenizer(
         grid=config.grid,
         init=vae.init,
         encoding_params=lambda params: params,
-        pixel_logits=pixel_logits,
+        pixel_features=pixel_features,
+        feature_logits=feature_logits,
         pixel_decode=pixel_decode,
     )

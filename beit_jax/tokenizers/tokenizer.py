@@ -2,6 +2,7 @@
 
 tokenizer = open_tokenizer(config)  # beit_jax.tokenizers.loading
 ids = tokenizer.encode(params, images)  # [b, h, w] int32, from uint8 [b, s, s, 3]
+some = tokenizer.encode(params, images, positions=positions)  # [b, k], at [b, k] places of the grid
 pictures = tokenizer.decode(params, ids)  # [b, s, s, 3] float32 in [0, 1]
 """
 
@@ -10,8 +11,36 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from beit_jax.config import TokenizerConfig
 from beit_jax.models.functional import Params
+
+
+def compute_dtype(config: TokenizerConfig) -> jnp.dtype:
+    """The dtype of convolutions: bfloat16 on accelerators, float32 on CPU, unless the config says.
+
+    Logits are float32 in any case.
+    """
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def scores(output: nnx.Conv, features: jax.Array) -> jax.Array:
+    """A 1 × 1 convolution in float32 as the matrix product it is, for all positions or for some.
+
+    Args:
+      output: the convolution; its kernel, bias and precision are used.
+      features: `[..., in]`, of any dtype.
+
+    Returns:
+      float32 `[..., out]`.
+    """
+    product = jnp.matmul(
+        features.astype(jnp.float32), output.kernel[0, 0], precision=output.precision
+    )
+    return product + output.bias[...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +53,9 @@ class Tokenizer:
       grid: tokens along one side.
       init: key -> params, a plain nested dict of float32 arrays.
       encoding_params: params -> what `encode` and `logits` need of them, to keep on devices.
-      pixel_logits: (params, images float32 `[b, s, s, 3]` in [0, 1]) -> float32 `[b, h, w, v]`.
-        Maps the pixels to the network's own range.
+      pixel_features: (params, images float32 `[b, s, s, 3]` in [0, 1]) -> `[b, h, w, c]`.
+        Everything but the last 1 × 1 convolution; maps the pixels to the network's own range.
+      feature_logits: (params, some of these features `[..., c]`) -> float32 `[..., v]`.
       pixel_decode: (params, ids int32 `[b, h, w]`) -> float32 `[b, s, s, 3]` in [0, 1].
     """
 
@@ -34,7 +64,8 @@ class Tokenizer:
     grid: int
     init: Callable[[jax.Array], Params]
     encoding_params: Callable[[Params], Params]
-    pixel_logits: Callable[[Params, jax.Array], jax.Array]
+    pixel_features: Callable[[Params, jax.Array], jax.Array]
+    feature_logits: Callable[[Params, jax.Array], jax.Array]
     pixel_decode: Callable[[Params, jax.Array], jax.Array]
 
     def logits(self, params: Params, images: jax.Array) -> jax.Array:
@@ -50,28 +81,41 @@ class Tokenizer:
         Raises:
           ValueError: images of another shape or type.
         """
+        return self.feature_logits(params, self._features(params, images))
+
+    def _features(self, params: Params, images: jax.Array) -> jax.Array:
         size = self.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3) or images.dtype != jnp.uint8:
             raise ValueError(
                 f"the tokenizer takes uint8 [batch, {size}, {size}, 3], got "
                 f"{images.dtype} {list(images.shape)}"
             )
-        return self.pixel_logits(params, images.astype(jnp.float32) / 255)
+        return self.pixel_features(params, images.astype(jnp.float32) / 255)
 
-    def encode(self, params: Params, images: jax.Array) -> jax.Array:
+    def encode(
+        self, params: Params, images: jax.Array, *, positions: jax.Array | None = None
+    ) -> jax.Array:
         """Names each position's best token: the argmax, no sampling.
 
         Args:
           params: as `init` gives them; the decoder's may be missing.
           images: uint8 `[b, s, s, 3]`, RGB.
+          positions: integers `[b, k]`, the places that are wanted, row-major; None for all. Only
+            these are scored: 75 of 196 save 8 % of the DALL-E encoder's FLOPs.
 
         Returns:
-          int32 `[b, h, w]` in [0, vocabulary). Row-major flattening gives the patches' order.
+          int32 in [0, vocabulary): `[b, h, w]`, whose row-major flattening gives the patches'
+          order, or `[b, k]`.
 
         Raises:
           ValueError: images of another shape or type.
         """
-        return jnp.argmax(self.logits(params, images), axis=-1).astype(jnp.int32)
+        features = self._features(params, images)
+        if positions is not None:
+            features = features.reshape(features.shape[0], -1, features.shape[-1])
+            features = jnp.take_along_axis(features, positions[:, :, None], axis=1)
+        logits = self.feature_logits(params, features)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def decode(self, params: Params, ids: jax.Array) -> jax.Array:
         """Paints what token ids stand for.

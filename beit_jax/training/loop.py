@@ -1,9 +1,11 @@
 """The train loop of every job: `train` reads like a table of contents."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from beit_jax.config import OptimizerConfig, RunConfig, RunError
-from beit_jax.training import checkpoint, cluster, metrics, optim, sharding, state
+from beit_jax.training import checkpoint, cluster, metrics, optim, sharding, startup, state
 from beit_jax.training.state import Task, TrainState
 
 HostBatch = dict[str, np.ndarray]
@@ -54,6 +56,8 @@ class Trained:
         "ema"); None where the task names none.
       images_per_second: median over the logged intervals; None where no step was left to do.
       seconds: of the whole call.
+      time_to_first_step: seconds from the start by what they went into (`Startup.finish`); None
+        where no step was left to do.
     """
 
     state: TrainState
@@ -61,6 +65,7 @@ class Trained:
     best: dict[str, Any] | None
     images_per_second: float | None
     seconds: float
+    time_to_first_step: dict[str, float] | None
 
 
 def train(
@@ -72,6 +77,7 @@ def train(
     config: dict[str, Any],
     workdir: str,
     picture: Callable[[TrainState], np.ndarray | None] | None = None,
+    begun: startup.Startup | None = None,
 ) -> Trained:
     """Trains to `run.steps`, from wherever the run's directory stands.
 
@@ -84,6 +90,7 @@ def train(
       workdir: the run's directory.
       picture: draws the model's work, uint8 `[h, w, 3]`; called every `run.picture_every` steps, on
         every process, though only what process 0 draws is kept.
+      begun: since when, and with what, the time to the first step has been running; None: now.
 
     Raises:
       ConfigError: something does not fit, before anything is compiled.
@@ -91,6 +98,7 @@ def train(
       NonFiniteError: `optimizer_config.max_bad_steps` updates in a row were not finite.
     """
     began = time.perf_counter()
+    begun = begun or startup.Startup()
     mesh = open_mesh(run=run, accumulate=optimizer_config.accumulate)
     optimizer = optim.adamw(optimizer_config)
     schedule = optim.learning_rate(optimizer_config, steps=run.steps)
@@ -102,11 +110,14 @@ def train(
 
     checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
     checkpoints.write_config()
+    expected = checkpoints.latest_step() or 0
+    first = FirstBatch(feed.training, step=expected) if expected < run.steps else None
     train_state = restore_or_init(task, optimizer, checkpoints, shapes=shapes, run=run)
     start_step = int(train_state.step)
     log = metrics.MetricsLog(workdir, start_step=start_step)
     cluster.check_agreement("parameters that are not trained", _digest(task.frozen))
     frozen = sharding.replicate(task.frozen, mesh)
+    begun.done("state")
     evaluate = evaluator(task, feed, frozen=frozen, mesh=mesh)
     keep_best = functools.partial(_keep_best, checkpoints, task.best)
 
@@ -120,14 +131,16 @@ def train(
         mesh=mesh,
     )
     speeds: list[float] = []
+    seconds_to_first = None
     try:
         if start_step < run.steps:
-            train_state, speeds = _run_steps(
+            train_state, speeds, seconds_to_first = _run_steps(
                 step_function,
                 train_state,
                 frozen,
                 task=task,
                 feed=feed,
+                batches=first.batches(start_step) if first else feed.training(start_step),
                 run=run,
                 max_bad_steps=optimizer_config.max_bad_steps,
                 mesh=mesh,
@@ -136,6 +149,7 @@ def train(
                 evaluate=evaluate,
                 keep_best=keep_best,
                 picture=picture,
+                begun=begun,
             )
             checkpoints.save(train_state, step=run.steps)
         evaluation = evaluate(train_state)
@@ -156,7 +170,39 @@ def train(
         best=best,
         images_per_second=float(np.median(speeds)) if speeds else None,
         seconds=time.perf_counter() - began,
+        time_to_first_step=seconds_to_first,
     )
+
+
+class FirstBatch:
+    """Reads the first batch in the background, while the state is made or restored.
+
+    Args:
+      training: `Feed.training`.
+      step: where the run will most likely start.
+    """
+
+    def __init__(self, training: Callable[[int], Iterator[HostBatch]], *, step: int):
+        self._training, self._step = training, step
+        self._read: concurrent.futures.Future = concurrent.futures.Future()
+        # A daemon: should the state fail, nobody waits for the data.
+        threading.Thread(target=self._start, name="first batch", daemon=True).start()
+
+    def _start(self) -> None:
+        try:
+            batches = self._training(self._step)
+            self._read.set_result((next(batches), batches))
+        except BaseException as error:  # raised where the batch is wanted
+            self._read.set_exception(error)
+
+    def batches(self, step: int) -> Iterator[HostBatch]:
+        """The batches from `step` on; raises what went wrong with the first."""
+        if step != self._step:  # the newest checkpoint could not be read
+            yield from self._training(step)
+            return
+        batch, batches = self._read.result()
+        yield batch
+        yield from batches
 
 
 def open_mesh(*, run: RunConfig, accumulate: int) -> Mesh:
@@ -203,7 +249,10 @@ def evaluator(
     task: Task, feed: Feed, *, frozen: Any, mesh: Mesh
 ) -> Callable[[TrainState], dict[str, float] | None]:
     """`evaluate_state` for this job: a train state → its metrics on all held-out images."""
-    sums = jax.jit(task.evaluate, out_shardings=NamedSharding(mesh, sharding.REPLICATED))
+    sums = jax.jit(
+        sharding.on_mesh(task.evaluate, mesh),
+        out_shardings=NamedSharding(mesh, sharding.REPLICATED),
+    )
     run = functools.partial(run_evaluation, sums, task, feed, frozen, mesh)
     return functools.partial(evaluate_state, run)
 
@@ -266,6 +315,7 @@ def _run_steps(
     *,
     task,
     feed,
+    batches,
     run,
     max_bad_steps,
     mesh,
@@ -274,15 +324,18 @@ def _run_steps(
     evaluate,
     keep_best,
     picture,
+    begun,
 ):
     """Steps until `run.steps`, with everything that happens between them."""
     step = int(train_state.step)
-    batches = feed.training(step)
     clock = metrics.Clock(
         images_per_step=run.batch_size, flops_per_image=task.flops_per_image, steps=run.steps
     )
     batch = sharding.to_devices(next(batches), mesh)
+    begun.done("first batch")
     compiled = _compile(step_function, train_state, frozen, batch)
+    begun.done("compile")
+    seconds_to_first = None
     in_flight: collections.deque = collections.deque()
     speeds = []
 
@@ -300,6 +353,10 @@ def _run_steps(
         train_state, step_metrics = compiled(train_state, frozen, batch)
         step += 1
         in_flight.append((step, step_metrics))
+        if seconds_to_first is None:
+            jax.block_until_ready(step_metrics)
+            begun.done("step")
+            seconds_to_first = begun.finish()
         while len(in_flight) > STEPS_IN_FLIGHT:
             _stop_if_bad(*in_flight.popleft(), limit=max_bad_steps)
         if step < run.steps:
@@ -342,7 +399,7 @@ def _run_steps(
         if saves:
             checkpoints.save(train_state, step=step)
         clock.restart(step=step)
-    return train_state, speeds
+    return train_state, speeds, seconds_to_first
 
 
 def _compile(step_function, train_state, frozen, batch):
@@ -351,8 +408,14 @@ def _compile(step_function, train_state, frozen, batch):
     places = jax.tree.map(lambda leaf: leaf.sharding, train_state)
     everywhere = NamedSharding(train_state.step.sharding.mesh, sharding.REPLICATED)
     jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(places, everywhere))
-    compiled = jitted.lower(train_state, frozen, batch).compile()
-    logging.info("compiled the train step in %.1f s", time.perf_counter() - began)
+    with startup.cache_hits() as hits:
+        compiled = jitted.lower(train_state, frozen, batch).compile()
+        read = hits() > 0
+    logging.info(
+        "compiled the train step in %.1f s%s",
+        time.perf_counter() - began,
+        ", read from the compilation cache" if read else "",
+    )
     return compiled
 
 

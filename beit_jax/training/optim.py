@@ -176,14 +176,17 @@ def learning_rate(config: OptimizerConfig, *, steps: int) -> Callable[[jax.Array
     return schedule
 
 
-def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Adam's direction plus decoupled decay, to be multiplied by minus the learning rate.
 
     With `layer_decay` under 1 both are scaled layer by layer: AdamW decays by a group's rate.
+
+    `update` takes one argument more than optax', `finite`: where it is false the state stays as it
+    is, and the directions mean nothing.
     """
     decayed = functools.partial(decay_mask, relative_positions=config.decay_relative_positions)
     steps = [
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        _scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
     ]
     if config.layer_decay < 1:
@@ -191,9 +194,49 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(*steps)
 
 
-def clip_by_norm(gradients: Any, *, norm: jax.Array, limit: float | None) -> Any:
-    """Scales gradients so that their global norm is at most `limit` (torch's clip_grad_norm_)."""
-    if limit is None:
-        return gradients
-    scale = jnp.minimum(1.0, limit / (norm + 1e-6))
-    return jax.tree.map(lambda g: g * scale, gradients)
+def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` with the state's choice inside: fewer passes over memory on a CPU.
+
+    There the compiler writes one array a loop. Directions made from old moments and gradients, as
+    it likes to have them, read both again and keep it from writing new moments over the old ones.
+    Behind the barrier they are made from the new moments: 0.3 s less of 2.7 for BEiT-B on a core.
+    A TPU's compiler writes all three in one loop, so that there it is left alone.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, finite: Any = True, **extra: Any
+    ) -> tuple[Any, Any]:
+        del params, extra
+        count = optax.safe_increment(state.count)
+
+        def moment(decay: float, power: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+            return lambda old, g: jnp.where(finite, decay * old + (1 - decay) * g**power, old)
+
+        mu = jax.tree.map(moment(b1, 1), state.mu, updates)
+        nu = jax.tree.map(moment(b2, 2), state.nu, updates)
+
+        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+            m, v = jax.lax.platform_dependent(
+                m,
+                v,
+                cpu=lambda *both: jax.lax.optimization_barrier(both),
+                default=lambda *both: both,
+            )
+            return (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+
+        directions = jax.tree.map(direction, mu, nu)
+        count = jnp.where(finite, count, state.count)
+        return directions, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    init = optax.scale_by_adam(b1=b1, b2=b2, eps=eps).init
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_factor(norm: jax.Array, *, limit: float | None) -> jax.Array | float:
+    """What gradients of this global norm are multiplied by (torch's clip_grad_norm_).
+
+    Args:
+      norm: of all gradients together.
+      limit: what it may be at most; None: anything.
+    """
+    return 1.0 if limit is None else jnp.minimum(1.0, limit / (norm + 1e-6))

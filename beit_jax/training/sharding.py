@@ -7,7 +7,9 @@ Rules go by parameter path, outside the models; the first match wins and a param
 is an error.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,6 +61,17 @@ def make_mesh(*, fsdp: int, devices: list | None = None) -> Mesh:
     )
     # Auto on purpose: explicit sharding, the default now, would put shardings into the models.
     return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+
+
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """`function`, traced with `mesh` at hand: kernels in it are called device by device."""
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def count_slices(devices: list) -> int:

@@ -115,7 +115,7 @@ def train_step(
     *,
     task: Task,
     config: OptimizerConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: Callable[[jax.Array], jax.Array],
     seed: int,
     mesh: Mesh | None = None,
@@ -124,29 +124,33 @@ def train_step(
 
     The loss is the weighted mean over the global batch, whatever the number of devices and
     micro-batches: gradients of sums are added up and divided by the total weight once. An update
-    whose loss or gradient norm is not finite is skipped and counted.
+    whose loss or gradient norm is not finite is skipped and counted; `optimizer`, as `optim.adamw`
+    makes it, then keeps its state itself.
 
-    `mesh` is that of the state's shardings, needed where parameters are split: see
-    `_with_whole_parameters`.
+    `mesh` is that of the state's shardings, needed where there are several devices: see
+    `sharding.on_mesh` and `_with_whole_parameters`.
 
     Returns:
       The new state and scalar metrics: the task's, `grad_norm` (before the clip),
       `learning_rate`, `skipped` and `skipped_in_row`.
     """
-    if mesh is not None and mesh.shape[sharding.FSDP] > 1:
-        task = dataclasses.replace(task, loss=_with_whole_parameters(task.loss, mesh))
+    if mesh is not None:
+        task = dataclasses.replace(task, loss=sharding.on_mesh(task.loss, mesh))
+        if mesh.shape[sharding.FSDP] > 1:
+            task = dataclasses.replace(task, loss=_with_whole_parameters(task.loss, mesh))
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     batch = task.prepare(frozen, batch, jax.random.fold_in(key, PREPARATION))
     gradients, sums = _gradients(
         state.params, batch, key, state.step, task=task, micro_batches=config.accumulate
     )
-    gradients = jax.tree.map(lambda g: g / sums["weight"], gradients)
-    norm = optax.tree.norm(gradients)
+    # The mean's norm, and later the mean clipped, without a pass over memory for the mean itself.
+    norm = optax.tree.norm(gradients) / sums["weight"]
     metrics = task.metrics(sums)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
-    clipped = optim.clip_by_norm(gradients, norm=norm, limit=config.clip_norm)
-    directions, opt_state = optimizer.update(clipped, state.opt_state, state.params)
+    factor = optim.clip_factor(norm, limit=config.clip_norm) / sums["weight"]
+    clipped = jax.tree.map(lambda g: g * factor, gradients)
+    directions, opt_state = optimizer.update(clipped, state.opt_state, state.params, finite=finite)
     rate = schedule(state.step)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
     ema = {}
@@ -162,7 +166,7 @@ def train_step(
         step=state.step + 1,
         params=keep(params, state.params),
         ema=keep(ema, state.ema),
-        opt_state=keep(opt_state, state.opt_state),
+        opt_state=opt_state,
         skipped=state.skipped + skipped,
         skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1).astype(jnp.int32),
     )

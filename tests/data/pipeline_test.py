@@ -12,8 +12,10 @@ from PIL import Image
 
 from beit_jax.config import AugmentConfig, ConfigError, DataConfig, MaskConfig
 from beit_jax.data import pipeline, sources, views
+from beit_jax.training import device_jitter
 
 GRID = 4
+BOOKKEEPING = ("index", "replaced")  # which stays on the host
 SMALL = {
     "image_size": 32,
     "token_image_size": 16,
@@ -203,6 +205,77 @@ def test_labels_and_segmentations_where_asked_for():
     plain = _take(1, source, config)[0]
     assert "label" not in plain
     np.testing.assert_array_equal(plain["image"], batch["image"])
+
+
+# ---------------------------------------------------------------------------- fast mode
+
+
+FAST = {"augment": AugmentConfig(fidelity="fast")}
+
+
+def test_fast_batches_carry_the_jitter_for_the_device(folder, straight):
+    source, config = _open(folder, **FAST)
+    (batch,) = _take(1, source, config)
+    assert batch["factors"].shape == batch["order"].shape == (8, 3)
+    assert (np.sort(batch["order"], axis=1) == np.arange(3)).all()
+    # The same images, boxes and masks as otherwise.
+    np.testing.assert_array_equal(batch["index"], straight[0]["index"])
+    np.testing.assert_array_equal(batch["mask"], straight[0]["mask"])
+    jittered = device_jitter.jitter_batch(batch)
+    assert "factors" not in jittered
+    for name in ("image", "token_image"):
+        levels = np.asarray(jittered[name]).astype(int) - straight[0][name]
+        assert np.abs(levels).mean() < 8  # contrast's mean is the crop's
+
+
+def test_fast_batches_are_a_function_of_seed_and_step(folder):
+    source, config = _open(folder, **FAST)
+    batches = _take(5, source, config)
+    _assert_same(batches[3:], _take(2, source, config, start_step=3))
+    parts = [_take(3, source, config, shard=shard, shards=2) for shard in (0, 1)]
+    _assert_same(batches[:3], _join(parts))
+
+
+def test_fast_views_alone_are_the_same(folder):
+    source, config = _open(folder, **FAST)
+    (both,) = _take(1, source, config)
+    made = views.pretraining_views(config, grid=GRID, keys=("image", "mask"))
+    batches = pipeline.training_batches(source, config=config, views=made, seed=0, batch_size=8)
+    np.testing.assert_array_equal(next(batches)["image"], both["image"])
+
+
+def test_fast_views_of_the_embedded_set_and_its_segmentations():
+    settings = {"source": "embedded:40", **SMALL}
+    quick, slow = DataConfig(**settings, **FAST), DataConfig(**settings)
+    taken = {}
+    for config in (quick, slow):
+        source = sources.open_source(config, training=True)
+        (taken[config.augment.fidelity],) = _take(1, source, config, extras=("segmentation",))
+    for name in ("segmentation", "mask"):
+        np.testing.assert_array_equal(taken["fast"][name], taken["official"][name])
+
+
+@pytest.mark.parametrize("fidelity", ["official", "fast"])
+def test_188_kilobytes_an_image_go_to_the_device(fidelity):
+    """Levels, not floats: the official loader's two views and mask are 753 kB."""
+    config = DataConfig(source="embedded:4", workers=1, augment=AugmentConfig(fidelity=fidelity))
+    source = sources.open_source(config, training=True)
+    made = views.pretraining_views(config, grid=14, keys=("image", "token_image", "mask"))
+    batches = pipeline.training_batches(source, config=config, views=made, seed=0, batch_size=4)
+    batch = next(batches)
+    sent = {name: value.nbytes // 4 for name, value in batch.items() if name not in BOOKKEEPING}
+    assert sum(sent.values()) == 188_356 + (24 if fidelity == "fast" else 0)
+
+
+@pytest.mark.slow
+def test_bad_files_are_replaced_in_fast_mode(spoilt):
+    source, config = _open(spoilt, **FAST)
+    batches = _take(5, source, config)
+    replaced = {
+        source.name(index) for batch in batches for index in batch["index"][batch["replaced"]]
+    }
+    assert replaced == BAD_NAMES
+    _assert_same(batches[2:], _take(3, source, config, start_step=2))
 
 
 # ---------------------------------------------------------------------------- bad files
@@ -462,3 +535,44 @@ def test_tfds_splits_of_splits(tfds_source):
 
 def test_tensorflow_leaves_accelerators_alone():
     assert tf.config.get_visible_devices("GPU") == []
+
+
+# ---------------------------------------------------------------------------- cycles
+
+
+def test_a_cycle_repeats_everything_but_the_masks(folder):
+    """23 images, batches of 8: two steps an epoch, cycles of two epochs."""
+    source, config = _open(folder)
+    assert pipeline.steps_per_epoch(source, batch_size=8, shards=1) == 2
+    batches = _take(10, source, config, cycle=2)
+    for first, later in zip(batches[:6], batches[4:], strict=True):
+        for name in ("image", "token_image", "index", "replaced"):
+            np.testing.assert_array_equal(first[name], later[name])
+        assert (first["mask"] != later["mask"]).any(axis=(1, 2)).mean() > 0.8
+    for epoch in (batches[:2], batches[2:4]):
+        assert len(set(np.concatenate([batch["index"] for batch in epoch]))) == 16
+    # Epochs of a cycle differ, in order and in views.
+    orders = [np.concatenate([batch["index"] for batch in batches[i : i + 2]]) for i in (0, 2)]
+    assert (orders[0] != orders[1]).any()
+
+
+def test_a_cycle_can_be_joined_anywhere_by_any_number_of_hosts(folder):
+    source, config = _open(folder)
+    straight = _take(9, source, config, cycle=2)
+    _assert_same(straight[5:], _take(4, source, config, cycle=2, start_step=5))
+    shards = [
+        _take(2, source, config, cycle=2, start_step=6, shard=shard, shards=2) for shard in (0, 1)
+    ]
+    _assert_same(straight[6:8], _join(shards))
+
+
+def test_until_its_end_a_cycle_over_whole_batches_changes_nothing(folder):
+    """The 23 images in batches of 23."""
+    source, config = _open(folder)
+    plain = _take(3, source, config, batch_size=23)
+    _assert_same(plain, _take(3, source, config, batch_size=23, cycle=3))
+
+
+def test_a_cycle_needs_a_whole_batch(folder):
+    with pytest.raises(ConfigError, match="24 is more than all 23 images"):
+        _take(1, *_open(folder), batch_size=24, cycle=1)

@@ -15,8 +15,16 @@ from beit_jax.tokenizers.dalle import (
     map_pixels,
     unmap_pixels,
 )
+from beit_jax.tokenizers.tokenizer import compute_dtype
 
-SMALL = TokenizerConfig(kind="dalle", width=16, vocabulary=512, image_size=48, random_weights=True)
+SMALL = TokenizerConfig(
+    kind="dalle",
+    width=16,
+    vocabulary=512,
+    image_size=48,
+    random_weights=True,
+    dtype="float32",
+)
 HALF = dataclasses.replace(SMALL, dtype="bfloat16")
 RELATIVE_TOLERANCE = 1e-4
 
@@ -221,3 +229,26 @@ def test_bfloat16_moves_logits_little(params):
     full = jax.jit(dalle_tokenizer(SMALL).logits)(params, images)
     error = relative_error(jax.jit(dalle_tokenizer(HALF).logits)(params, images), full)
     assert 0 < error < 0.03  # bfloat16 rounds to 1 in 256; ten layers of residuals
+
+
+def test_some_positions_have_the_ids_that_all_have(params):
+    rng = np.random.default_rng(3)
+    colours = rng.integers(0, 256, (6, 6, 6, 3), dtype=np.uint8)
+    images = np.repeat(np.repeat(colours, 8, axis=1), 8, axis=2)
+    positions = np.stack([rng.permutation(36)[:13] for _ in images]).astype(np.int32)
+    for config in (SMALL, HALF):
+        tokenizer = dalle_tokenizer(config)
+        ids = np.asarray(jax.jit(tokenizer.encode)(params, images)).reshape(6, 36)
+        expected = np.take_along_axis(ids, positions, axis=1)
+        assert len(np.unique(expected)) > 3
+        some = jax.jit(tokenizer.encode)(params, images, positions=positions)
+        assert some.dtype == jnp.int32
+        np.testing.assert_array_equal(some, expected)
+
+
+def test_auto_is_float32_on_cpu():
+    assert jax.default_backend() == "cpu"
+    auto = dataclasses.replace(SMALL, dtype="auto")
+    assert TokenizerConfig(kind="dalle", random_weights=True).dtype == "auto"
+    assert compute_dtype(auto) == compute_dtype(SMALL) == jnp.float32
+    assert compute_dtype(HALF) == jnp.bfloat16

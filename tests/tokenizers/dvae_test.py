@@ -106,6 +106,18 @@ def test_logits_match_pytorch(torch, images):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
 
 
+def test_some_positions_have_the_ids_that_all_have(params):
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    positions = np.stack([rng.permutation(16)[:5] for _ in images]).astype(np.int32)
+    tokenizer = dvae_tokenizer(SMALL)
+    ids = np.asarray(jax.jit(tokenizer.encode)(params, images)).reshape(8, 16)
+    expected = np.take_along_axis(ids, positions, axis=1)
+    assert len(np.unique(expected)) > 3
+    some = jax.jit(tokenizer.encode)(params, images, positions=positions)
+    np.testing.assert_array_equal(some, expected)
+
+
 def test_reconstruction_from_the_same_soft_codes_matches_pytorch(torch):
     modules = reference(torch, SMALL)
     weights = np.random.default_rng(1).dirichlet(np.full(40, 0.3), (2, 4, 5)).astype(np.float32)

@@ -1,10 +1,12 @@
 """Schedule, decay list and AdamW, against the official formulas and against PyTorch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from beit_jax.config import ModelConfig, OptimizerConfig
@@ -154,9 +156,32 @@ def test_clip_is_torchs():
         for parameter, value in zip(parameters, values, strict=True):
             parameter.grad = torch.from_numpy(value.copy())
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit or 1e9)
-        ours = optim.clip_by_norm(values, norm=jnp.float32(norm.item()), limit=limit)
-        for mine, parameter in zip(ours, parameters, strict=True):
-            np.testing.assert_allclose(mine, parameter.grad.numpy(), rtol=1e-6)
+        factor = optim.clip_factor(jnp.float32(norm.item()), limit=limit)
+        for value, parameter in zip(values, parameters, strict=True):
+            np.testing.assert_allclose(value * factor, parameter.grad.numpy(), rtol=1e-6)
+
+
+def test_adam_is_optaxs():
+    """Moments and directions over some steps; an update that is not finite leaves the state."""
+    config = dataclasses.replace(CONFIG, weight_decay=0.0)
+    ours = optim.adamw(config)
+    theirs = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(3, 4)).astype(np.float32), "bias": np.ones(5, np.float32)}
+    state, expected_state = ours.init(params), theirs.init(params)
+    update = jax.jit(ours.update)
+    for _ in range(3):
+        gradients = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+        directions, state = update(gradients, state, params, finite=True)
+        expected, expected_state = theirs.update(gradients, expected_state)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=2e-6),
+            (directions, state[0]),
+            (expected, expected_state),
+        )
+    bad = jax.tree.map(lambda x: x * np.nan, params)
+    _, after = update(bad, state, params, finite=False)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 def masked_task(model):

@@ -1,0 +1,135 @@
+"""softmax(query keyᵀ + bias) value: one function, several ways to compute it.
+
+"xla" leaves everything to the compiler and runs anywhere. "fused" is the TPU kernel of
+`fused_attention`. "cudnn" is cuDNN's kernel on NVIDIA GPUs. "auto" is the fused kernel on a TPU
+where heads are 64 wide, and "xla" elsewhere. They agree to the rounding of their inputs' type.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import PartitionSpec
+
+from beit_jax.models.fused_attention import HEAD_WIDTH, MASKED, fused_attention
+
+
+def implementation(chosen: str, *, head_width: int, platform: str) -> str:
+    """What "auto" stands for.
+
+    Args:
+      chosen: `ModelConfig.attention`.
+      head_width: of the queries.
+      platform: "tpu", "gpu" or "cpu": where the program is to run.
+    """
+    if chosen != "auto":
+        return chosen
+    return "fused" if platform == "tpu" and head_width == HEAD_WIDTH else "xla"
+
+
+def plain_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """As XLA has it: the scores go to memory.
+
+    Args:
+      query, key, value: `[b, h, n, k]`, queries scaled.
+      bias: float32 `[h, n, n]`; None: none.
+
+    Returns:
+      `[b, n, h, k]` in the dtype of `query`.
+    """
+    scores = jnp.einsum("bhqk,bhnk->bhqn", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    return jnp.einsum("bhqn,bhnk->bqhk", weights, value)
+
+
+def flat_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    *,
+    heads: int,
+    implementation: str,
+) -> jax.Array:
+    """By a kernel that takes heads side by side.
+
+    Args:
+      query, key, value: `[b, n, h * k]`, queries scaled.
+      bias: float32 `[copies, h, n, n]` from `split_over_devices`; None: none.
+      heads: h.
+      implementation: "fused" or "cudnn".
+
+    Returns:
+      `[b, n, h * k]`.
+    """
+    b, n, _ = query.shape
+    if bias is None:
+        bias = jnp.zeros((1, heads, n, n), jnp.float32)
+    if implementation == "cudnn":
+        return _cudnn(query, key, value, bias[0], heads=heads)
+    axes = _batch_axes(b)
+    if not axes:
+        return fused_attention(query, key, value, bias[0])
+    # A kernel is opaque to the partitioner: every device calls it on its own images.
+    bias = jnp.broadcast_to(bias, (_devices(axes), *bias.shape[1:]))
+    split = PartitionSpec(axes)
+    return jax.shard_map(
+        lambda q, k, v, own: fused_attention(q, k, v, own[0]),
+        in_specs=(split, split, split, split),
+        out_specs=split,
+        check_vma=False,
+    )(query, key, value, bias)
+
+
+def split_over_devices(table: jax.Array, *, batch: int) -> jax.Array:
+    """A copy of a relative-position table for every device that images are split over.
+
+    A device's kernel gives its own bias' gradient. Copied here, what is summed over devices is the
+    gradient of a table, 35 kB, and not that of every block's bias, 1.9 MB.
+
+    Args:
+      table: `[rows, h]`.
+      batch: images, of all devices.
+
+    Returns:
+      `[copies, rows, h]`; one copy where there is no mesh (`training.sharding.on_mesh`).
+    """
+    axes = _batch_axes(batch)
+    if not axes:
+        return table[None]
+    copies = jnp.broadcast_to(table, (_devices(axes), *table.shape))
+    return jax.lax.with_sharding_constraint(copies, PartitionSpec(axes))
+
+
+def _batch_axes(batch: int) -> tuple[str, ...]:
+    """The axes of the mesh at hand, over all of which batches are split; () for one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or batch % mesh.size:
+        return ()
+    return tuple(mesh.axis_names)
+
+
+def _devices(axes: tuple[str, ...]) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    result = 1
+    for axis in axes:
+        result *= mesh.shape[axis]
+    return result
+
+
+def _cudnn(query, key, value, bias, *, heads: int, library: str = "cudnn") -> jax.Array:
+    """cuDNN's flash attention; with a bias it trains on even token counts alone."""
+    _b, n, _ = query.shape
+    odd = n % 2
+    query, key, value = (
+        jnp.pad(rearrange(x, "b n (h k) -> b n h k", h=heads), ((0, 0), (0, odd), (0, 0), (0, 0)))
+        for x in (query, key, value)
+    )
+    bias = jnp.pad(bias, ((0, 0), (0, odd), (0, odd)), constant_values=MASKED)
+    mixed = jax.nn.dot_product_attention(
+        query, key, value, bias[None].astype(query.dtype), scale=1.0, implementation=library
+    )
+    return rearrange(mixed[:, :n], "b n h k -> b n (h k)")

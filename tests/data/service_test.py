@@ -1,0 +1,117 @@
+"""Batches made elsewhere are those that would have been made here, in order, or the run ends."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from beit_jax.config import ConfigError, DataConfig, MaskConfig, RunError
+from beit_jax.data import pipeline, service, sources, views
+
+GRID = 4
+
+
+@pytest.fixture(scope="module")
+def services():
+    """Two services in this process."""
+    return [service.serve() for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten pictures, one of them broken."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        pixels = rng.integers(0, 256, (6, 7, 3)).astype(np.uint8)
+        Image.fromarray(pixels).resize((70, 60)).save(root / f"{number}.jpg")
+    (root / "5.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    return root
+
+
+def _read(folder, *, addresses=(), start_step=0, count=6, shard=0, shards=1, cycle=0):
+    config = DataConfig(
+        source=f"folder:{folder}",
+        eval_source=f"folder:{folder}",
+        image_size=32,
+        token_image_size=16,
+        mask=MaskConfig(count=6, min_block=2),
+        workers=2,
+        service=tuple(addresses),
+    )
+    batches = pipeline.training_batches(
+        sources.open_source(config, training=True),
+        config=config,
+        views=views.pretraining_views(config, grid=GRID, keys=("image", "mask")),
+        seed=3,
+        batch_size=4,
+        start_step=start_step,
+        shard=shard,
+        shards=shards,
+        cycle=cycle,
+    )
+    return list(itertools.islice(batches, count))
+
+
+def _same(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine:
+            np.testing.assert_array_equal(mine[name], other[name], err_msg=name)
+
+
+def test_the_same_batches_with_services(folder, services):
+    """From the start and resumed, with one and with two, on two hosts; replaced images too."""
+    addresses = [each.address for each in services]
+    alone = _read(folder)
+    assert any(batch["replaced"].any() for batch in alone)
+    _same(_read(folder, addresses=addresses), alone)
+    _same(_read(folder, addresses=addresses, start_step=3, count=3), alone[3:])
+    _same(_read(folder, addresses=addresses[:1], count=3), alone[:3])
+    halves = [_read(folder, addresses=addresses, shard=i, shards=2, count=3) for i in (0, 1)]
+    for whole, *parts in zip(alone[:3], *halves, strict=True):
+        for name, values in whole.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
+
+
+def test_services_are_shared_out():
+    addresses = tuple("abcdefg")
+    for shards in (1, 2, 3, 7):
+        used = [service.assigned(addresses, shard=i, shards=shards) for i in range(shards)]
+        assert sorted(itertools.chain(*used)) == list(addresses)
+    assert [service.assigned(("a", "b"), shard=i, shards=4) for i in range(4)] == [
+        ("a",),
+        ("b",),
+        ("a",),
+        ("b",),
+    ]
+
+
+def test_a_service_that_lost_its_place_ends_the_run():
+    def numbers(*values):
+        return iter([(np.int64(value), {}) for value in values])
+
+    turns = [numbers(4, 4), numbers(5)]
+    batches = service._in_turn(turns, addresses=("a:1", "b:1"), start_step=4)
+    assert [next(batches), next(batches)] == [{}, {}]
+    with pytest.raises(RunError, match=r"a:1 gave the batch of step 4 for step 6: .* same command"):
+        next(batches)
+    batches = service._in_turn([numbers()], addresses=("a:1",), start_step=0)
+    with pytest.raises(RunError, match="a:1 gave no batch for step 0"):
+        next(batches)
+
+
+def test_what_can_not_be_served_is_said(folder):
+    with pytest.raises(ConfigError, match=r"config\.data\.service: no answer from 'localhost:1'"):
+        _read(folder, addresses=["localhost:1"])
+    config = DataConfig(source="", workers=0, service=("localhost:1",))
+    given = {"config": config, "views": None, "seed": 0, "batch_size": 2}
+    given["views"] = pipeline.Views(training=lambda e, k: {}, evaluation=lambda e: {})
+    source = sources.Source(size=4, name=str, load=lambda i: {"image": tf.zeros([], tf.uint8)})
+    with pytest.raises(ConfigError, match=r"config\.data\.workers: say how many cores"):
+        pipeline.training_batches(source, **given)
+    source = sources.Source(size=4, name=str, load=source.load, travels=False)
+    with pytest.raises(ConfigError, match="read by Python"):
+        pipeline.training_batches(source, **given)
