@@ -330,7 +330,10 @@ class _Reader:
         pallas = target is not None and target.group(1) == "tpu_custom_call"
         name = re.sub(r"[.\d]+$", "", each.name) if pallas or not target else target.group(1)
         size = sum(shape_bytes(each.shape).values())
-        size += sum(sum(shape_bytes(shapes.get(one, "")).values()) for one in each.operands)
+        if each.opcode == "slice":
+            size *= 2  # it reads what it gives, not its whole operand
+        else:
+            size += sum(sum(shape_bytes(shapes.get(one, "")).values()) for one in each.operands)
         declared = re.search(r'"cost_estimate":(\{[^}]*\})', each.rest) if target else None
         flops = 0.0
         if declared:

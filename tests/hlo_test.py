@@ -44,6 +44,7 @@ ENTRY %main.1_spmd (arg: f32[4,8]) -> f32[] {
   %sum = (bf16[4,8]{1,0}, f32[4,8]{1,0}) all-reduce(%half, %last), channel_id=2, \
 replica_groups=[1,8]<=[8], to_apply=%fused, metadata={op_name="jit(step)/sum"}
   %order = s32[4,8]{1,0} sort(%last), dimensions={1}, to_apply=%fused
+  %part = f32[1,8]{1,0} slice(%last), slice={[0:1], [0:8]}
   %view = f32[8,8]{1,0} custom-call(%last, %last), custom_call_target="ConcatBitcast"
   %attention.3 = f32[4,8]{1,0} custom-call(%last), custom_call_target="tpu_custom_call"
   ROOT %result = f32[] constant(0)
@@ -71,7 +72,8 @@ def test_collectives_with_bytes_groups_and_runs():
 
 def test_what_has_no_cost_is_named_and_what_does_nothing_is_not():
     uncosted = {each.name: each for each in hlo.read(LOOP).uncosted}
-    assert uncosted.keys() == {"order", "attention"}
+    assert uncosted.keys() == {"order", "attention", "part"}
+    assert uncosted["part"].bytes == 2 * 8 * 4
     assert uncosted["attention"].kernel
     assert not uncosted["attention"].declared
     assert not uncosted["order"].kernel

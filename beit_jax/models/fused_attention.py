@@ -35,8 +35,8 @@ LANES = 128
 PACK = LANES // HEAD_WIDTH  # heads side by side in the lanes of a register
 SUBLANES = 16  # rows of a bfloat16 tile
 MASKED = -1e30  # a score that is not there; finite, so that a row of them stays finite
-# Sequences are cut into tiles of at most so many (query, key) pairs: bias, its gradient and scores of
-# two heads must fit beside each other into 16 MB.
+# Sequences are cut into tiles of at most so many (query, key) pairs: bias, its gradient and scores
+# of two heads must fit beside each other into 16 MB.
 MAX_SCORES = 256 * 640
 MAX_QUERY_ROWS = 256
 BLOCK_BYTES = 6 * 2**20  # of queries, keys and values in flight: how many images go together
@@ -146,8 +146,8 @@ def fused_attention(
 ) -> jax.Array:
     """softmax(query keyᵀ + bias) value, for every head; queries are scaled already.
 
-    Products of bfloat16 inputs are summed in float32; bias, softmax and its sums are float32. Runs on
-    TPUs; elsewhere under `pltpu.force_tpu_interpret_mode()`, which poisons the padding.
+    Products of bfloat16 inputs are summed in float32; bias, softmax and its sums are float32. Runs
+    on TPUs; elsewhere under `pltpu.force_tpu_interpret_mode()`, which poisons the padding.
 
     Args:
       query, key, value: `[b, n, h * 64]`, heads side by side.

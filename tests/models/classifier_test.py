@@ -147,14 +147,22 @@ def relative_error(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("image_size", [224, 384])
-def test_logits_loss_and_every_gradient_equal_transformers(image_size):
+@pytest.mark.parametrize(
+    ("image_size", "way"), [(224, "xla"), (384, "xla"), (224, "fused"), (384, "fused")]
+)
+def test_logits_loss_and_every_gradient_equal_transformers(image_size, way, attention_anywhere):
     """Float32, same weights, real sizes: relative 1e-4 for logits, smoothed loss, gradients."""
     torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
     from tests.models import beit_peer
 
+    sizes = {"xla": {"width": 32, "heads": 2}, "fused": {"layers": 1, "width": 64, "heads": 1}}
     config = dataclasses.replace(
-        TINY, width=32, heads=2, mlp_width=64, image_size=image_size, patch_size=16
+        TINY,
+        **sizes[way],
+        mlp_width=64,
+        image_size=image_size,
+        patch_size=16,
+        attention=way,
     )
     classes = 12
     peer = beit_peer.classifier(config, classes=classes, pooling="mean")

@@ -45,13 +45,16 @@ def batch():
     return images, mask, labels
 
 
+@pytest.mark.parametrize("way", ["xla", "fused", "cudnn"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_loss_and_every_gradient_equal_transformers(variant, batch):
+def test_logits_loss_and_every_gradient_equal_transformers(variant, way, batch, attention_anywhere):
     """Float32, same weights: 1e-4 relative for all-position logits, loss and each gradient."""
     torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
     from tests.models import beit_peer
 
-    config = VARIANTS[variant]
+    config = dataclasses.replace(VARIANTS[variant], attention="xla")
+    if way != "xla":  # a kernel's heads are 64 wide
+        config = dataclasses.replace(config, width=128, heads=2, attention=way)
     images, mask, labels = batch
     peer = beit_peer.masked_image_model(config, vocabulary=VOCABULARY)
     params = beit_peer.to_ours(dict(peer.named_parameters()), layers=config.layers)
