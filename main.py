@@ -9,7 +9,10 @@ hosts it is started on each of them; on a Cloud TPU they find each other. Exit c
 SIGTERM, and saved.
 """
 
+import importlib.metadata
+import importlib.util
 import logging as python_logging
+import os
 import pathlib
 import sys
 
@@ -56,6 +59,10 @@ def main(argv: list[str]) -> int:
         return _fail(" ".join(line.strip() for line in str(error).splitlines()))
     if values is None:
         return _fail("--config is missing; try --config=configs/quickstart.py")
+    if _only_cpu():
+        from beit_jax.training.memory import keep_freed
+
+        keep_freed()  # before JAX is imported
     # After the flags: an unknown one should not wait for JAX to be imported.
     from beit_jax import jobs
 
@@ -67,6 +74,15 @@ def main(argv: list[str]) -> int:
         workdir=_WORKDIR.value or f"runs/{name}",
         cluster_settings={flag.name: flag.value for flag in _CLUSTER},
     )
+
+
+def _only_cpu() -> bool:
+    """Whether it is certain that the run will be on CPUs: it is said so, or JAX has nothing else."""
+    said = next(flag.value for flag in _CLUSTER if flag.name == "platform")
+    if "cpu" in (said, os.environ.get("JAX_PLATFORMS")):
+        return True
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not plugins and importlib.util.find_spec("libtpu") is None
 
 
 def _plan(values: dict, *, workdir: str) -> int:

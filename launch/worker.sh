@@ -15,7 +15,7 @@
 # "died with the machine" without trusting process ids.
 set -euo pipefail
 
-root=${BEIT_JAX_ROOT:-$HOME/beit_jax} # code, .venv, cache, and the files of the run
+root=${BEIT_JAX_ROOT:-$HOME/beit_jax} # code, .venv, and the files of the run
 run=$root/run
 lockfile=${LIBTPU_LOCKFILE:-/tmp/libtpu_lockfile}
 
@@ -75,11 +75,9 @@ start() { # names -- args
   receive_environment "$names"
   export JAX_COORDINATOR_PORT=${JAX_COORDINATOR_PORT:-8476} # Google's firewall opens it; not jax's 8482
   export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu}            # no TPU is an error, not a run on the CPU
-  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$root/cache}
   export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2} PYTHONUNBUFFERED=1
   BEIT_JAX_REVISION=$(cat "$root/code/.tree")
   export BEIT_JAX_REVISION
-  mkdir -p "$root/cache"
   rm -f "$run/exit" "$run/stopped" "$run/pid"
   # Without the redirections ssh would wait for the end of the run.
   setsid --fork bash "$root/code/launch/worker.sh" supervise "$@" </dev/null >>"$run/log" 2>&1

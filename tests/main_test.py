@@ -1,5 +1,6 @@
 """The command line: bad input is one clear line and exit code 2, before anything is written."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,26 @@ def test_one_line(tmp_path, arguments, message):
     assert message in errors[0]
     assert "Traceback" not in result.stderr
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "expected"),
+    [
+        (["--platform=cpu"], {}, True),
+        ([], {"JAX_PLATFORMS": "cpu"}, True),
+        ([], {"JAX_PLATFORMS": ""}, False),
+        (["--platform=tpu"], {"JAX_PLATFORMS": "tpu,cpu"}, False),
+    ],
+)
+def test_only_what_is_certainly_a_cpu_run_counts_as_one(tmp_path, flags, environment, expected):
+    (tmp_path / "libtpu").mkdir()
+    (tmp_path / "libtpu/__init__.py").touch()
+    code = f"import main; main.flags.FLAGS(['main.py', *{flags}]); print(main._only_cpu())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(expected), done.stderr

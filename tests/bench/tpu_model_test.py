@@ -48,7 +48,7 @@ def test_kernels_count_with_the_larger_of_bound_and_schedule(tpu_model, monkeypa
     tpu_model.kernel_seconds.cache_clear()
 
 
-@pytest.mark.parametrize("name, cost", [("%attention_forward.1", ""), ("%other.1", COST)])
+@pytest.mark.parametrize(("name", "cost"), [("%attention_forward.1", ""), ("%other.1", COST)])
 def test_a_kernel_without_a_cost_ends_the_bench(tpu_model, name, cost):
     text = TEXT.replace("%NAME", name).replace("COST", cost)
     with pytest.raises(SystemExit, match="has no cost"):

@@ -437,7 +437,9 @@ def test_up(cloud):
         assert "LC_BEIT_JAX_ENV" not in environment
         assert environment["JAX_COORDINATOR_PORT"] == "8476"
         assert environment["JAX_PLATFORMS"] == "tpu,cpu"
-        assert environment["JAX_COMPILATION_CACHE_DIR"].endswith(f"{host}/beit_jax/cache")
+        assert (
+            "JAX_COMPILATION_CACHE_DIR" not in environment
+        )  # config.run.compilation_cache decides
         assert len(environment["BEIT_JAX_REVISION"]) == 40
 
 

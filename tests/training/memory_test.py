@@ -12,11 +12,11 @@ kept = {keep} and memory.keep_freed()
 import jax, jax.numpy as jnp
 
 @jax.jit
-def step(x):  # temporaries of 16 MB each
+def step(x):  # temporaries of 4 MB each
     y = jnp.sin(x)
     return ((y @ y) @ jnp.cos(y) @ (y + 1)).sum()
 
-x = jnp.ones((2048, 2048))
+x = jnp.ones((1024, 1024))
 faults = []
 for _ in range(4):
     step(x).block_until_ready()
@@ -38,5 +38,5 @@ def test_a_step_takes_no_new_pages():
     kept, faults = run(True)
     if not kept:
         pytest.skip("not glibc")
-    assert faults < 1000  # pages of 4 kB
-    assert run(False)[1] > 4000  # at least one temporary's
+    assert faults < 300  # pages of 4 kB
+    assert run(False)[1] > 1000  # at least one temporary's
