@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 
 def _only_cpu() -> bool:
-    """Whether it is certain that the run will be on CPUs: it is said so, or JAX has nothing else."""
+    """Whether the run is certain to be on CPUs: it is said so, or JAX has nothing else."""
     said = next(flag.value for flag in _CLUSTER if flag.name == "platform")
     if "cpu" in (said, os.environ.get("JAX_PLATFORMS")):
         return True

@@ -197,8 +197,7 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
 def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam`, which keeps its state where an update is not finite.
 
-    Choosing between old and new moments here and not behind it lets the compiler write new moments
-    over the old ones without copies.
+    Old or new is chosen in the expression that makes the new moment: no pass over memory of its own.
     """
 
     def update(
