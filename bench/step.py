@@ -1,17 +1,28 @@
 """Our pre-training step against PyTorch's: the same model, weights, batch and optimizer.
 
-    python bench/step.py [--config=beit_base] [--batch=2] [--pairs=5] [--json=FILE]
+    python bench/step.py [--config=beit_base] [--batch=2] [--pairs=5] [--compile] [--tokenizer]
+                         [--set model.layers=2 ...] [--json=FILE]
 
-The student alone, tokens given: forward, masked cross-entropy, backward, clip, AdamW. The peer is
-`transformers`' BeitForMaskedImageModeling in eager mode with torch.optim.AdamW. On a CPU both are
-pinned to one core, work in float32, and processor time is compared; on an accelerator, wall-clock
-time, in bfloat16 (autocast there). Steps alternate, so that both see the same machine. Before
-anything is timed both losses on the same batch must agree.
+The student alone, tokens given: forward, masked cross-entropy, backward, clip, AdamW. With
+`--tokenizer` also the step that names the tokens: ours from uint8 views, as training has it; theirs
+with the encoder of openai's `dall_e` package, where that is installed, and with normalised views
+given. Its weights are random and the same for all: only the speed counts.
+
+The peers are `transformers`' BeitForMaskedImageModeling with torch.optim.AdamW, run as it comes,
+and, with `--compile` (the default on a GPU), as fast as PyTorch goes: `torch.compile`, scaled dot
+product attention, the fused AdamW, and only masked patches scored. On a CPU all are pinned to one
+core, work in float32, and processor time is compared; on a GPU, wall-clock time, in bfloat16
+(autocast there). Steps alternate, so that all see the same machine. Before anything is timed the
+losses on the same batch must agree.
+
+Neither TensorFlow nor data is needed.
 """
 
 import argparse
+import ast
 import dataclasses
 import functools
+import gc
 import importlib
 import json
 import os
@@ -27,148 +38,337 @@ from typing import Any
 from machine import processor_name  # beside this file
 
 WARM_UP = 2  # steps of each that don't count
+OURS = "beit_jax"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What all sides compute.
+
+    Attributes:
+      config: a PretrainConfig.
+      task: the job's, with the tokenizer.
+      params: the student's, float32.
+      views: a batch as the input pipeline gives it: uint8 views and masks.
+      given: the same batch with the tokens given, drawn at random.
+      flops: of one image's training step, by whether the tokenizer is part of it.
+    """
+
+    config: Any
+    task: Any
+    params: Any
+    views: dict[str, Any]
+    given: dict[str, Any]
+    flops: dict[bool, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Side:
+    """One way to do the step.
+
+    Attributes:
+      step: does one and returns when it is done.
+      loss: of the first weights, without drop path.
+      peak_memory: bytes, None where that isn't known.
+      facts: how it works, for the JSON.
+    """
+
+    step: Callable[[], None]
+    loss: float
+    peak_memory: int | None
+    facts: dict[str, Any]
 
 
 def main() -> None:
     """Measures, prints a table and writes JSON where a file is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="beit_base", help="a pre-training recipe in configs/")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe, model.layers=2"
+    )
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5, help="timed steps of each side")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="the best PyTorch, too"
+    )
+    parser.add_argument("--tokenizer", action="store_true", help="the step with tokenizer, too")
     parser.add_argument("--json", default="")
     flags = parser.parse_args()
 
-    # One core, before either library counts them.
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    # Both libraries share the GPU: JAX must take what it needs, not three quarters of it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import torch
 
     from beit_jax.training import memory
 
-    # Of the whole process: PyTorch gains from it as well. It must come before JAX.
-    kept = not torch.cuda.is_available() and memory.keep_freed()
+    on_cpu, kept = not torch.cuda.is_available(), False
+    if on_cpu:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        torch.set_num_threads(1)
+        # Of the whole process: PyTorch gains from it as well. It must come before JAX.
+        kept = memory.keep_freed()
+    else:
+        torch.backends.cudnn.benchmark = True  # official: run_beit_pretraining.py
     import jax
     import transformers
 
-    on_cpu = jax.default_backend() == "cpu"
-    torch.set_num_threads(1)
-    ours, theirs, losses = build(flags.config, batch=flags.batch, on_cpu=on_cpu)
+    wanted = "cpu" if on_cpu else "gpu"
+    if jax.default_backend() != wanted:
+        sys.exit(
+            f"JAX works on the {jax.default_backend()}, PyTorch on the {wanted}: install both for"
+            " the same, or choose with JAX_PLATFORMS and CUDA_VISIBLE_DEVICES"
+        )
+    best = not on_cpu if flags.compile is None else flags.compile
+    problem = open_problem(flags)
     clock = time.process_time if on_cpu else time.perf_counter
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for turn in range(WARM_UP + flags.pairs):
-        for name, step in (("ours", ours), ("theirs", theirs)):
-            began = clock()
-            step()
-            if turn >= WARM_UP:
-                times[name].append(clock() - began)
-    ratios = [b / a for a, b in zip(times["ours"], times["theirs"], strict=True)]
     result = {
         "date": time.strftime("%Y-%m-%d"),
-        "device": jax.devices()[0].device_kind if not on_cpu else processor_name(),
+        "device": processor_name() if on_cpu else jax.devices()[0].device_kind,
         "versions": {
             "python": platform.python_version(),
             **{each.__name__: each.__version__ for each in (jax, torch, transformers)},
         },
         "config": flags.config,
+        "set": flags.set,
         "batch": flags.batch,
+        "pairs": flags.pairs,
         "dtype": "float32" if on_cpu else "bfloat16",
         "clock": "processor seconds, one core" if on_cpu else "seconds",
         "freed_memory_kept": kept,
-        "losses": losses,
-        "ours": statistics.median(times["ours"]),
-        "theirs": statistics.median(times["theirs"]),
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
+        "memory": "ours: the compiled step's arguments and temporaries; PyTorch's is not measured"
+        if on_cpu
+        else "ours: the device's peak since the start; PyTorch's: its allocator's peak in a step,"
+        " less what other sides hold",
+        "steps": {},
     }
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     print(f"{result['device']}; {versions}")
-    print(f"{flags.config}, batch {flags.batch}, {result['dtype']}; losses {losses}")
-    print(f"{result['clock']} a step, medians of {flags.pairs}:")
-    print(f"  beit_jax                   {result['ours']:8.3f}")
-    print(f"  transformers, eager        {result['theirs']:8.3f}")
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"  theirs / ours              {result['ratio']:8.2f}   ({spread})")
+    print(f"{' '.join([flags.config, *flags.set])}, batch {flags.batch}, {result['dtype']}")
+    print(f"{result['clock']} a step, medians of {flags.pairs}")
+    print(f"memory: {result['memory']}")
+    for naming in (False, True) if flags.tokenizer else (False,):
+        sides = open_sides(problem, best=best, naming=naming)
+        name = "with tokenizer" if naming else "student"
+        result["steps"][name] = measure(
+            sides,
+            pairs=flags.pairs,
+            clock=clock,
+            batch=flags.batch,
+            flops=problem.flops[naming],
+        )
+        show(name, result["steps"][name])
+        del sides
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing on a CPU
     if flags.json:
         Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
         Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def build(
-    name: str, *, batch: int, on_cpu: bool
-) -> tuple[Callable[[], None], Callable[[], None], dict[str, float]]:
-    """One step of each side as a function that returns when it is done, and both first losses.
+def open_problem(flags: argparse.Namespace) -> Problem:
+    """The recipe, its random weights and a random batch."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from beit_jax import jobs
+    from beit_jax.models.heads import masked_image_model
+    from beit_jax.models.vit import normalize
+    from beit_jax.tasks import pretrain
+    from beit_jax.tokenizers.loading import open_tokenizer
+
+    recipe = importlib.import_module(f"configs.{flags.config}").get_config()
+    for assignment in flags.set:
+        name, text = assignment.split("=", 1)
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text  # a word
+        recipe.update_from_flattened_dict({name: value})
+    config = jobs.parse_job(recipe.to_dict())
+    slots, tokens, size = config.data.mask.count, config.model.tokens, config.model.image_size
+    tokenizer = open_tokenizer(config.tokenizer)
+    model = masked_image_model(config.model, vocabulary=tokenizer.vocabulary)
+    if flags.tokenizer:
+        tokenizer_params = jax.jit(tokenizer.init)(jax.random.key(1))
+    else:
+        tokenizer_params = jax.eval_shape(tokenizer.init, jax.random.key(1))
+    task = pretrain.pretrain_task(
+        model, tokenizer, tokenizer_params=tokenizer_params, config=config, slots=slots
+    )
+
+    rng = np.random.default_rng(0)
+    order = np.stack([rng.permutation(tokens)[:slots] for _ in range(flags.batch)])
+    positions = np.sort(order, axis=1).astype(np.int32)
+    mask = np.zeros((flags.batch, tokens), bool)
+    np.put_along_axis(mask, positions, True, axis=1)
+    views = {
+        key: rng.integers(0, 256, (flags.batch, side, side, 3), dtype=np.uint8)
+        for key, side in (("image", size), ("token_image", config.tokenizer.image_size))
+    }
+    given = {
+        "image": normalize(jnp.asarray(views["image"]), kind=config.data.normalization),
+        "mask": jnp.asarray(mask),
+        "positions": jnp.asarray(positions),
+        "labels": jnp.asarray(rng.integers(0, tokenizer.vocabulary, positions.shape), jnp.int32),
+        "weights": jnp.ones(positions.shape, jnp.float32),
+    }
+    student = pretrain.student_flops(config.model, vocabulary=tokenizer.vocabulary, slots=slots)
+    return Problem(
+        config=config,
+        task=task,
+        params=jax.jit(task.init)(jax.random.key(0)),
+        views={key: jnp.asarray(value) for key, value in views.items()}
+        | {"mask": jnp.asarray(mask.reshape(flags.batch, config.model.grid, config.model.grid))},
+        given=given,
+        flops={False: student, True: task.flops_per_image},
+    )
+
+
+def open_sides(problem: Problem, *, best: bool, naming: bool) -> dict[str, Side]:
+    """All sides, ours first, each warm.
+
+    Args:
+      best: the best PyTorch, too.
+      naming: with the tokenizer.
 
     Raises:
       SystemExit: the losses of the same weights on the same batch differ.
     """
     import jax
+
+    from beit_jax.config import to_dict
+    from beit_jax.weights.convert import export_checkpoint
+    from beit_jax.weights.native import write_params
+
+    sides = {OURS: our_side(problem, naming=naming)}
+    missing = no_tokenizer(problem) if naming else ""
+    if missing:
+        print(f"no PyTorch beside the step with tokenizer: {missing}")
+        return sides
+    with tempfile.TemporaryDirectory() as folder:
+        write_params(f"{folder}/ours", problem.params, config=to_dict(problem.config))
+        export_checkpoint(f"{folder}/ours", format="hugging_face", output=f"{folder}/theirs")
+        peer = functools.partial(their_side, problem, f"{folder}/theirs", naming=naming)
+        sides["transformers"] = peer(best=False)
+        if best:
+            sides["transformers, best"] = peer(best=True)
+    losses = {name: side.loss for name, side in sides.items()}
+    tolerance = 1e-4 if jax.default_backend() == "cpu" else 5e-2
+    if max(abs(loss / losses[OURS] - 1) for loss in losses.values()) > tolerance:
+        sys.exit(f"not the same model: losses {losses}")
+    return sides
+
+
+def no_tokenizer(problem: Problem) -> str:
+    """Why PyTorch can't name the tokens; "": it can."""
+    if problem.config.tokenizer.kind != "dalle":
+        return "its tokenizer is DALL-E's, and the recipe's is another"
+    try:
+        importlib.import_module("dall_e")
+    except ImportError as error:
+        return f"it needs the DALL_E package ({error})"
+    return ""
+
+
+def our_side(problem: Problem, *, naming: bool) -> Side:
+    """Ours, compiled and warm."""
+    import jax
     import jax.numpy as jnp
+
+    from beit_jax.models.attention import implementation
+    from beit_jax.models.vit import compute_dtype
+    from beit_jax.tokenizers import tokenizer
+    from beit_jax.training import optim, state
+
+    config, task, batch = problem.config, problem.task, problem.views
+    if not naming:
+        task = dataclasses.replace(task, prepare=lambda frozen, given, key: given, frozen={})
+        batch = problem.given
+    optimizer = optim.adamw(config.optimizer)
+
+    def train_step(
+        train_state: state.TrainState, frozen: Any, batch: state.Batch
+    ) -> tuple[state.TrainState, dict[str, jax.Array]]:
+        return state.train_step(
+            train_state,
+            frozen,
+            batch,
+            task=task,
+            config=config.optimizer,
+            optimizer=optimizer,
+            schedule=lambda step: jnp.asarray(config.optimizer.learning_rate),
+            seed=0,
+        )
+
+    def first_loss(params: Any, frozen: Any, batch: state.Batch) -> jax.Array:
+        _, sums = task.loss(params, task.prepare(frozen, batch, None), None, 0)
+        return task.metrics(sums)["loss"]
+
+    loss = float(jax.jit(first_loss)(problem.params, task.frozen, batch))
+    # Copied, since the step takes its state's memory over.
+    fresh = functools.partial(state.state_from_params, optimizer=optimizer)
+    held = {"state": jax.jit(fresh)(jax.tree.map(jnp.copy, problem.params))}
+    lowered = jax.jit(train_step, donate_argnums=0).lower(held["state"], task.frozen, batch)
+    compiled = lowered.compile()
+
+    def step() -> None:
+        held["state"], metrics = compiled(held["state"], task.frozen, batch)
+        jax.block_until_ready(metrics)
+
+    for _ in range(WARM_UP):
+        step()
+    device = jax.devices()[0]
+    needed = compiled.memory_analysis()
+    program = needed.argument_size_in_bytes + needed.temp_size_in_bytes
+    on_cpu = device.platform == "cpu"
+    peak = program if on_cpu else device.memory_stats()["peak_bytes_in_use"]
+    facts = {
+        "dtype": str(compute_dtype(config.model)),
+        "attention": implementation(
+            config.model.attention,
+            head_width=config.model.width // config.model.heads,
+            platform=device.platform,
+        ),
+        "program_memory_bytes": program,  # arguments and temporaries
+        "scored": "masked patches",
+    }
+    if naming:
+        facts["tokenizer"] = str(tokenizer.compute_dtype(config.tokenizer))
+    return Side(step=step, loss=loss, peak_memory=peak, facts=facts)
+
+
+def their_side(problem: Problem, folder: str, *, best: bool, naming: bool) -> Side:
+    """PyTorch's, warm.
+
+    Args:
+      folder: the same weights as `transformers` has them.
+      best: compiled, with fused kernels; else as it comes.
+      naming: with the tokenizer.
+    """
     import numpy as np
     import torch
     import transformers
 
-    from beit_jax import jobs
-    from beit_jax.config import to_dict
-    from beit_jax.models.heads import masked_image_model
-    from beit_jax.tasks.pretrain import pretrain_task
-    from beit_jax.tokenizers.loading import open_tokenizer
-    from beit_jax.training import optim, state
-    from beit_jax.weights.convert import export_checkpoint
-    from beit_jax.weights.native import write_params
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    config, others_hold = problem.config, torch.cuda.memory_allocated() if on_gpu else 0
+    peer = transformers.BeitForMaskedImageModeling.from_pretrained(
+        folder, **({"attn_implementation": "sdpa"} if best else {})
+    ).to(device)
 
-    config = jobs.parse_job(importlib.import_module(f"configs.{name}").get_config().to_dict())
-    slots, tokens, size = config.data.mask.count, config.model.tokens, config.model.image_size
-    tokenizer = open_tokenizer(config.tokenizer)
-    model = masked_image_model(config.model, vocabulary=tokenizer.vocabulary)
-    task = pretrain_task(
-        model,
-        tokenizer,
-        tokenizer_params=jax.eval_shape(tokenizer.init, jax.random.key(0)),
-        config=config,
-        slots=slots,
-    )
-    # Tokens are in the batch: the student alone.
-    task = dataclasses.replace(task, prepare=lambda frozen, given, key: given, frozen={})
+    given = {name: torch.from_numpy(np.array(leaf)) for name, leaf in problem.given.items()}
+    pixels = given["image"].permute(0, 3, 1, 2).contiguous().to(device)
+    hidden, places = given["mask"].to(device), given["positions"].long().to(device)
+    labels = given["labels"].long().to(device)
+    if naming:
+        from dall_e.utils import map_pixels
 
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((batch, size, size, 3)).astype(np.float32)
-    order = np.stack([rng.permutation(tokens)[:slots] for _ in range(batch)])
-    positions = np.sort(order, axis=1).astype(np.int32)
-    mask = np.zeros((batch, tokens), bool)
-    np.put_along_axis(mask, positions, True, axis=1)
-    labels = rng.integers(0, tokenizer.vocabulary, positions.shape).astype(np.int32)
-    given = {
-        "image": jnp.asarray(images),
-        "mask": jnp.asarray(mask),
-        "positions": jnp.asarray(positions),
-        "labels": jnp.asarray(labels),
-        "weights": jnp.ones(positions.shape, jnp.float32),
-    }
-    optimizer = optim.adamw(config.optimizer)
-    params = jax.jit(task.init)(jax.random.key(0))
-    rate = config.optimizer.learning_rate
+        encoder = their_tokenizer(problem).to(device)
+        seen = torch.from_numpy(np.array(problem.views["token_image"])).permute(0, 3, 1, 2)
+        seen = map_pixels(seen.float() / 255).contiguous().to(device)
 
-    def train_step(train_state: state.TrainState) -> tuple[state.TrainState, dict[str, Any]]:
-        return state.train_step(
-            train_state,
-            {},
-            given,
-            task=task,
-            config=config.optimizer,
-            optimizer=optimizer,
-            schedule=lambda step: jnp.asarray(rate),
-            seed=0,
-        )
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_params(f"{folder}/ours", params, config=to_dict(config))
-        export_checkpoint(f"{folder}/ours", format="hugging_face", output=f"{folder}/theirs")
-        peer = transformers.BeitForMaskedImageModeling.from_pretrained(f"{folder}/theirs")
-    device = "cpu" if on_cpu else "cuda"
-    peer = peer.to(device)
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
-    hidden = torch.from_numpy(mask).to(device)
-    targets = torch.from_numpy(labels.reshape(-1)).long().to(device)
     decayed = [p for p in peer.parameters() if p.ndim > 1]
     others = [p for p in peer.parameters() if p.ndim <= 1]
     adamw = torch.optim.AdamW(
@@ -176,41 +376,135 @@ def build(
             {"params": decayed, "weight_decay": config.optimizer.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ],
-        lr=rate,
+        lr=config.optimizer.learning_rate,
+        **({"fused": True} if best else {}),
     )
 
-    def peer_loss() -> torch.Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=not on_cpu):
-            # In the order of the mask, row by row: that of the sorted positions. All patches go
-            # through its head, as its own loss has it.
-            logits = peer(pixels, bool_masked_pos=hidden).logits[hidden]
-        return torch.nn.functional.cross_entropy(logits.float(), targets)
+    @torch.no_grad()
+    def name_tokens() -> torch.Tensor:
+        return torch.take_along_dim(encoder(seen).argmax(1).flatten(1), places, dim=1)
 
-    jitted = jax.jit(train_step, donate_argnums=0)
-    fresh = functools.partial(state.state_from_params, optimizer=optimizer)
-    held = {"state": jax.jit(fresh)(params)}
+    def loss_of(labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            if best:  # shapes that the compiler knows, as the official model scores them
+                features = peer.beit(pixels, bool_masked_pos=hidden).last_hidden_state[:, 1:]
+                features = torch.take_along_dim(features, places[..., None], dim=1)
+                logits = peer.lm_head(peer.layernorm(features)).flatten(0, 1)
+            else:
+                # In the order of the mask, row by row: that of the sorted positions. All patches
+                # go through its head, as its own loss has it.
+                logits = peer(pixels, bool_masked_pos=hidden).logits[hidden]
+        return torch.nn.functional.cross_entropy(logits.float(), labels.flatten())
+
     peer.eval()
     with torch.no_grad():
-        theirs_first = float(peer_loss())
-    ours_first = jax.jit(lambda p: task.loss(p, given, None, 0)[1])(params)
-    losses = {"ours": float(ours_first["loss"] / ours_first["weight"]), "theirs": theirs_first}
-    if abs(losses["ours"] - losses["theirs"]) > (1e-4 if on_cpu else 5e-2) * losses["ours"]:
-        sys.exit(f"not the same model: losses {losses}")
+        loss = float(loss_of(name_tokens() if naming else labels))
     peer.train()
+    if best:
+        loss_of = torch.compile(loss_of)
+        name_tokens = torch.compile(name_tokens)
 
-    def ours() -> None:
-        held["state"], metrics = jitted(held["state"])
-        jax.block_until_ready(metrics)
-
-    def theirs() -> None:
+    def step() -> None:
         adamw.zero_grad(set_to_none=True)
-        peer_loss().backward()
+        loss_of(name_tokens() if naming else labels).backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), config.optimizer.clip_norm or 1e9)
         adamw.step()
-        if not on_cpu:
+        if on_gpu:
             torch.cuda.synchronize()
 
-    return ours, theirs, losses
+    for _ in range(WARM_UP):
+        step()
+    peak = None
+    if on_gpu:
+        # Of one more step: what the first ones try out is not the step's.
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = torch.cuda.max_memory_allocated() - others_hold
+    facts = {
+        "dtype": "bfloat16 autocast" if on_gpu else "float32",
+        "attention": peer.config._attn_implementation,
+        "compiled": best,
+        "optimizer": "AdamW, fused" if best else "AdamW",
+        "scored": "masked patches" if best else "all patches",
+    }
+    if naming:
+        # The package's own choice; the last convolution is always float32.
+        facts["tokenizer"] = "float16" if on_gpu else "float32"
+    return Side(step=step, loss=loss, peak_memory=peak, facts=facts)
+
+
+def their_tokenizer(problem: Problem) -> Any:
+    """DALL-E's encoder, openai's module, with our random weights."""
+    import dall_e
+    import jax
+    import numpy as np
+    import torch
+
+    from beit_jax.models.functional import flatten
+    from beit_jax.weights import dalle, keys
+
+    settings = problem.config.tokenizer
+    encoder = dall_e.Encoder(n_hid=settings.width, vocab_size=settings.vocabulary)
+    ours = flatten(jax.device_get(problem.task.frozen["encoder"]))
+    state = keys.to_foreign(ours, dalle.TABLE)
+    encoder.load_state_dict({name: torch.from_numpy(np.array(w)) for name, w in state.items()})
+    return encoder
+
+
+def measure(
+    sides: dict[str, Side],
+    *,
+    pairs: int,
+    clock: Callable[[], float],
+    batch: int,
+    flops: float,
+) -> dict[str, Any]:
+    """Times the sides in turn; everything about them for the JSON."""
+    from beit_jax.training.metrics import peak_flops
+
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(pairs):
+        for name, side in sides.items():
+            began = clock()
+            side.step()
+            times[name].append(clock() - began)
+    peak, rows = peak_flops(), {}
+    for name, side in sides.items():
+        seconds = statistics.median(times[name])
+        ratios = [b / a for a, b in zip(times[OURS], times[name], strict=True)]
+        rows[name] = {
+            **side.facts,
+            "loss": side.loss,
+            "seconds": seconds,
+            "images_per_second": batch / seconds,
+            "mfu": None if peak is None else flops * batch / seconds / peak,
+            "peak_memory_bytes": side.peak_memory,
+            "each": times[name],
+        }
+        if name != OURS:
+            rows[name] |= {"ratio": statistics.median(ratios), "ratios": ratios}
+    return {"flops_per_image": flops, "sides": rows}
+
+
+def show(name: str, measured: dict[str, Any]) -> None:
+    """Prints a table of one kind of step."""
+    print(f"\n{name}: {measured['flops_per_image'] / 1e9:.4g} GFLOP an image")
+    titles = ("attention", "seconds", "images/s", "MFU", "GB", "loss", "theirs / ours")
+    print(f"  {'':20}" + "".join(f"{title:>10}" for title in titles[:-1]) + f"   {titles[-1]}")
+    for side, row in measured["sides"].items():
+        mfu, memory = row["mfu"], row["peak_memory_bytes"]
+        cells = [
+            row["attention"],
+            f"{row['seconds']:.4g}",
+            f"{row['images_per_second']:.4g}",
+            "-" if mfu is None else f"{mfu:.1%}",
+            "-" if memory is None else f"{memory / 1e9:.3g}",
+            f"{row['loss']:.4f}",
+        ]
+        line = f"  {side:20}" + "".join(f"{cell:>10}" for cell in cells)
+        if "ratio" in row:
+            line += f"   {row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+        print(line)
 
 
 if __name__ == "__main__":
