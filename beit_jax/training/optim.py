@@ -197,7 +197,7 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
 def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam`, which keeps its state where an update is not finite.
 
-    Old or new is chosen in the expression that makes the new moment: no pass over memory of its own.
+    Old or new is chosen in the expression that makes the new moment: no pass over memory more.
     """
 
     def update(

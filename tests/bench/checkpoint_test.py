@@ -8,6 +8,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent.parent / "bench"
 
 
+@pytest.mark.slow
 def test_it_measures_what_it_saves(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     spec = importlib.util.spec_from_file_location("checkpoint_bench", FOLDER / "checkpoint.py")

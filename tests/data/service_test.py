@@ -62,6 +62,7 @@ def _same(ours, theirs):
             np.testing.assert_array_equal(mine[name], other[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_same_batches_with_services(folder, services):
     """From the start and resumed, with one and with two, on two hosts; replaced images too."""
     addresses = [each.address for each in services]

@@ -45,7 +45,7 @@ def batch():
     return images, mask, labels
 
 
-@pytest.mark.parametrize("way", ["xla", "fused", "cudnn"])
+@pytest.mark.parametrize("way", ["xla", "fused", pytest.param("cudnn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_loss_and_every_gradient_equal_transformers(variant, way, batch, attention_anywhere):
     """Float32, same weights: 1e-4 relative for all-position logits, loss and each gradient."""

@@ -202,6 +202,7 @@ def host(folder, *, shard, shards, take, monkeypatch, count=None):
         return batches, sum(named), made.metrics()
 
 
+@pytest.mark.slow
 def test_hosts_keep_their_own_rows(tmp_path, monkeypatch):
     """20 images, batches of 8, two steps an epoch, cycles of two epochs: 4 rows."""
     alone, named, numbers = host(
