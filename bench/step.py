@@ -252,8 +252,9 @@ def open_sides(problem: Problem, *, best: bool, naming: bool) -> dict[str, Side]
         export_checkpoint(f"{folder}/ours", format="hugging_face", output=f"{folder}/theirs")
         peer = functools.partial(their_side, problem, f"{folder}/theirs", naming=naming)
         sides["transformers"] = peer(best=False)
+        sides["transformers, eager"] = peer(best=False, attention="eager")
         if best:
-            sides["transformers, best"] = peer(best=True)
+            sides["transformers, best"] = peer(best=True, attention="sdpa")
     losses = {name: side.loss for name, side in sides.items()}
     tolerance = 1e-4 if jax.default_backend() == "cpu" else 5e-2
     if max(abs(loss / losses[OURS] - 1) for loss in losses.values()) > tolerance:
@@ -339,13 +340,16 @@ def our_side(problem: Problem, *, naming: bool) -> Side:
     return Side(step=step, loss=loss, peak_memory=peak, facts=facts)
 
 
-def their_side(problem: Problem, folder: str, *, best: bool, naming: bool) -> Side:
+def their_side(
+    problem: Problem, folder: str, *, best: bool, naming: bool, attention: str = ""
+) -> Side:
     """PyTorch's, warm.
 
     Args:
       folder: the same weights as `transformers` has them.
       best: compiled, with fused kernels; else as it comes.
       naming: with the tokenizer.
+      attention: transformers' `attn_implementation`; "": its own choice.
     """
     import numpy as np
     import torch
@@ -355,7 +359,7 @@ def their_side(problem: Problem, folder: str, *, best: bool, naming: bool) -> Si
     device = torch.device("cuda" if on_gpu else "cpu")
     config, others_hold = problem.config, torch.cuda.memory_allocated() if on_gpu else 0
     peer = transformers.BeitForMaskedImageModeling.from_pretrained(
-        folder, **({"attn_implementation": "sdpa"} if best else {})
+        folder, **({"attn_implementation": attention} if attention else {})
     ).to(device)
 
     given = {name: torch.from_numpy(np.array(leaf)) for name, leaf in problem.given.items()}

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-# What XLA does on a CPU: one buffer at the start of a program, freed at its end. 64 MB the C library
-# always asks of the system, unless told otherwise.
+# What XLA does on a CPU: one buffer at the start of a program, freed at its end. The C library asks
+# 64 MB of the system each time, unless told otherwise.
 PROGRAM = """
 import ctypes, resource
 from beit_jax.training import memory
