@@ -47,7 +47,9 @@ def test_small(tmp_path):
     assert list(steps) == ["student", "with tokenizer"]
     assert steps["with tokenizer"]["flops_per_image"] > steps["student"]["flops_per_image"] > 0
     for step in steps.values():
-        ours, theirs = step["sides"].values()
+        ours, theirs, eager = step["sides"].values()
+        assert eager["attention"] == "eager"
+        assert eager["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         # With tokenizer, too: the same weights name the same tokens.
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["attention"] == "xla"
