@@ -20,6 +20,7 @@ Parameters, as a plain nested dict:
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -247,12 +248,15 @@ def project(
     """`(x kernel + bias) · scale` in `dtype`.
 
     The scale goes into the weights, in float32: there it costs a pass over a matrix. On the result
-    it would cost one over all activations, and its gradient would need them kept.
+    it would cost one over all activations, and its gradient would need them kept. Fewer rows than
+    the matrix has (two images) are the other way round.
     """
     kernel, bias = linear.kernel[...], linear.bias[...]
-    if scale is not None:
+    in_weights = math.prod(x.shape[:-1]) >= kernel.shape[0]
+    if scale is not None and in_weights:
         kernel, bias = kernel * scale, bias * scale
-    return matmul(x.astype(dtype), kernel.astype(dtype)) + bias.astype(dtype)
+    y = matmul(x.astype(dtype), kernel.astype(dtype)) + bias.astype(dtype)
+    return y if scale is None or in_weights else (y * scale).astype(dtype)
 
 
 def layer_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
