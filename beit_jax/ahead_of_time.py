@@ -130,6 +130,7 @@ def compile_step(config: PretrainConfig, place: Slice) -> Compiled:
     kept = size.argument_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes
     # Counts a loop's body once.
     countable = program is not None and not program.loops
+    counted = compiled.cost_analysis() if countable else {}
     return Compiled(
         program=program,
         missing=missing,
@@ -137,8 +138,8 @@ def compile_step(config: PretrainConfig, place: Slice) -> Compiled:
         arguments=kept,
         temporary=size.temp_size_in_bytes,
         code=size.generated_code_size_in_bytes,
-        hbm_bytes=compiled.cost_analysis().get("bytes accessed") if countable else None,
-        flops=compiled.cost_analysis().get("flops") if countable else None,
+        hbm_bytes=counted.get("bytes accessed"),
+        flops=counted.get("flops"),
     )
 
 

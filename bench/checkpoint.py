@@ -11,7 +11,6 @@ long as the disk takes. Large is 3.7 GB on disk and 12 GB of memory: name it to 
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import platform
@@ -19,10 +18,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from machine import processor_name  # beside this file
+from machine import processor_name, save  # beside this file
 
 # layers, width, heads: paper §2.4 (base, large); tiny and small follow DeiT.
 SIZES = {
@@ -76,9 +74,7 @@ def main() -> None:
             f" {row['save']:7.2f} s {row['background']:9.2f} s {row['saved_gb_per_second']:6.2f}"
             f" {row['restore']:7.2f} s {row['restored_gb_per_second']:6.2f}"
         )
-    if flags.json:
-        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    save(result, flags.json)
 
 
 def measure(size: tuple[int, int, int], *, repeats: int, folder: str | None) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def main() -> None:
         serve(flags)
         return
 
-    from machine import processor_name  # beside this file
+    from machine import processor_name, save  # beside this file
 
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
@@ -95,9 +95,7 @@ def main() -> None:
     print("levels of 255 from Pillow's views, mean over photographs (largest of one):")
     for name, values in result["difference"].items():
         print(f"  {name:24s} {values['mean']:.2f} ({values['largest']:.2f})")
-    if flags.json:
-        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    save(result, flags.json)
 
 
 def jpegs(folder: str) -> Iterator[Path]:

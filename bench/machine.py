@@ -1,8 +1,10 @@
 """What every bench needs: the package, also where it isn't installed, and the machine's name."""
 
+import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -14,3 +16,10 @@ def processor_name() -> str:
             return next(line.split(":")[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def save(result: dict[str, Any], path: str) -> None:
+    """Writes what was measured as JSON; nothing where no file is named."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")

@@ -7,18 +7,16 @@ it under `taskset -c 0` for one core's time without the cost of waking the other
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import time
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
-from machine import processor_name
+from machine import processor_name, save
 
 from beit_jax.config import MaskConfig
 from beit_jax.data.masking import draw_masks
@@ -63,19 +61,17 @@ def main() -> None:
             )
             masks.append({"kind": kind, "batch": batch, "processor": processor, "wall": wall})
             print(f"{kind:12s} batch {batch:5d}: {processor:6.1f} processor, {wall:6.1f} wall")
-    if flags.json:
-        result = {
-            "date": time.strftime("%Y-%m-%d"),
-            "device": processor_name(),
-            "cores": cores,
-            "clock": "microseconds per mask, medians",
-            "versions": {"python": platform.python_version(), "tensorflow": tf.__version__},
-            "grid": flags.grid,
-            "repeats": flags.repeats,
-            "masks": masks,
-        }
-        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": processor_name(),
+        "cores": cores,
+        "clock": "microseconds per mask, medians",
+        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__},
+        "grid": flags.grid,
+        "repeats": flags.repeats,
+        "masks": masks,
+    }
+    save(result, flags.json)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-from machine import processor_name  # beside this file
+from machine import processor_name, save  # beside this file
 
 BATCH, IMAGE, LAYERS = 8, 96, 4  # where nothing else is said
 BATCHES = (2, 4, 8, 16)
@@ -79,9 +78,7 @@ def main() -> None:
     print(f"\n{result['device']}; {versions}; {result['clock']}")
     for name, rows in tables.items():
         print(f"\n{name}\n{table(rows)}")
-    if flags.json:
-        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    save(result, flags.json)
 
 
 def _libtpu() -> dict[str, str]:

@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import gc
 import importlib
-import json
 import os
 import platform
 import statistics
@@ -32,10 +31,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from machine import processor_name  # beside this file
+from machine import processor_name, save  # beside this file
 
 WARM_UP = 2  # steps of each that don't count
 OURS = "beit_jax"
@@ -161,9 +159,7 @@ def main() -> None:
         del sides
         gc.collect()
         torch.cuda.empty_cache()  # nothing on a CPU
-    if flags.json:
-        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    save(result, flags.json)
 
 
 def open_problem(flags: argparse.Namespace) -> Problem:
@@ -280,7 +276,6 @@ def our_side(problem: Problem, *, naming: bool) -> Side:
 
     from beit_jax.models.attention import implementation
     from beit_jax.models.vit import compute_dtype
-    from beit_jax.tokenizers import tokenizer
     from beit_jax.training import optim, state
 
     config, task, batch = problem.config, problem.task, problem.views
@@ -336,7 +331,7 @@ def our_side(problem: Problem, *, naming: bool) -> Side:
         "scored": "masked patches",
     }
     if naming:
-        facts["tokenizer"] = str(tokenizer.compute_dtype(config.tokenizer))
+        facts["tokenizer"] = str(compute_dtype(config.tokenizer))
     return Side(step=step, loss=loss, peak_memory=peak, facts=facts)
 
 

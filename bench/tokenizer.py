@@ -17,10 +17,9 @@ import json
 import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-from machine import processor_name  # beside this file
+from machine import processor_name, save  # beside this file
 
 VARIANTS = ("bfloat16", "bfloat16 throughout")
 SLOTS = 75 / 196  # the share of positions that BEiT scores
@@ -51,9 +50,7 @@ def main() -> None:
         **result,
     }
     show(result)
-    if flags.json:
-        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    save(result, flags.json)
 
 
 def open_config(flags: argparse.Namespace) -> Any:

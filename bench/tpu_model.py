@@ -27,7 +27,6 @@ import dataclasses
 import functools
 import glob
 import importlib
-import json
 import os
 import platform
 import re
@@ -37,7 +36,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine  # noqa: F401  # beside this file; finds the package
+from machine import save  # beside this file
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -51,7 +50,7 @@ from beit_jax.models.flops import matmul_flops
 from beit_jax.tokenizers.loading import open_tokenizer
 
 SMALLEST = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
-EFFICIENCY = 0.6  # of a kernel: no one reaches the peaks
+KERNELS = ("attention_forward", "attention_backward")
 LANES, SUBLANES = 128, 8
 # Vector instructions a bundle has room for, as libtpu's dumps say ("CAPACITY: ... VALU").
 VECTOR_SLOTS = {"v4": 2, "v5e": 4, "v5p": 4, "v6e": 4}
@@ -78,10 +77,8 @@ def main() -> None:
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     for row in rows:
         print("  ".join(f"{key} {_text(value)}" for key, value in row.items()))
-    if flags.json:
-        result = {"date": time.strftime("%Y-%m-%d"), "versions": versions, "rows": rows}
-        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.json).write_text(json.dumps(result, indent=2) + "\n")
+    result = {"date": time.strftime("%Y-%m-%d"), "versions": versions, "rows": rows}
+    save(result, flags.json)
 
 
 def _text(value: Any) -> str:
@@ -102,8 +99,8 @@ def place_of(chip: str) -> slices.Slice:
     return slices.parse_slice(SMALLEST[chip])
 
 
-def compile_on(chip: str, function: Any, *shapes: Any) -> tuple[Any, hlo.Program]:
-    """Compiles a function of shapes for one device of a chip."""
+def compile_on(chip: str, function: Any, *shapes: Any) -> tuple[Any, str]:
+    """Compiles a function of shapes for one device of a chip; also the program's text."""
     device = ahead_of_time.devices(place_of(chip))[0]
     where = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(
@@ -136,25 +133,35 @@ def kernel_seconds(chip: str, *, batch: int, tokens: int, heads: int) -> dict[st
     cut = fused_attention.layout(batch=batch, tokens=tokens, heads=heads)
     scheduled = schedule(chip, batch=batch, tokens=tokens, heads=heads)
     result = {}
-    for name, backward in (("attention_forward", False), ("attention_backward", True)):
+    for name, backward in zip(KERNELS, (False, True), strict=True):
         spent = fused_attention.cost(cut, dtype=jnp.bfloat16, backward=backward)
-        bound = max(kernel_bounds(chip, spent).values()) / EFFICIENCY
+        bound = max(kernel_bounds(chip, spent).values()) / plan.KERNEL_EFFICIENCY
         result[name] = max(bound, scheduled[name])
     return result
 
 
-def program_seconds(chip: str, text: str, *, batch: int, tokens: int, heads: int) -> dict:
-    """The compiler's cycles and our kernels, in seconds; leaves where a kernel has no cost."""
-    program = hlo.read(text)
-    kernels = 0.0
+def kernel_calls(program: hlo.Program) -> dict[str, float]:
+    """How often each of our kernels is called; leaves where a kernel has no cost."""
+    calls = dict.fromkeys(KERNELS, 0.0)
     for each in program.uncosted:
         if not each.kernel:
             continue
-        name = next((n for n in ("attention_forward", "attention_backward") if n in each.name), "")
+        name = next((name for name in KERNELS if name in each.name), "")
         if not each.declared or not name:
             sys.exit(f"the kernel {each.name} has no cost: what it takes would look free")
+        calls[name] += each.runs
+    return calls
+
+
+def program_seconds(
+    chip: str, program: hlo.Program, *, batch: int, tokens: int, heads: int
+) -> dict[str, float]:
+    """The compiler's cycles and our kernels, in seconds; leaves where a kernel has no cost."""
+    calls = kernel_calls(program)
+    kernels = 0.0
+    if any(calls.values()):
         costs = kernel_seconds(chip, batch=batch, tokens=tokens, heads=heads)
-        kernels += each.runs * costs[name]
+        kernels = sum(runs * costs[name] for name, runs in calls.items())
     return {"compiler": program.cycles / place_of(chip).chip.clock, "kernels": kernels}
 
 
@@ -174,9 +181,10 @@ def block_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[st
             function, shapes = make(config, layers=layers, batch=flags.batch)
             compiled, text = compile_on(chip, function, *shapes)
             sizes = {"batch": flags.batch, "tokens": tokens, "heads": config.heads}
-            seconds.append(program_seconds(chip, text, **sizes))
+            program = hlo.read(text)
+            seconds.append(program_seconds(chip, program, **sizes))
             memory.append(compiled.memory_analysis().temp_size_in_bytes)
-            flops.append(_program_flops(compiled, text, config, batch=flags.batch))
+            flops.append(_program_flops(compiled, program, config, batch=flags.batch))
             texts.append(text)
         compiler, kernels = (seconds[1][key] - seconds[0][key] for key in ("compiler", "kernels"))
         rows.append(
@@ -202,15 +210,11 @@ def _patch_flops(config: Any) -> float:
     return 2 * config.tokens * 3 * config.patch_size**2 * config.width
 
 
-def _program_flops(compiled: Any, text: str, config: Any, *, batch: int) -> float:
+def _program_flops(compiled: Any, program: hlo.Program, config: Any, *, batch: int) -> float:
     """XLA's count, with a kernel's products at what they are worth and not with their padding."""
-    declared = sum(each.flops for each in hlo.read(text).uncosted if each.kernel)
-    forward = 4 * batch * (config.tokens + 1) ** 2 * config.width
-    calls = {name: 0.0 for name in ("forward", "backward")}
-    for each in hlo.read(text).uncosted:
-        for name in calls:
-            calls[name] += each.runs if f"attention_{name}" in each.name else 0
-    worth = forward * (calls["forward"] + 2 * calls["backward"])
+    declared = sum(each.flops for each in program.uncosted if each.kernel)
+    forward, backward = kernel_calls(program).values()
+    worth = 4 * batch * (config.tokens + 1) ** 2 * config.width * (forward + 2 * backward)
     return compiled.cost_analysis()["flops"] - declared + worth
 
 
@@ -307,14 +311,14 @@ def kernels_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[
     cut = fused_attention.layout(**sizes)
     scheduled = schedule(chip, **sizes)
     rows = []
-    for name, backward in (("attention_forward", False), ("attention_backward", True)):
+    for name, backward in zip(KERNELS, (False, True), strict=True):
         spent = fused_attention.cost(cut, dtype=jnp.bfloat16, backward=backward)
         bounds = kernel_bounds(chip, spent)
         rows.append(
             {"table": "kernels", "chip": chip, "size": size, "images": flags.batch, "kernel": name}
             | {f"{unit} ms": 1e3 * seconds for unit, seconds in bounds.items()}
             | {
-                "bound / 0.6 ms": 1e3 * max(bounds.values()) / EFFICIENCY,
+                "bound / 0.6 ms": 1e3 * max(bounds.values()) / plan.KERNEL_EFFICIENCY,
                 "scheduled ms": 1e3 * scheduled[name],
             }
         )
@@ -341,7 +345,7 @@ def schedule(chip: str, *, batch: int, tokens: int, heads: int) -> dict[str, flo
         description = place_of(chip).chip
         cores = 2 if description.config_name else 1
         result = {}
-        for name in ("attention_forward", "attention_backward"):
+        for name in KERNELS:
             paths = glob.glob(f"{folder}/*{name}*-final_bundles.txt")
             paths = [path for path in paths if "schedule" not in path]
             if len(paths) != 1:
@@ -421,20 +425,16 @@ def step_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[str
             }
         ]
     task = ahead_of_time.task_of_shapes(config)
-    kernels = 0.0
     sizes = {"batch": flags.batch, "tokens": model.tokens + 1, "heads": model.heads}
-    for each in compiled.program.uncosted:
-        if each.kernel:
-            name = next(n for n in ("attention_forward", "attention_backward") if n in each.name)
-            kernels += each.runs * kernel_seconds(chip, **sizes)[name]
+    parts = program_seconds(chip, compiled.program, **sizes)
     time_of = plan.step_time(
         compiled.program,
         place,
         flops_per_chip=flags.batch * task.flops_per_image,
         hbm_bytes=None,
     )
-    cycles = compiled.program.cycles / place.chip.clock + kernels
-    seconds = max(cycles, 0) + (time_of.seconds - time_of.cycles)
+    shown = time_of.seconds - time_of.cycles
+    seconds = parts["compiler"] + parts["kernels"] + shown
     return [
         {
             "table": "step",
@@ -442,8 +442,8 @@ def step_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[str
             "size": size,
             "images": flags.batch,
             "milliseconds": 1e3 * seconds,
-            "of which kernels": 1e3 * kernels,
-            "of which collectives, shown": 1e3 * (time_of.seconds - time_of.cycles),
+            "of which kernels": 1e3 * parts["kernels"],
+            "of which collectives, shown": 1e3 * shown,
             "images/s a chip": flags.batch / seconds,
             "MFU": flags.batch * task.flops_per_image / seconds / place.chip.peak,
             "GiB": compiled.needed / 2**30,

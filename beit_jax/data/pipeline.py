@@ -393,7 +393,7 @@ def _finish(
     batch_size: int,
 ) -> tf.data.Dataset:
     """Images in parallel, then batches, then what is made of a whole batch at once."""
-    workers = config.workers or _cores()
+    workers = config.workers or cores()
 
     def add(batch: Element) -> Element:
         kept = {name: value for name, value in batch.items() if name != "key"}
@@ -406,18 +406,24 @@ def _finish(
     )
     if config.prefetch:
         batches = batches.prefetch(config.prefetch)
+    return batches.with_options(fixed_options(workers))
+
+
+def fixed_options(workers: int) -> tf.data.Options:
+    """In order, with `workers` threads of the pipeline's own: one image, one thread.
+
+    Everything parallel must have a fixed size, so that memory doesn't grow with tuning.
+    """
     options = tf.data.Options()
     options.deterministic = True
-    # Everything parallel has a fixed size above, so memory doesn't grow with tuning, and the
-    # pipeline's threads are its own: one image, one thread.
     options.autotune.enabled = False
     options.experimental_optimization.inject_prefetch = False
     options.threading.private_threadpool_size = workers
     options.threading.max_intra_op_parallelism = 1
-    return batches.with_options(options)
+    return options
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use: fewer than the machine has in a container (not told on macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -29,7 +29,7 @@ import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError, RunError, SourceConfig, check
-from beit_jax.data import sources
+from beit_jax.data import pipeline, sources
 from beit_jax.data.prepared import FORMAT, HEADER, LABELS, shard_name
 from beit_jax.data.sources import Element, Source
 from beit_jax.files import write_whole
@@ -207,7 +207,7 @@ def _encoded(
     source: Source, *, first: int, last: int, config: PrepareConfig
 ) -> Iterator[dict[str, Any]]:
     """The images that can be decoded, in order: `index`, `jpeg` and perhaps `label`."""
-    workers = config.workers or os.cpu_count() or 1
+    workers = config.workers or pipeline.cores()
 
     def encode(place: tf.Tensor, request: tf.Tensor | Element) -> Element:
         element = source.load(request)
@@ -223,12 +223,8 @@ def _encoded(
         records = source.sequence(seed=None, epoch=0, shard=0, shards=1)
         requests = tf.data.Dataset.zip((places, records.skip(first)))
     encoded = requests.map(encode, num_parallel_calls=workers, deterministic=True).ignore_errors()
-    options = tf.data.Options()
-    options.deterministic = True
-    options.autotune.enabled = False
-    options.threading.private_threadpool_size = workers
-    options.threading.max_intra_op_parallelism = 1
-    return encoded.prefetch(workers).with_options(options).as_numpy_iterator()
+    encoded = encoded.prefetch(workers).with_options(pipeline.fixed_options(workers))
+    return encoded.as_numpy_iterator()
 
 
 def shrink(image: tf.Tensor, *, max_side: int) -> tf.Tensor:

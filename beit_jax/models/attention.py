@@ -74,7 +74,7 @@ def flat_attention(
     if not axes:
         return fused_attention(query, key, value, bias[0])
     # A kernel is opaque to the partitioner: every device calls it on its own images.
-    bias = jnp.broadcast_to(bias, (_devices(axes), *bias.shape[1:]))
+    bias = jnp.broadcast_to(bias, (jax.sharding.get_abstract_mesh().size, *bias.shape[1:]))
     split = PartitionSpec(axes)
     return jax.shard_map(
         lambda q, k, v, own: fused_attention(q, k, v, own[0]),
@@ -100,7 +100,7 @@ def split_over_devices(table: jax.Array, *, batch: int) -> jax.Array:
     axes = _batch_axes(batch)
     if not axes:
         return table[None]
-    copies = jnp.broadcast_to(table, (_devices(axes), *table.shape))
+    copies = jnp.broadcast_to(table, (jax.sharding.get_abstract_mesh().size, *table.shape))
     return jax.lax.with_sharding_constraint(copies, PartitionSpec(axes))
 
 
@@ -110,14 +110,6 @@ def _batch_axes(batch: int) -> tuple[str, ...]:
     if mesh.empty or mesh.size == 1 or batch % mesh.size:
         return ()
     return tuple(mesh.axis_names)
-
-
-def _devices(axes: tuple[str, ...]) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    result = 1
-    for axis in axes:
-        result *= mesh.shape[axis]
-    return result
 
 
 def _cudnn(query, key, value, bias, *, heads: int, library: str = "cudnn") -> jax.Array:

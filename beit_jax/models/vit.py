@@ -29,7 +29,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from beit_jax.config import ModelConfig
+from beit_jax.config import ModelConfig, TokenizerConfig
 from beit_jax.models import attention as attention_ways
 from beit_jax.models.gelu import gelu
 from beit_jax.models.matmul import matmul, matmul_heads_first
@@ -45,8 +45,8 @@ NORMALIZATIONS = {
 EXTRA_TABLE_ROWS = 3
 
 
-def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The dtype of matmuls: bfloat16 on accelerators, float32 on CPU, unless the config says."""
+def compute_dtype(config: ModelConfig | TokenizerConfig) -> jnp.dtype:
+    """Of matmuls and convolutions: bfloat16 on accelerators, float32 on CPU, or what it says."""
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
@@ -226,7 +226,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Linear, exact (erf) GELU, linear."""
+    """Linear, exact GELU, linear."""
 
     def __init__(self, config: ModelConfig, *, init: Initialization, rngs: nnx.Rngs):
         self.dtype = compute_dtype(config)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from beit_jax.data.sources import Source
 
 
-def image_sources(config: DataConfig) -> tuple["Source", "Source"]:
+def image_sources(config: SourceConfig) -> tuple["Source", "Source"]:
     """Training and held-out images."""
     from beit_jax.data import sources
 
@@ -82,10 +82,7 @@ def labelled_sources(config: LabelledDataConfig) -> tuple["Source", "Source"]:
     Raises:
       ConfigError: the images have no classes, or training and held-out images have different ones.
     """
-    from beit_jax.data import sources
-
-    training = sources.open_source(config, training=True)
-    evaluation = sources.open_source(config, training=False)
+    training, evaluation = image_sources(config)
     check_classes(training, evaluation)
     return training, evaluation
 

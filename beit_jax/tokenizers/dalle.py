@@ -22,7 +22,8 @@ from flax import nnx
 
 from beit_jax.config import TokenizerConfig
 from beit_jax.models.functional import Functional, Params, functional
-from beit_jax.tokenizers.tokenizer import Tokenizer, compute_dtype, scores
+from beit_jax.models.vit import compute_dtype
+from beit_jax.tokenizers.tokenizer import Tokenizer, scores
 
 GROUPS = 4
 BLOCKS_PER_GROUP = 2

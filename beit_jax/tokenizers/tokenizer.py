@@ -13,18 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from beit_jax.config import TokenizerConfig
 from beit_jax.models.functional import Params
-
-
-def compute_dtype(config: TokenizerConfig) -> jnp.dtype:
-    """The dtype of convolutions: bfloat16 on accelerators, float32 on CPU, unless the config says.
-
-    Logits are float32 in any case.
-    """
-    if config.dtype != "auto":
-        return jnp.dtype(config.dtype)
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def scores(output: nnx.Conv, features: jax.Array) -> jax.Array:

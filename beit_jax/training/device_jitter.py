@@ -17,6 +17,7 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 
 VIEWS = ("image", "token_image")
+DRAWN = ("factors", "order")  # what a batch carries for the jitter, beside its views
 
 
 def jitter_batch(batch: Batch) -> Batch:
@@ -24,7 +25,7 @@ def jitter_batch(batch: Batch) -> Batch:
     if "factors" not in batch:
         return batch
     factors, order = batch["factors"], batch["order"]
-    rest = {name: value for name, value in batch.items() if name not in ("factors", "order")}
+    rest = {name: value for name, value in batch.items() if name not in DRAWN}
     return rest | {
         name: jitter(batch[name], factors=factors, order=order) for name in VIEWS if name in batch
     }

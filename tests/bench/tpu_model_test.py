@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from beit_jax import hlo
 from beit_jax.ahead_of_time import have_compiler
 from beit_jax.models import fused_attention
 
@@ -40,7 +41,7 @@ def test_kernels_count_with_the_larger_of_bound_and_schedule(tpu_model, monkeypa
         schedule = dict.fromkeys(names, scheduled)
         monkeypatch.setattr(tpu_model, "schedule", lambda *_, s=schedule, **__: s)
         text = TEXT.replace("%NAME", "%jvp_attention_forward.1").replace("COST", COST)
-        seconds = tpu_model.program_seconds("v4", text, **sizes)
+        seconds = tpu_model.program_seconds("v4", hlo.read(text), **sizes)
         assert seconds["compiler"] == pytest.approx(1e-3)  # 1,050,000 cycles at 1050 MHz
         cut = fused_attention.layout(**sizes)
         flops = fused_attention.cost(cut, dtype=jnp.bfloat16, backward=False).flops
@@ -52,7 +53,7 @@ def test_kernels_count_with_the_larger_of_bound_and_schedule(tpu_model, monkeypa
 def test_a_kernel_without_a_cost_ends_the_bench(tpu_model, name, cost):
     text = TEXT.replace("%NAME", name).replace("COST", cost)
     with pytest.raises(SystemExit, match="has no cost"):
-        tpu_model.program_seconds("v4", text, batch=64, tokens=197, heads=12)
+        tpu_model.program_seconds("v4", hlo.read(text), batch=64, tokens=197, heads=12)
 
 
 def test_the_other_block_computes_a_block(tpu_model):

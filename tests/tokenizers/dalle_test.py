@@ -9,13 +9,13 @@ import pytest
 
 from beit_jax.config import TokenizerConfig
 from beit_jax.models.functional import flatten, unflatten
+from beit_jax.models.vit import compute_dtype
 from beit_jax.tokenizers.dalle import (
     dalle_networks,
     dalle_tokenizer,
     map_pixels,
     unmap_pixels,
 )
-from beit_jax.tokenizers.tokenizer import compute_dtype
 
 SMALL = TokenizerConfig(
     kind="dalle",
