@@ -247,7 +247,7 @@ def our_blocks(config: Any, *, layers: int, batch: int) -> tuple[Any, tuple]:
     def forward(params, x, bias):
         for layer in range(layers):
             block = nnx.merge(graphdef, jax.tree.map(lambda leaf, at=layer: leaf[at], params))
-            x = block(x, shared_bias=bias, rate=jnp.float32(0), drop_path_key=None)
+            x = block(x, shared_bias=bias, factors=None)
         return x
 
     return _with_gradients(forward), (x, stacked, x, bias)

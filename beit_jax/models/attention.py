@@ -41,8 +41,13 @@ def plain_attention(
     scores = jnp.einsum("bhqk,bhnk->bhqn", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jnp.einsum("bhqn,bhnk->bqhk", weights, value)
+    # Divided by their sums once mixed: a pass over [n, k] and not over [n, n], here and in the
+    # backward pass.
+    largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    sums = rearrange(weights.sum(axis=-1), "b h q -> b q h 1")
+    mixed = jnp.einsum("bhqn,bhnk->bqhk", weights.astype(query.dtype), value)
+    return (mixed / sums).astype(query.dtype)
 
 
 def flat_attention(

@@ -33,6 +33,7 @@ from beit_jax.config import ModelConfig, TokenizerConfig
 from beit_jax.models import attention as attention_ways
 from beit_jax.models.gelu import gelu
 from beit_jax.models.matmul import matmul, matmul_heads_first
+from beit_jax.models.residual import add_branch
 
 # Official mean and standard deviation of [0, 1] pixels, RGB (datasets.py:42-44).
 NORMALIZATIONS = {
@@ -276,12 +277,17 @@ def layer_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def drop_path(x: jax.Array, *, rate: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Drops a residual branch for whole samples with probability `rate`; rescales the kept ones."""
-    if key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1))
-    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros_like(x))
+def drop_path(key: jax.Array, *, rate: float, layers: int, batch: int) -> jax.Array:
+    """What residual branches are multiplied by: 0 where a sample's is dropped, else 1 / (1 - p).
+
+    p grows linearly from 0 in the first block to `rate` in the last. All blocks' factors are drawn
+    at once: drawn beside its branch, a factor's random bits are drawn again for every element.
+
+    Returns:
+      float32 `[l, 2, b]`, a block's two branches drawn independently.
+    """
+    kept = 1.0 - jnp.linspace(0.0, rate, layers)[:, None, None]
+    return jax.random.bernoulli(key, kept, (layers, 2, batch)) / kept
 
 
 class Block(nnx.Module):
@@ -298,21 +304,21 @@ class Block(nnx.Module):
             self.gamma_2 = nnx.Param(jnp.full((config.width,), config.layer_scale_init))
 
     def __call__(
-        self,
-        x: jax.Array,
-        *,
-        shared_bias: jax.Array | None,
-        rate: jax.Array,
-        drop_path_key: jax.Array | None,
+        self, x: jax.Array, *, shared_bias: jax.Array | None, factors: jax.Array | None
     ) -> jax.Array:
-        """`[b, n, d]` → `[b, n, d]` in the dtype of `x` (the residual stream's)."""
-        # The two branches draw independently.
-        keys = (None, None) if drop_path_key is None else jax.random.split(drop_path_key)
+        """`[b, n, d]` → `[b, n, d]` in the dtype of `x` (the residual stream's).
+
+        Args:
+          x: `[b, n, d]`.
+          shared_bias: of attention scores, `[copies, h, n, n]`.
+          factors: of the two branches, `[2, b]` (`drop_path`); None: all ones.
+        """
         scales = (self.gamma_1[...], self.gamma_2[...]) if self.layer_scale else (None, None)
+        of_attention, of_mlp = (None, None) if factors is None else factors
         y = self.attention(self.norm1(x), shared_bias=shared_bias, scale=scales[0])
-        x = x + drop_path(y.astype(x.dtype), rate=rate, key=keys[0])
+        x = add_branch(x, y, factor=of_attention)
         y = self.mlp(self.norm2(x), scale=scales[1])
-        return x + drop_path(y.astype(x.dtype), rate=rate, key=keys[1])
+        return add_branch(x, y, factor=of_mlp)
 
 
 def stacked_blocks(config: ModelConfig, *, init: Initialization, rngs: nnx.Rngs) -> Block:
@@ -424,16 +430,17 @@ class Encoder(nnx.Module):
             else None
         )
         graphdef, state = nnx.split(self.blocks)
-        rates = jnp.linspace(0.0, config.drop_path_rate, config.layers)
         if drop_path_key is None or config.drop_path_rate == 0:
-            keys = None
+            factors = None
         else:
-            keys = jax.random.split(drop_path_key, config.layers)
+            factors = drop_path(
+                drop_path_key, rate=config.drop_path_rate, layers=config.layers, batch=x.shape[0]
+            )
 
         def body(x, layer):
-            params, rate, key = layer
+            params, factors = layer
             block = nnx.merge(graphdef, params)
-            y = block(x, shared_bias=shared_bias, rate=rate, drop_path_key=key)
+            y = block(x, shared_bias=shared_bias, factors=factors)
             return y, (x if every_layer else None)
 
         if config.remat == "full":
@@ -442,7 +449,7 @@ class Encoder(nnx.Module):
             body = jax.checkpoint(
                 body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             )
-        layers = (nnx.to_pure_dict(state), rates, keys)
+        layers = (nnx.to_pure_dict(state), factors)
         unroll = min(config.scan_unroll, config.layers)
         last, inputs = jax.lax.scan(body, x, layers, unroll=unroll)
         return last, jnp.concatenate([inputs, last[None]]) if every_layer else None

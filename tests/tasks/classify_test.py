@@ -110,6 +110,7 @@ def test_it_learns_and_the_figures_hold(trained, folders):
     assert summary["top5"] == 1  # of three
 
 
+@pytest.mark.slow
 def test_any_batch_size_and_number_of_devices_evaluate_alike(trained):
     """29 images: no batch size here divides them but 1."""
     values, workdir, summary = trained
@@ -155,6 +156,7 @@ def test_best_and_average_are_kept(trained):
     assert json.loads((workdir.parent / "again/evaluation.json").read_text()) == again
 
 
+@pytest.mark.slow
 def test_the_average_follows_the_parameters():
     """e ← d e + (1 - d) p after each of five steps, by hand from the same run without average."""
     steps, decay = 5, 0.7
@@ -193,6 +195,7 @@ def test_the_average_follows_the_parameters():
     assert max(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_exactly(folders, tmp_path):
     """With mixing, erasing, RandAugment, drop path, average and two micro-batches."""
     values = settings(
@@ -217,6 +220,7 @@ def test_a_stopped_run_continues_exactly(folders, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.slow
 def test_starts_from_pre_training_and_is_exported(folders, tmp_path):
     """From a run of this project's pre-training, with copies of its table; to Hugging Face."""
     pretrain = tiny.pretrain()
@@ -287,6 +291,7 @@ def test_images_without_classes_or_with_others_are_refused(folders, tmp_path):
         run(values, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_cls_pooling_trains(folders, tmp_path):
     values = settings(folders, run__steps=2, pooling="cls", optimizer__warmup_steps=1)
     run(values, tmp_path / "run")

@@ -73,6 +73,7 @@ def test_a_collapsed_codebook_is_shouted_about(caplog):
     assert "THE CODEBOOK HAS COLLAPSED: perplexity 1.5 of 128, 2 codes" in caplog.text
 
 
+@pytest.mark.slow
 def test_gradients_reach_encoder_codebook_and_decoder():
     config = jobs.parse_job(tiny.tokenizer().to_dict())
     task = tokenizer.tokenizer_task(config)

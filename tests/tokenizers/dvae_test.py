@@ -286,6 +286,7 @@ def test_normalisation():
     np.testing.assert_allclose(denormalize(jnp.asarray([-2.0, -1, 0, 1, 2])), [0, 0, 0.5, 1, 1])
 
 
+@pytest.mark.slow
 def test_it_learns_to_reconstruct_flat_colours():
     """Two hundred steps of gradient descent on the training loss beat predicting the mean."""
     config = TokenizerConfig(

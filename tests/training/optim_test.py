@@ -306,6 +306,7 @@ def test_twelve_steps_equal_torch_adamw():
         assert difference < 1e-3, name
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_same_step():
     """The mean is over the whole batch, though the micro-batches' weights differ."""
     model = masked_image_model(TINY, vocabulary=24)
@@ -352,6 +353,7 @@ def test_a_non_finite_update_is_skipped_and_counted():
     )
 
 
+@pytest.mark.slow
 def test_it_overfits_one_batch():
     """A tiny model names every masked token of eight images it sees again and again."""
     model = masked_image_model(dataclasses.replace(TINY, width=32), vocabulary=24)

@@ -75,6 +75,7 @@ def test_the_age_of_this_process():
     assert 0 <= age < 1e5
 
 
+@pytest.mark.slow
 def test_the_second_start_reads_its_step(tmp_path):
     """The same run twice: the numbers are the same, and the step isn't compiled again."""
     environment = os.environ | {

@@ -255,6 +255,7 @@ def run_python(*arguments, **environment) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_is_exported_on_one(tmp_path):
     """Sharded over eight devices with its optimizer; read here, from nothing but its folder."""
     workdir = tmp_path / "run"
