@@ -1,5 +1,7 @@
 """What every bench needs: the package, also where it isn't installed, and the machine's name."""
 
+import ast
+import importlib
 import json
 import platform
 import sys
@@ -16,6 +18,19 @@ def processor_name() -> str:
             return next(line.split(":")[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def recipe(config: str, settings: list[str]) -> Any:
+    """A ConfigDict of `configs/` with settings of the form "model.layers=2"."""
+    values = importlib.import_module(f"configs.{config}").get_config()
+    for setting in settings:
+        name, text = setting.split("=", 1)
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text  # a word
+        values.update_from_flattened_dict({name: value})
+    return values
 
 
 def save(result: dict[str, Any], path: str) -> None:

@@ -19,7 +19,6 @@ Neither TensorFlow nor data is needed.
 """
 
 import argparse
-import ast
 import dataclasses
 import functools
 import gc
@@ -33,7 +32,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from machine import processor_name, save  # beside this file
+from machine import processor_name, recipe, save  # beside this file
 
 WARM_UP = 2  # steps of each that don't count, once alone and once in turn
 OURS = "beit_jax"
@@ -174,15 +173,7 @@ def open_problem(flags: argparse.Namespace) -> Problem:
     from beit_jax.tasks import pretrain
     from beit_jax.tokenizers.loading import open_tokenizer
 
-    recipe = importlib.import_module(f"configs.{flags.config}").get_config()
-    for assignment in flags.set:
-        name, text = assignment.split("=", 1)
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text  # a word
-        recipe.update_from_flattened_dict({name: value})
-    config = jobs.parse_job(recipe.to_dict())
+    config = jobs.parse_job(recipe(flags.config, flags.set).to_dict())
     slots, tokens, size = config.data.mask.count, config.model.tokens, config.model.image_size
     tokenizer = open_tokenizer(config.tokenizer)
     model = masked_image_model(config.model, vocabulary=tokenizer.vocabulary)

@@ -277,11 +277,10 @@ def layer_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def drop_path(key: jax.Array, *, rate: float, layers: int, batch: int) -> jax.Array:
+def drop_path_factors(key: jax.Array, *, rate: float, layers: int, batch: int) -> jax.Array:
     """What residual branches are multiplied by: 0 where a sample's is dropped, else 1 / (1 - p).
 
-    p grows linearly from 0 in the first block to `rate` in the last. All blocks' factors are drawn
-    at once: drawn beside its branch, a factor's random bits are drawn again for every element.
+    p grows linearly from 0 in the first block to `rate` in the last.
 
     Returns:
       float32 `[l, 2, b]`, a block's two branches drawn independently.
@@ -311,7 +310,7 @@ class Block(nnx.Module):
         Args:
           x: `[b, n, d]`.
           shared_bias: of attention scores, `[copies, h, n, n]`.
-          factors: of the two branches, `[2, b]` (`drop_path`); None: all ones.
+          factors: of the two branches, `[2, b]` (`drop_path_factors`); None: all ones.
         """
         scales = (self.gamma_1[...], self.gamma_2[...]) if self.layer_scale else (None, None)
         of_attention, of_mlp = (None, None) if factors is None else factors
@@ -433,7 +432,7 @@ class Encoder(nnx.Module):
         if drop_path_key is None or config.drop_path_rate == 0:
             factors = None
         else:
-            factors = drop_path(
+            factors = drop_path_factors(
                 drop_path_key, rate=config.drop_path_rate, layers=config.layers, batch=x.shape[0]
             )
 

@@ -9,7 +9,6 @@ which `config.tokenizer.path` of a pre-training run takes.
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from typing import Any
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 
 from beit_jax import pictures
 from beit_jax.config import (
@@ -31,6 +29,7 @@ from beit_jax.config import (
 )
 from beit_jax.models.flops import matmul_flops
 from beit_jax.tasks.feed import first_images, image_feed
+from beit_jax.tasks.summary import write_summary
 from beit_jax.tokenizers import dvae
 from beit_jax.tokenizers.loading import save_params
 from beit_jax.training import cluster, device_jitter, loop, sharding, startup
@@ -125,21 +124,13 @@ def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
     shout_if_collapsed(trained.evaluation, vocabulary=config.tokenizer.vocabulary)
     params = sharding.to_host(trained.state.params)
     picture = draw(trained.state) if sample else None
-    path = epath.Path(workdir) / "summary.json"
-    first = jax.process_index() == 0
-    before = json.loads(path.read_text()) if first and path.exists() else {}
-    summary = {
-        **trained.evaluation,
-        "steps": int(trained.state.step),
-        "images_per_second": trained.images_per_second or before.get("images_per_second"),
-        "seconds": time.perf_counter() - began,
-        "tokenizer": f"{workdir}/tokenizer.safetensors",
-    }
-    if first:
-        save_params(f"{workdir}/tokenizer.safetensors", params, config=config.tokenizer)
+    weights = f"{workdir}/tokenizer.safetensors"
+    if jax.process_index() == 0:
+        save_params(weights, params, config=config.tokenizer)
         if picture is not None:
             pictures.save_png(f"{workdir}/reconstruction.png", picture)
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+    figures = {**trained.evaluation, "tokenizer": weights}
+    summary = write_summary(figures, trained=trained, workdir=workdir, began=began)
     cluster.barrier("to have the tokenizer")  # another job may read it next
     return summary
 

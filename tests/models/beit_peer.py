@@ -119,3 +119,25 @@ def to_ours(tensors: dict, *, layers: int) -> dict:
     if shared in arrays:
         encoder["relative_position_bias"] = {"table": arrays[shared]}
     return {"encoder": encoder, "lm_head": linear("lm_head")}
+
+
+def classifier_to_ours(tensors: dict, *, layers: int) -> dict:
+    """`BeitForImageClassification`'s parameters, or their gradients, → our nested dict."""
+    # The converter of the pre-training model, given this one's norm and head under its names.
+    moved = {
+        "beit.pooler.layernorm": "layernorm",  # mean pooling
+        "beit.layernorm": "layernorm",  # class token
+        "classifier": "lm_head",
+    }
+    renamed = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        renamed[f"{moved.get(module, module)}.{leaf}"] = tensor
+    renamed["beit.embeddings.mask_token"] = tensors["beit.embeddings.cls_token"]
+    params = to_ours(renamed, layers=layers)
+    encoder = params["encoder"]
+    del encoder["mask_token"]
+    result = {"encoder": encoder, "head": params["lm_head"]}
+    if "beit.pooler.layernorm.weight" in tensors:
+        result["fc_norm"] = encoder.pop("norm")
+    return result

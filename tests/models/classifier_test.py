@@ -117,30 +117,6 @@ def test_pooling_is_checked():
         classifier(dataclasses.replace(TINY, layers=1), classes=5, pooling="max")
 
 
-def peer_to_ours(tensors: dict, *, layers: int) -> dict:
-    """`BeitForImageClassification`'s parameters, or their gradients, → our nested dict."""
-    from tests.models import beit_peer
-
-    # The converter of the pre-training model, given this one's norm and head under its names.
-    moved = {
-        "beit.pooler.layernorm": "layernorm",  # mean pooling
-        "beit.layernorm": "layernorm",  # class token
-        "classifier": "lm_head",
-    }
-    renamed = {}
-    for name, tensor in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        renamed[f"{moved.get(module, module)}.{leaf}"] = tensor
-    renamed["beit.embeddings.mask_token"] = tensors["beit.embeddings.cls_token"]
-    params = beit_peer.to_ours(renamed, layers=layers)
-    encoder = params["encoder"]
-    del encoder["mask_token"]
-    result = {"encoder": encoder, "head": params["lm_head"]}
-    if "beit.pooler.layernorm.weight" in tensors:
-        result["fc_norm"] = encoder.pop("norm")
-    return result
-
-
 def relative_error(ours, theirs):
     """Largest difference over the largest value."""
     return np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max()
@@ -166,7 +142,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(image_size, way, atte
     )
     classes = 12
     peer = beit_peer.classifier(config, classes=classes, pooling="mean")
-    params = peer_to_ours(dict(peer.named_parameters()), layers=config.layers)
+    params = beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=config.layers)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(3, image_size, image_size, 3)).astype(np.float32)
     labels = rng.integers(0, classes, 3)
@@ -176,7 +152,9 @@ def test_logits_loss_and_every_gradient_equal_transformers(image_size, way, atte
     )
     loss.backward()
     theirs = flatten(
-        peer_to_ours({name: p.grad for name, p in peer.named_parameters()}, layers=config.layers)
+        beit_peer.classifier_to_ours(
+            {name: p.grad for name, p in peer.named_parameters()}, layers=config.layers
+        )
     )
 
     model = classifier(config, classes=classes)
@@ -221,7 +199,9 @@ def test_hidden_states_equal_transformers(variant):
     config, pooling = FEATURES[variant]
     size = config.image_size
     peer = beit_peer.classifier(config, classes=5, pooling=pooling)
-    params = peer_to_ours(dict(peer.named_parameters()), layers=config.layers)["encoder"]
+    params = beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=config.layers)[
+        "encoder"
+    ]
     images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     with torch.no_grad():
         output = peer(torch.from_numpy(images.transpose(0, 3, 1, 2)), output_hidden_states=True)

@@ -175,7 +175,7 @@ def test_hidden_states_end_in_what_the_final_norm_takes(batch):
 
 def test_drop_path_drops_whole_samples_at_the_linear_rate():
     """A branch is there, scaled by 1 / (1 - p), or not at all; block 0 always is."""
-    factors = np.asarray(vit.drop_path(jax.random.key(0), rate=0.3, layers=3, batch=20_000))
+    factors = np.asarray(vit.drop_path_factors(jax.random.key(0), rate=0.3, layers=3, batch=20_000))
     assert factors.shape == (3, 2, 20_000)
     np.testing.assert_array_equal(factors[0], 1)
     for layer, rate in ((1, np.float32(0.15)), (2, np.float32(0.3))):

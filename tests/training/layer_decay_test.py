@@ -230,7 +230,6 @@ def test_twelve_steps_equal_torch_adamw_with_the_same_groups():
     """
     torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
     from tests.models import beit_peer
-    from tests.models.classifier_test import peer_to_ours
 
     steps, classes, decay = 12, 10, 0.65
     config = OptimizerConfig(
@@ -259,7 +258,9 @@ def test_twelve_steps_equal_torch_adamw_with_the_same_groups():
 
     step = jax.jit(step)
     # Copied: torch goes on to write into its own buffers.
-    start = jax.tree.map(np.array, peer_to_ours(dict(peer.named_parameters()), layers=TINY.layers))
+    start = jax.tree.map(
+        np.array, beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=TINY.layers)
+    )
     state = state_from_params(jax.tree.map(jnp.asarray, start), optimizer=optimizer)
     groups = peer_groups(peer, layers=TINY.layers, decay=decay, weight_decay=0.3)
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
@@ -285,7 +286,7 @@ def test_twelve_steps_equal_torch_adamw_with_the_same_groups():
         np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5)
 
     start = flatten(start)
-    end = flatten(peer_to_ours(dict(peer.named_parameters()), layers=TINY.layers))
+    end = flatten(beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=TINY.layers))
     for name, value in flatten(state.params).items():
         distance = np.abs(end[name] - start[name]).max()
         difference = np.abs(np.asarray(value) - end[name]).max()
