@@ -228,6 +228,7 @@ def test_fast_batches_carry_the_jitter_for_the_device(folder, straight):
         assert np.abs(levels).mean() < 8  # contrast's mean is the crop's
 
 
+@pytest.mark.slow
 def test_fast_batches_are_a_function_of_seed_and_step(folder):
     source, config = _open(folder, **FAST)
     batches = _take(5, source, config)
@@ -556,6 +557,7 @@ def test_a_cycle_repeats_everything_but_the_masks(folder):
     assert (orders[0] != orders[1]).any()
 
 
+@pytest.mark.slow
 def test_a_cycle_can_be_joined_anywhere_by_any_number_of_hosts(folder):
     source, config = _open(folder)
     straight = _take(9, source, config, cycle=2)

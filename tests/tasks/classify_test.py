@@ -89,6 +89,7 @@ def read_images(folder, config):
     return list(feed.evaluation())
 
 
+@pytest.mark.slow
 def test_it_learns_and_the_figures_hold(trained, folders):
     """Top-1, top-5 and loss of the summary, recomputed image by image in NumPy."""
     values, workdir, summary = trained
@@ -133,6 +134,7 @@ def test_any_batch_size_and_number_of_devices_evaluate_alike(trained):
         assert result["loss"] == pytest.approx(summary["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_best_and_average_are_kept(trained):
     values, workdir, summary = trained
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]

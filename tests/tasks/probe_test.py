@@ -338,7 +338,8 @@ def cached(encoder, folder, tmp_path_factory):
     return workdir, probe.run(config, workdir=str(workdir))
 
 
-@pytest.mark.parametrize("mode", ["cached", pytest.param("online", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["cached", "online"])
 def test_a_random_encoder_tells_colours(mode, request):
     workdir, summary = request.getfixturevalue(mode)
     assert json.loads((workdir / "summary.json").read_text()) == summary
@@ -370,6 +371,7 @@ def test_stored_features_are_those_of_the_first_passes(online, cached):
     assert not np.allclose(stored[10:], fresh[10:], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_stored_features_equal_those_of_the_train_step(encoder, frozen):
     """Erased boxes included: they follow the seed and the step."""
     config = settings(encoder, data__augment__erase_probability=1.0, run__seed=3)

@@ -226,6 +226,7 @@ def test_hosts_keep_their_own_rows(tmp_path, monkeypatch):
         assert (first["mask"] != later["mask"]).any()
 
 
+@pytest.mark.slow
 def test_ids_of_this_hosts_devices():
     assert jax.local_device_count() == 8
     config = jobs.parse_job(tiny.pretrain().to_dict()).tokenizer
@@ -372,6 +373,7 @@ def test_too_many_tokens_for_two_bytes():
         jobs.parse_job(values.to_dict())
 
 
+@pytest.mark.slow
 def test_facts_change_with_what_ids_depend_on():
     values = tiny.pretrain()
     config = jobs.parse_job(values.to_dict())

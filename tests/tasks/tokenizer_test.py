@@ -24,6 +24,7 @@ def finished(tmp_path_factory):
     return workdir, config, tokenizer.run(config, workdir=str(workdir))
 
 
+@pytest.mark.slow
 def test_its_file_names_tokens(finished):
     workdir, config, summary = finished
     settings = dataclasses.replace(config.tokenizer, path=summary["tokenizer"])
@@ -36,6 +37,7 @@ def test_its_file_names_tokens(finished):
     assert np.asarray(Image.open(workdir / "reconstruction.png")).std() > 10
 
 
+@pytest.mark.slow
 def test_it_reports_what_matters(finished):
     _, config, summary = finished
     assert 1 <= summary["code_perplexity"] <= summary["codes_used"] <= config.tokenizer.vocabulary

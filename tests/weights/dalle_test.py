@@ -90,6 +90,7 @@ def files(torch, modules, tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_both_containers_give_the_same_file(files, tmp_path):
     digests = {
         container: dalle.convert_tokenizer(
