@@ -1,7 +1,7 @@
 """Our pre-training step against PyTorch's: the same model, weights, batch and optimizer.
 
     python bench/step.py [--config=beit_base] [--batch=2] [--pairs=5] [--compile] [--tokenizer]
-                         [--set model.layers=2 ...] [--json=FILE]
+                         [--keep_freed] [--set model.layers=2 ...] [--json=FILE]
 
 The student alone, tokens given: forward, masked cross-entropy, backward, clip, AdamW. With
 `--tokenizer` also the step that names the tokens: ours from uint8 views, as training has it; theirs
@@ -12,20 +12,27 @@ The peers are `transformers`' BeitForMaskedImageModeling with torch.optim.AdamW,
 and, with `--compile` (the default on a GPU), as fast as PyTorch goes: `torch.compile`, scaled dot
 product attention, the fused AdamW, and only masked patches scored. On a CPU all are pinned to one
 core, work in float32, and processor time is compared; on a GPU, wall-clock time, in bfloat16
-(autocast there). Steps alternate, so that all see the same machine. Before anything is timed the
-losses on the same batch must agree.
+(autocast there). Each has a process of its own, since they would cut up each other's heap; steps
+alternate, so that all see the same machine. Before anything is timed the losses on the same batch
+must agree.
+
+Each side is as its users have it. So on a CPU ours has the C library keep freed memory, as main.py
+does (`training/memory.py`); `--keep_freed` gives that to PyTorch as well.
 
 Neither TensorFlow nor data is needed.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
-import gc
 import importlib
+import importlib.metadata
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,8 +41,9 @@ from typing import Any
 
 from machine import processor_name, recipe, save  # beside this file
 
-WARM_UP = 2  # steps of each that don't count, once alone and once in turn
-OURS = "beit_jax"
+WARM_UP = 2  # steps of each that don't count
+OURS, EAGER, BEST = "beit_jax", "transformers, eager", "transformers, best"
+PEERS = ("transformers", EAGER, BEST)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,10 +97,130 @@ def main() -> None:
         "--compile", action=argparse.BooleanOptionalAction, help="the best PyTorch, too"
     )
     parser.add_argument("--tokenizer", action="store_true", help="the step with tokenizer, too")
+    parser.add_argument(
+        "--keep_freed", action="store_true", help="give PyTorch, too, main.py's malloc settings"
+    )
     parser.add_argument("--json", default="")
+    parser.add_argument("--side", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--naming", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.side:
+        serve(flags)
+        return
 
-    # Both libraries share the GPU: JAX must take what it needs, not three quarters of it.
+    result: dict[str, Any] = {}
+    for naming in (False, True) if flags.tokenizer else (False,):
+        with contextlib.ExitStack() as stack:
+            workers = open_workers(flags, stack, naming=naming)
+            ours = workers[OURS].hello
+            if not result:
+                result = {**about(flags, ours), "steps": {}}
+                print(f"{result['device']}; {_join(result['versions'])}")
+                print(f"{' '.join([flags.config, *flags.set])}, batch {flags.batch}")
+                print(f"{result['clock']} a step, medians of {flags.pairs}; {result['dtype']}")
+                print(f"memory: {result['memory']}")
+            name = "with tokenizer" if naming else "student"
+            result["steps"][name] = measure(workers, pairs=flags.pairs, batch=flags.batch)
+        show(name, result["steps"][name])
+    save(result, flags.json)
+
+
+def about(flags: argparse.Namespace, ours: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, on what and how."""
+    on_cpu, version = ours["on_cpu"], importlib.metadata.version
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": ours["device"],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("jax", "torch", "transformers")},
+        },
+        "config": flags.config,
+        "set": flags.set,
+        "batch": flags.batch,
+        "pairs": flags.pairs,
+        "dtype": "float32" if on_cpu else "bfloat16",
+        "clock": "processor seconds, one core" if on_cpu else "seconds",
+        "freed_memory_kept": {"ours": ours["kept"], "PyTorch's": ours["kept"] and flags.keep_freed},
+        "memory": "ours: the compiled step's arguments and temporaries; PyTorch's is not measured"
+        if on_cpu
+        else "ours: the device's peak since the start; PyTorch's: its allocator's peak in a step",
+    }
+
+
+def _join(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+class Worker:
+    """A side in a process of its own, ready to step; ends the bench where it can't be had.
+
+    Attributes:
+      hello: what it says of itself (`serve`).
+    """
+
+    def __init__(self, side: str, *, naming: bool):
+        command = [sys.executable, *sys.argv, f"--side={side}", *(["--naming"] if naming else [])]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._side = side
+        self.hello = json.loads(self._answer())
+
+    def step(self) -> float:
+        """Does one step; its seconds."""
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"the process of {self._side} ended; what it said is above")
+        return line
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def open_workers(
+    flags: argparse.Namespace, stack: contextlib.ExitStack, *, naming: bool
+) -> dict[str, Worker]:
+    """All sides, ours first, each warm; the stack closes them.
+
+    Raises:
+      SystemExit: the losses of the same weights on the same batch differ.
+    """
+    workers: dict[str, Worker] = {}
+
+    def add(name: str) -> Worker:
+        workers[name] = worker = Worker(name, naming=naming)
+        stack.callback(worker.close)
+        return worker
+
+    ours = add(OURS).hello
+    if ours["missing"]:
+        print(f"no PyTorch beside the step with tokenizer: {ours['missing']}")
+        return workers
+    best = flags.compile if flags.compile is not None else not ours["on_cpu"]
+    for name in PEERS if best else PEERS[:-1]:
+        add(name)
+    losses = {name: worker.hello["loss"] for name, worker in workers.items()}
+    tolerance = 1e-4 if ours["on_cpu"] else 5e-2
+    if max(abs(loss / losses[OURS] - 1) for loss in losses.values()) > tolerance:
+        sys.exit(f"not the same model: losses {losses}")
+    return workers
+
+
+# ---------------------------------------------------------------------------- in the processes
+
+
+def serve(flags: argparse.Namespace) -> None:
+    """Sets a side up, says hello, then does a step for every line and answers its seconds."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print
+    # The sides share a GPU: JAX must take what it needs, not three quarters of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import torch
 
@@ -103,12 +231,13 @@ def main() -> None:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
-        # Of the whole process: PyTorch gains from it as well. It must come before JAX.
-        kept = memory.keep_freed()
+        if flags.side == OURS or flags.keep_freed:
+            kept = memory.keep_freed()  # as main.py does; before JAX
     else:
         torch.backends.cudnn.benchmark = True  # official: run_beit_pretraining.py
     import jax
-    import transformers
+
+    from beit_jax.training.metrics import peak_flops
 
     wanted = "cpu" if on_cpu else "gpu"
     if jax.default_backend() != wanted:
@@ -116,49 +245,25 @@ def main() -> None:
             f"JAX works on the {jax.default_backend()}, PyTorch on the {wanted}: install both for"
             " the same, or choose with JAX_PLATFORMS and CUDA_VISIBLE_DEVICES"
         )
-    best = not on_cpu if flags.compile is None else flags.compile
-    problem = open_problem(flags)
     clock = time.process_time if on_cpu else time.perf_counter
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
+    problem = open_problem(flags)
+    side = open_side(problem, flags.side, naming=flags.naming)
+    hello = {
         "device": processor_name() if on_cpu else jax.devices()[0].device_kind,
-        "versions": {
-            "python": platform.python_version(),
-            **{each.__name__: each.__version__ for each in (jax, torch, transformers)},
-        },
-        "config": flags.config,
-        "set": flags.set,
-        "batch": flags.batch,
-        "pairs": flags.pairs,
-        "dtype": "float32" if on_cpu else "bfloat16",
-        "clock": "processor seconds, one core" if on_cpu else "seconds",
-        "freed_memory_kept": kept,
-        "memory": "ours: the compiled step's arguments and temporaries; PyTorch's is not measured"
-        if on_cpu
-        else "ours: the device's peak since the start; PyTorch's: its allocator's peak in a step,"
-        " less what other sides hold",
-        "steps": {},
+        "on_cpu": on_cpu,
+        "kept": kept,
+        "missing": no_tokenizer(problem) if flags.naming else "",
+        "flops": problem.flops[flags.naming],
+        "peak_flops": peak_flops(),
+        "loss": side.loss,
+        "peak_memory": side.peak_memory,
+        "facts": side.facts,
     }
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    print(f"{result['device']}; {versions}")
-    print(f"{' '.join([flags.config, *flags.set])}, batch {flags.batch}, {result['dtype']}")
-    print(f"{result['clock']} a step, medians of {flags.pairs}")
-    print(f"memory: {result['memory']}")
-    for naming in (False, True) if flags.tokenizer else (False,):
-        sides = open_sides(problem, best=best, naming=naming)
-        name = "with tokenizer" if naming else "student"
-        result["steps"][name] = measure(
-            sides,
-            pairs=flags.pairs,
-            clock=clock,
-            batch=flags.batch,
-            flops=problem.flops[naming],
-        )
-        show(name, result["steps"][name])
-        del sides
-        gc.collect()
-        torch.cuda.empty_cache()  # nothing on a CPU
-    save(result, flags.json)
+    print(json.dumps(hello), file=answers, flush=True)
+    for _ in sys.stdin:
+        began = clock()
+        side.step()
+        print(clock() - began, file=answers, flush=True)
 
 
 def open_problem(flags: argparse.Namespace) -> Problem:
@@ -213,40 +318,24 @@ def open_problem(flags: argparse.Namespace) -> Problem:
     )
 
 
-def open_sides(problem: Problem, *, best: bool, naming: bool) -> dict[str, Side]:
-    """All sides, ours first, each warm.
-
-    Args:
-      best: the best PyTorch, too.
-      naming: with the tokenizer.
-
-    Raises:
-      SystemExit: the losses of the same weights on the same batch differ.
-    """
-    import jax
-
+def open_side(problem: Problem, name: str, *, naming: bool) -> Side:
+    """A side, warm; `naming`: with the tokenizer."""
     from beit_jax.config import to_dict
     from beit_jax.weights.convert import export_checkpoint
     from beit_jax.weights.native import write_params
 
-    sides = {OURS: our_side(problem, naming=naming)}
-    missing = no_tokenizer(problem) if naming else ""
-    if missing:
-        print(f"no PyTorch beside the step with tokenizer: {missing}")
-        return sides
+    if name == OURS:
+        return our_side(problem, naming=naming)
     with tempfile.TemporaryDirectory() as folder:
         write_params(f"{folder}/ours", problem.params, config=to_dict(problem.config))
         export_checkpoint(f"{folder}/ours", format="hugging_face", output=f"{folder}/theirs")
-        peer = functools.partial(their_side, problem, f"{folder}/theirs", naming=naming)
-        sides["transformers"] = peer(best=False)
-        sides["transformers, eager"] = peer(best=False, attention="eager")
-        if best:
-            sides["transformers, best"] = peer(best=True, attention="sdpa")
-    losses = {name: side.loss for name, side in sides.items()}
-    tolerance = 1e-4 if jax.default_backend() == "cpu" else 5e-2
-    if max(abs(loss / losses[OURS] - 1) for loss in losses.values()) > tolerance:
-        sys.exit(f"not the same model: losses {losses}")
-    return sides
+        return their_side(
+            problem,
+            f"{folder}/theirs",
+            best=name == BEST,
+            naming=naming,
+            attention={EAGER: "eager", BEST: "sdpa"}.get(name, ""),
+        )
 
 
 def no_tokenizer(problem: Problem) -> str:
@@ -343,7 +432,7 @@ def their_side(
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    config, others_hold = problem.config, torch.cuda.memory_allocated() if on_gpu else 0
+    config = problem.config
     peer = transformers.BeitForMaskedImageModeling.from_pretrained(
         folder, **({"attn_implementation": attention} if attention else {})
     ).to(device)
@@ -409,7 +498,7 @@ def their_side(
         # Of one more step: what the first ones try out is not the step's.
         torch.cuda.reset_peak_memory_stats()
         step()
-        peak = torch.cuda.max_memory_allocated() - others_hold
+        peak = torch.cuda.max_memory_allocated()
     facts = {
         "dtype": "bfloat16 autocast" if on_gpu else "float32",
         "attention": peer.config._attn_implementation,
@@ -441,39 +530,23 @@ def their_tokenizer(problem: Problem) -> Any:
     return encoder
 
 
-def measure(
-    sides: dict[str, Side],
-    *,
-    pairs: int,
-    clock: Callable[[], float],
-    batch: int,
-    flops: float,
-) -> dict[str, Any]:
-    """Times the sides in turn; everything about them for the JSON.
-
-    They share a heap: a side's first turn finds what it had freed taken by those set up after it.
-    So the first turns don't count, either.
-    """
-    from beit_jax.training.metrics import peak_flops
-
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(WARM_UP + pairs):
-        for name, side in sides.items():
-            began = clock()
-            side.step()
-            if turn >= WARM_UP:
-                times[name].append(clock() - began)
-    peak, rows = peak_flops(), {}
-    for name, side in sides.items():
+def measure(workers: dict[str, Worker], *, pairs: int, batch: int) -> dict[str, Any]:
+    """Times the sides in turn; everything about them for the JSON."""
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(pairs):
+        for name, worker in workers.items():
+            times[name].append(worker.step())
+    flops, peak, rows = workers[OURS].hello["flops"], workers[OURS].hello["peak_flops"], {}
+    for name, worker in workers.items():
         seconds = statistics.median(times[name])
         ratios = [b / a for a, b in zip(times[OURS], times[name], strict=True)]
         rows[name] = {
-            **side.facts,
-            "loss": side.loss,
+            **worker.hello["facts"],
+            "loss": worker.hello["loss"],
             "seconds": seconds,
             "images_per_second": batch / seconds,
             "mfu": None if peak is None else flops * batch / seconds / peak,
-            "peak_memory_bytes": side.peak_memory,
+            "peak_memory_bytes": worker.hello["peak_memory"],
             "each": times[name],
         }
         if name != OURS:
