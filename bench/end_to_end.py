@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from machine import processor_name, recipe, save  # beside this file
+from machine import pretraining_task, processor_name, recipe, save  # beside this file
 
 SMALL = [
     *("model.layers=2", "model.width=192", "model.heads=3", "model.mlp_width=768"),
@@ -127,10 +127,11 @@ def measure(config: Any, *, pairs: int) -> dict[str, Any]:
         "repeated": dataclasses.replace(feed, training=over_and_over, evaluation=lambda: []),
         "from JPEGs": dataclasses.replace(feed, evaluation=lambda: []),
     }
+    task = pretraining_task(config)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in feeds}
     for _ in range(pairs):
         for name, each in feeds.items():
-            runs[name].append(train(config, each))
+            runs[name].append(train(config, task, each))
     keys = ("images_per_second", "data_wait_share")
     speeds = {name: [run["images_per_second"] for run in each] for name, each in runs.items()}
     ratios = [b / a for a, b in zip(speeds["repeated"], speeds["from JPEGs"], strict=True)]
@@ -145,22 +146,10 @@ def measure(config: Any, *, pairs: int) -> dict[str, Any]:
     }
 
 
-def train(config: Any, feed: Any) -> dict[str, float]:
+def train(config: Any, task: Any, feed: Any) -> dict[str, float]:
     """A run of its own: medians over its logged intervals."""
-    from beit_jax.ahead_of_time import slots
-    from beit_jax.models.heads import masked_image_model
-    from beit_jax.tasks.pretrain import pretrain_task
-    from beit_jax.tokenizers.loading import load_params, open_tokenizer
     from beit_jax.training import loop
 
-    tokenizer = open_tokenizer(config.tokenizer)
-    task = pretrain_task(
-        masked_image_model(config.model, vocabulary=tokenizer.vocabulary),
-        tokenizer,
-        tokenizer_params=load_params(config.tokenizer),
-        config=config,
-        slots=slots(config),
-    )
     with tempfile.TemporaryDirectory() as workdir:
         loop.train(
             task,

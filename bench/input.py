@@ -35,6 +35,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from machine import Answering, processor_name, save  # beside this file
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 OURS = ("official", "fast", "tf.data")
@@ -63,8 +65,6 @@ def main() -> None:
     if flags.worker:
         serve(flags)
         return
-
-    from machine import processor_name, save  # beside this file
 
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
@@ -160,46 +160,28 @@ def against_workers(flags: argparse.Namespace) -> dict[str, dict[int, float]]:
     return speeds
 
 
-class Worker:
-    """A pipeline in a process of its own, which answers a number with a line of JSON."""
+class Worker(Answering):
+    """A pipeline in a process of its own, which answers a number with what that many batches took.
+
+    Attributes:
+      error: why it can't be had; "" where it can.
+    """
 
     def __init__(self, name: str, flags: argparse.Namespace, *, python: str, workers: int = 1):
-        """Starts it; `error` says why it can't be had."""
         command = [python, __file__, f"--worker={name}", f"--images={flags.images}"]
         command += [f"--workers={workers}", f"--batch={flags.batch}", f"--core={flags.core}"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if name in PEERS else subprocess.DEVNULL,
-            text=True,
-        )
-        line = self._process.stdout.readline()
-        self.hello = json.loads(line) if line else {}
+        super().__init__(command, stderr=subprocess.PIPE if name in PEERS else subprocess.DEVNULL)
         self.error = ""
-        if not line:
-            said = self._process.stderr.read().strip() if self._process.stderr else ""
+        if self.hello is None:
+            said = self.errors().strip()
             self.error = said.splitlines()[-1] if said else "it ended"
 
-    def ask(self, count: int) -> dict[str, Any]:
+    def ask(self, line: Any = "") -> Any:
         """Another round of that many batches."""
-        self._process.stdin.write(f"{count}\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
+        answer = super().ask(line)
+        if answer is None:
             raise RuntimeError("a pipeline's process ended")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ends it."""
-        self._process.stdin.close()
-        self._process.wait()
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        return answer
 
 
 # ---------------------------------------------------------------------------- in the processes
@@ -239,7 +221,6 @@ def serve(flags: argparse.Namespace) -> None:
 
 def our_batches(flags: argparse.Namespace) -> tuple[Iterator[int], dict[str, Any]]:
     """Batches of "official", "fast" or "tf.data" (as bytes per image), and versions."""
-    import machine  # noqa: F401, beside this file: finds the package
     import tensorflow as tf
 
     from beit_jax.config import AugmentConfig, DataConfig
@@ -446,7 +427,6 @@ def differences(folder: str, *, count: int) -> dict[str, dict[str, Any]]:
       By "official image", "official token_image", "fast image" and "fast token_image": `mean` over
       photographs, `largest` and `each`, mean absolute differences in levels of 255.
     """
-    import machine  # noqa: F401, beside this file: finds the package
     import numpy as np
     import tensorflow as tf
     from PIL import Image, ImageEnhance

@@ -1,9 +1,10 @@
-"""What every bench needs: the package, also where it isn't installed, and the machine's name."""
+"""What benches share: the package, also where it isn't installed, recipes, processes, results."""
 
 import ast
 import importlib
 import json
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,62 @@ def recipe(config: str, settings: list[str]) -> Any:
             value = text  # a word
         values.update_from_flattened_dict({name: value})
     return values
+
+
+def pretraining_task(config: Any) -> Any:
+    """The train loop's task of a pre-training config, with the tokenizer's weights."""
+    from beit_jax.ahead_of_time import slots
+    from beit_jax.models.heads import masked_image_model
+    from beit_jax.tasks.pretrain import pretrain_task
+    from beit_jax.tokenizers.loading import load_params, open_tokenizer
+
+    tokenizer = open_tokenizer(config.tokenizer)
+    return pretrain_task(
+        masked_image_model(config.model, vocabulary=tokenizer.vocabulary),
+        tokenizer,
+        tokenizer_params=load_params(config.tokenizer),
+        config=config,
+        slots=slots(config),
+    )
+
+
+class Answering:
+    """A process that says hello and then answers every line, each time with a line of JSON.
+
+    Attributes:
+      hello: what it said first; None where it ended before.
+    """
+
+    def __init__(self, command: list[str], *, stderr: int | None = None):
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+        self.hello = self._answer()
+
+    def ask(self, line: Any = "") -> Any:
+        """Its answer to a line; None where it has ended."""
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def errors(self) -> str:
+        """All that it wrote to a piped stderr, once it has ended."""
+        return self._process.stderr.read() if self._process.stderr else ""
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> Any:
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def save(result: dict[str, Any], path: str) -> None:

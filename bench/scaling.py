@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from machine import processor_name, save  # beside this file
+from machine import pretraining_task, processor_name, save  # beside this file
 
 BATCH, IMAGE, LAYERS = 8, 96, 4  # where nothing else is said
 BATCHES = (2, 4, 8, 16)
@@ -138,21 +138,11 @@ def build(config: Any) -> Step:
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from beit_jax.ahead_of_time import batch_shapes, slots
-    from beit_jax.models.heads import masked_image_model
-    from beit_jax.tasks.pretrain import pretrain_task
-    from beit_jax.tokenizers.loading import load_params, open_tokenizer
+    from beit_jax.ahead_of_time import batch_shapes
     from beit_jax.training import optim, sharding, state
 
     mesh = sharding.make_mesh(fsdp=config.run.fsdp)
-    tokenizer = open_tokenizer(config.tokenizer)
-    task = pretrain_task(
-        masked_image_model(config.model, vocabulary=tokenizer.vocabulary),
-        tokenizer,
-        tokenizer_params=load_params(config.tokenizer),
-        config=config,
-        slots=slots(config),
-    )
+    task = pretraining_task(config)
     optimizer = optim.adamw(config.optimizer)
     shapes = state.state_shapes(task, optimizer, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)

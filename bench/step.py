@@ -32,14 +32,13 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
-from machine import processor_name, recipe, save  # beside this file
+from machine import Answering, processor_name, recipe, save  # beside this file
 
 WARM_UP = 2  # steps of each that don't count
 OURS, EAGER, BEST = "beit_jax", "transformers, eager", "transformers, best"
@@ -152,37 +151,23 @@ def _join(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-class Worker:
-    """A side in a process of its own, ready to step; ends the bench where it can't be had.
-
-    Attributes:
-      hello: what it says of itself (`serve`).
-    """
+class Worker(Answering):
+    """A side in a process of its own, ready to step; ends the bench where it can't be had."""
 
     def __init__(self, side: str, *, naming: bool):
         command = [sys.executable, *sys.argv, f"--side={side}", *(["--naming"] if naming else [])]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
         self._side = side
-        self.hello = json.loads(self._answer())
+        super().__init__(command)
 
     def step(self) -> float:
         """Does one step; its seconds."""
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return float(self._answer())
+        return self.ask()
 
-    def _answer(self) -> str:
-        line = self._process.stdout.readline()
-        if not line:
+    def _answer(self) -> Any:
+        answer = super()._answer()
+        if answer is None:
             sys.exit(f"the process of {self._side} ended; what it said is above")
-        return line
-
-    def close(self) -> None:
-        """Ends it."""
-        self._process.stdin.close()
-        self._process.wait()
+        return answer
 
 
 def open_workers(
@@ -196,9 +181,8 @@ def open_workers(
     workers: dict[str, Worker] = {}
 
     def add(name: str) -> Worker:
-        workers[name] = worker = Worker(name, naming=naming)
-        stack.callback(worker.close)
-        return worker
+        workers[name] = stack.enter_context(Worker(name, naming=naming))
+        return workers[name]
 
     ours = add(OURS).hello
     if ours["missing"]:
