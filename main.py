@@ -34,7 +34,7 @@ _PLAN_PROGRAM = flags.DEFINE_enum(
     ("full", "shallow"),
     "What --plan compiles: the run's own step, or two shallow ones to extrapolate from (quicker).",
 )
-# Of `beit_jax.training.cluster.Settings`, which explains them.
+# Of `beit_jax.distributed.cluster.Settings`, which explains them.
 _CLUSTER = (
     flags.DEFINE_enum("multihost", "auto", ("auto", "yes", "no"), "Join the other hosts' run."),
     flags.DEFINE_string("coordinator_address", "", 'host:port of process 0; "": found.'),
@@ -86,8 +86,9 @@ def _only_cpu() -> bool:
 
 
 def _plan(values: dict, *, workdir: str) -> int:
-    from beit_jax import jobs, plan, slices
+    from beit_jax import jobs
     from beit_jax.config import ConfigError, RunError
+    from beit_jax.planning import plan, slices
 
     try:
         wanted = slices.parse_slices(_PLAN.value)

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from beit_jax.config import ConfigError, RunError, check, parse, to_dict
+from beit_jax.distributed import cluster
 from beit_jax.tasks import classify, pretrain, probe, quickstart, tokenizer
 from beit_jax.tokenizers.loading import TokenizerFileError
-from beit_jax.training import cluster, startup
+from beit_jax.training import startup
 
 JOBS = {
     "classify": (classify.ClassifyConfig, classify.run),
@@ -36,7 +37,7 @@ def run_on_cluster(
 ) -> int:
     """Runs the job as one of the cluster's processes, if there is a cluster; the exit code.
 
-    Exit codes are those of `training/cluster.py`; what is wrong is one line on stderr.
+    Exit codes are those of `distributed/cluster.py`; what is wrong is one line on stderr.
     """
     try:
         settings = cluster.Settings(**cluster_settings)

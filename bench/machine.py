@@ -36,8 +36,8 @@ def recipe(config: str, settings: list[str]) -> Any:
 
 def pretraining_task(config: Any) -> Any:
     """The train loop's task of a pre-training config, with the tokenizer's weights."""
-    from beit_jax.ahead_of_time import slots
     from beit_jax.models.heads import masked_image_model
+    from beit_jax.planning.ahead_of_time import slots
     from beit_jax.tasks.pretrain import pretrain_task
     from beit_jax.tokenizers.loading import load_params, open_tokenizer
 

@@ -138,7 +138,7 @@ def build(config: Any) -> Step:
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from beit_jax.ahead_of_time import batch_shapes
+    from beit_jax.planning.ahead_of_time import batch_shapes
     from beit_jax.training import optim, sharding, state
 
     mesh = sharding.make_mesh(fsdp=config.run.fsdp)
@@ -321,7 +321,7 @@ def worker(
 
 def collectives(text: str) -> dict[str, dict[str, float]]:
     """Calls and bytes of each kind of collective in a compiled program; arrays counted whole."""
-    from beit_jax import hlo
+    from beit_jax.planning import hlo
 
     found: dict[str, dict[str, float]] = {}
     for each in hlo.read(text).collectives:
@@ -369,8 +369,9 @@ def weak_scaling(
       slices: Google's names, the smallest first.
       compile_program: (config, slice) → `ahead_of_time.Compiled`; None: `compile_shallow`.
     """
-    from beit_jax import ahead_of_time, jobs, plan
-    from beit_jax.slices import parse_slice
+    from beit_jax import jobs
+    from beit_jax.planning import ahead_of_time, plan
+    from beit_jax.planning.slices import parse_slice
 
     compile_program = compile_program or ahead_of_time.compile_shallow
     tables = {}
@@ -394,7 +395,7 @@ def weak_row(config: Any, place: Any, compiled: Any) -> dict[str, Any]:
     Raises:
       RuntimeError: the compiler gave no program (it does not fit, or its text can't be had).
     """
-    from beit_jax import plan
+    from beit_jax.planning import plan
 
     if compiled.program is None:
         raise RuntimeError(f"{place.name}: {compiled.missing}")

@@ -44,9 +44,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from beit_jax import ahead_of_time, hlo, plan, slices
-from beit_jax.models import fused_attention, vit
+from beit_jax.models import vit
 from beit_jax.models.flops import matmul_flops
+from beit_jax.models.kernels import fused_attention
+from beit_jax.planning import ahead_of_time, hlo, plan, slices
 from beit_jax.tokenizers.loading import open_tokenizer
 
 SMALLEST = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
-from beit_jax.models.fused_attention import HEAD_WIDTH, MASKED, fused_attention
+from beit_jax.models.kernels.fused_attention import HEAD_WIDTH, MASKED, fused_attention
 
 
 def implementation(chosen: str, *, head_width: int, platform: str) -> str:

@@ -31,9 +31,9 @@ from flax import nnx
 
 from beit_jax.config import ModelConfig, TokenizerConfig
 from beit_jax.models import attention as attention_ways
-from beit_jax.models.gelu import gelu
-from beit_jax.models.matmul import matmul, matmul_heads_first
-from beit_jax.models.residual import add_branch
+from beit_jax.models.kernels.gelu import gelu
+from beit_jax.models.kernels.matmul import matmul, matmul_heads_first
+from beit_jax.models.kernels.residual import add_branch
 
 # Official mean and standard deviation of [0, 1] pixels, RGB (datasets.py:42-44).
 NORMALIZATIONS = {

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from beit_jax.config import DataConfig, LabelledDataConfig, RunConfig, SourceConfig, check
-from beit_jax.training import cluster, loop
+from beit_jax.distributed import cluster
+from beit_jax.training import loop
 
 if TYPE_CHECKING:
     # Elsewhere inside the functions: a job's step is measured where TensorFlow is not installed.

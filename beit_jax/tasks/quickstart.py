@@ -15,9 +15,9 @@ from absl import logging
 from etils import epath
 
 from beit_jax.config import RunConfig, check, to_dict
+from beit_jax.distributed import cluster
 from beit_jax.models.heads import masked_image_model
 from beit_jax.tasks import classify, pretrain, probe, tokenizer
-from beit_jax.training import cluster
 from beit_jax.weights.native import write_params
 
 SIZES = ("layers", "width", "heads", "mlp_width", "image_size", "patch_size")

@@ -45,11 +45,12 @@ from beit_jax.config import (
     check,
     to_dict,
 )
+from beit_jax.distributed import cluster
 from beit_jax.files import write_whole
 from beit_jax.models.functional import Params, flatten
 from beit_jax.models.vit import compute_dtype
 from beit_jax.tokenizers.tokenizer import Tokenizer
-from beit_jax.training import cluster, loop
+from beit_jax.training import loop
 from beit_jax.training.device_jitter import DRAWN, jitter_batch
 from beit_jax.training.state import Batch
 

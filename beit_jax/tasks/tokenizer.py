@@ -27,12 +27,13 @@ from beit_jax.config import (
     check,
     to_dict,
 )
+from beit_jax.distributed import cluster
 from beit_jax.models.flops import matmul_flops
 from beit_jax.tasks.feed import first_images, image_feed
 from beit_jax.tasks.summary import write_summary
 from beit_jax.tokenizers import dvae
 from beit_jax.tokenizers.loading import save_params
-from beit_jax.training import cluster, device_jitter, loop, sharding, startup
+from beit_jax.training import device_jitter, loop, sharding, startup
 from beit_jax.training.state import Batch, Sums, Task, TrainState
 
 PICTURES = 8

@@ -26,7 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from beit_jax.config import ConfigError, RunConfig
-from beit_jax.training import cluster
+from beit_jax.distributed import cluster
 from beit_jax.training.optim import path_name
 from beit_jax.training.state import TrainState
 

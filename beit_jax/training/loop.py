@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from beit_jax.config import OptimizerConfig, RunConfig, RunError
-from beit_jax.training import checkpoint, cluster, metrics, optim, sharding, startup, state
+from beit_jax.distributed import cluster
+from beit_jax.training import checkpoint, metrics, optim, sharding, startup, state
 from beit_jax.training.state import Task, TrainState
 
 HostBatch = dict[str, np.ndarray]

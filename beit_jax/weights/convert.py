@@ -21,8 +21,9 @@ from etils import epath
 from beit_jax.config import one_of
 from beit_jax.files import write_whole
 from beit_jax.models.functional import Params, flatten, unflatten
-from beit_jax.weights import adapt, foreign, hugging_face, keys, native, timm, unilm
+from beit_jax.weights import adapt, foreign, keys, native
 from beit_jax.weights.description import Description, describe, to_config
+from beit_jax.weights.formats import hugging_face, timm, unilm
 from beit_jax.weights.report import Report, WeightsError, check_names
 
 FORMATS = ("hugging_face", "timm", "unilm")

@@ -18,8 +18,9 @@ import safetensors
 from etils import epath
 
 from beit_jax.config import ModelConfig
-from beit_jax.weights import hugging_face, keys, pickles, unilm
+from beit_jax.weights import keys, pickles
 from beit_jax.weights.description import Description
+from beit_jax.weights.formats import hugging_face, unilm
 from beit_jax.weights.report import Report, WeightsError, check_names
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from beit_jax import hlo, plan
-from beit_jax.ahead_of_time import Compiled
+from beit_jax.planning import hlo, plan
+from beit_jax.planning.ahead_of_time import Compiled
 
 FOLDER = Path(__file__).parent.parent.parent / "bench"
 

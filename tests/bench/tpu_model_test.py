@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from beit_jax import hlo
-from beit_jax.ahead_of_time import have_compiler
-from beit_jax.models import fused_attention
+from beit_jax.models.kernels import fused_attention
+from beit_jax.planning import hlo
+from beit_jax.planning.ahead_of_time import have_compiler
 
 BENCH = Path(__file__).parent.parent.parent / "bench"
 

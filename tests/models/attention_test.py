@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from beit_jax.models import attention
-from beit_jax.models.fused_attention import (
+from beit_jax.models.kernels.fused_attention import (
     HEAD_WIDTH,
     MAX_QUERY_ROWS,
     cost,

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax import hlo
 from beit_jax.config import ConfigError, MixingConfig
+from beit_jax.planning import hlo
 from beit_jax.training import batch_augment, sharding
 from beit_jax.training.batch_augment import Boxes, Mixture
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from beit_jax.training import startup
-from tests.multihost.processes import losses, values
+from tests.distributed.processes import losses, values
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -88,7 +88,7 @@ def test_the_second_start_reads_its_step(tmp_path):
     for name in ("first", "second"):
         asked = {"values": values(run__steps=3), "workdir": str(tmp_path / name), "cluster": {}}
         done = subprocess.run(
-            [sys.executable, "-m", "tests.multihost.worker", json.dumps(asked)],
+            [sys.executable, "-m", "tests.distributed.worker", json.dumps(asked)],
             cwd=ROOT,
             env=environment,
             capture_output=True,

@@ -19,7 +19,8 @@ import pytest
 from beit_jax.models.functional import unflatten
 from beit_jax.models.heads import classifier, functional, masked_image_model
 from beit_jax.models.vit import Encoder
-from beit_jax.weights import convert, foreign, timm
+from beit_jax.weights import convert, foreign
+from beit_jax.weights.formats import timm
 from tests.weights import examples
 from tests.weights.examples import relative_error
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from beit_jax.config import ModelConfig
-from beit_jax.weights import adapt, convert, foreign, keys, timm, unilm
+from beit_jax.weights import adapt, convert, foreign, keys
 from beit_jax.weights.description import Description, describe, to_config
+from beit_jax.weights.formats import timm, unilm
 from tests.weights import examples
 
 OUTPUTS = {"hugging_face": "folder", "timm": "file.safetensors", "unilm": "file.pth"}

@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from beit_jax.config import ConfigError
-from beit_jax.training import cluster
-from beit_jax.training.cluster import Place, Settings
-from tests.multihost.processes import free_port
+from beit_jax.distributed import cluster
+from beit_jax.distributed.cluster import Place, Settings
+from tests.distributed.processes import free_port
 
 FACTS = {"config": {"run": {"seed": 0}}, "version": {"jax": "0.10.2"}}
 

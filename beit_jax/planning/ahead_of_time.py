@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
-from beit_jax import hlo
 from beit_jax.config import RunError
 from beit_jax.models.heads import masked_image_model
-from beit_jax.slices import Slice
+from beit_jax.planning import hlo
+from beit_jax.planning.slices import Slice
 from beit_jax.tasks.pretrain import PretrainConfig, pretrain_task
 from beit_jax.tokenizers.loading import open_tokenizer
 from beit_jax.training import optim, sharding, state

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from beit_jax import slices
 from beit_jax.config import ConfigError
+from beit_jax.planning import slices
 
 # Google's tables (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e): name, topology, chips, hosts.
 TABLE = """

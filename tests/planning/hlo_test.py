@@ -2,7 +2,7 @@
 
 import pytest
 
-from beit_jax import hlo
+from beit_jax.planning import hlo
 
 # A loop of 12 with 100 + 20 cycles, 7 cycles around it, and one collective in each place.
 LOOP = """\

@@ -81,7 +81,7 @@ class Run:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w") as file:
                 self.processes[index] = subprocess.Popen(
-                    [sys.executable, "-u", "-m", "tests.multihost.worker", json.dumps(asked)],
+                    [sys.executable, "-u", "-m", "tests.distributed.worker", json.dumps(asked)],
                     cwd=ROOT,
                     env=os.environ | ENVIRONMENT,
                     stdout=file,

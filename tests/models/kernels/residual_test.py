@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax.models.residual import add_branch
+from beit_jax.models.kernels.residual import add_branch
 
 
 @pytest.fixture(scope="module")

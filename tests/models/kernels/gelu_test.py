@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax.models.gelu import gelu
+from beit_jax.models.kernels.gelu import gelu
 
 
 def exact(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.multihost.processes import (
+from tests.distributed.processes import (
     Run,
     assert_same_state,
     evaluations,

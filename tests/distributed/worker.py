@@ -1,6 +1,6 @@
 """One process of a small run, for tests of many: linear regression, or pre-training on a folder.
 
-    python -m tests.multihost.worker '{"values": {...}, "workdir": "...", "cluster": {...}}'
+    python -m tests.distributed.worker '{"values": {...}, "workdir": "...", "cluster": {...}}'
 
 Regression compiles in a second and its steps last as long as the test wants. Beside the run's
 directory each process leaves `<workdir>.<process>.writes`, the paths it opened for writing, and

@@ -11,8 +11,9 @@ import types
 import jax
 import pytest
 
-from beit_jax import ahead_of_time, hlo, jobs, plan, slices
+from beit_jax import jobs
 from beit_jax.config import ConfigError
+from beit_jax.planning import ahead_of_time, hlo, plan, slices
 from beit_jax.tasks import pretrain
 from beit_jax.tokenizers.loading import open_tokenizer
 from beit_jax.training import sharding

@@ -40,8 +40,13 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from beit_jax import hlo
-from beit_jax.ahead_of_time import (
+from beit_jax.config import check, one_of
+from beit_jax.models.attention import implementation
+from beit_jax.models.flops import matmul_flops
+from beit_jax.models.heads import masked_image_model, mim_head_flops
+from beit_jax.models.vit import encoder_flops
+from beit_jax.planning import hlo
+from beit_jax.planning.ahead_of_time import (
     SHALLOW_LAYERS,
     Compiled,
     batch_shapes,
@@ -51,12 +56,7 @@ from beit_jax.ahead_of_time import (
     slots,
     task_of_shapes,
 )
-from beit_jax.config import check, one_of
-from beit_jax.models.attention import implementation
-from beit_jax.models.flops import matmul_flops
-from beit_jax.models.heads import masked_image_model, mim_head_flops
-from beit_jax.models.vit import encoder_flops
-from beit_jax.slices import GIB, Slice
+from beit_jax.planning.slices import GIB, Slice
 from beit_jax.tasks.pretrain import PretrainConfig, student_flops
 from beit_jax.tokenizers.loading import open_tokenizer
 from beit_jax.training import optim, sharding, state
@@ -697,7 +697,7 @@ def table(plan: Plan) -> str:
     ]
     rows += [("advice" if not i else "", "", line) for i, line in enumerate(plan.advice)]
     lines = [f"{a:<17}{b:>13}  {c}".rstrip() for a, b, c in rows]
-    lines.append("A model, not a measurement: see beit_jax/plan.py for method and error.")
+    lines.append("A model, not a measurement: see beit_jax/planning/plan.py for method and error.")
     return "\n".join(lines)
 
 

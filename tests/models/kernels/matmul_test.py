@@ -7,7 +7,7 @@ import pytest
 from jax import export
 
 from beit_jax.models.flops import matmul_flops
-from beit_jax.models.matmul import matmul, matmul_heads_first
+from beit_jax.models.kernels.matmul import matmul, matmul_heads_first
 
 HEADS = 2
 

@@ -1,0 +1,36 @@
+"""Settings: frozen dataclasses by subject, and `parse`, which turns a config file into one."""
+
+from beit_jax.config.data import (
+    AugmentConfig,
+    ClassifyAugmentConfig,
+    DataConfig,
+    LabelledDataConfig,
+    MaskConfig,
+    MixingConfig,
+    SourceConfig,
+)
+from beit_jax.config.model import ModelConfig
+from beit_jax.config.optimizer import OptimizerConfig
+from beit_jax.config.parse import ConfigError, RunError, check, one_of, parse, to_dict
+from beit_jax.config.run import RunConfig
+from beit_jax.config.tokenizer import TokenizerConfig
+
+__all__ = [
+    "AugmentConfig",
+    "ClassifyAugmentConfig",
+    "ConfigError",
+    "DataConfig",
+    "LabelledDataConfig",
+    "MaskConfig",
+    "MixingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "RunError",
+    "SourceConfig",
+    "TokenizerConfig",
+    "check",
+    "one_of",
+    "parse",
+    "to_dict",
+]

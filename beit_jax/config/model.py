@@ -1,0 +1,70 @@
+"""The encoder's settings."""
+
+import dataclasses
+
+from beit_jax.config.parse import check, one_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder. Sizes: paper §2.4 (base, large); tiny and small follow DeiT.
+
+    `positions` chooses the architecture's position information:
+      "relative_shared": one relative-position-bias table for all blocks (BEiT+ pre-training).
+      "relative_per_block": a table per block (BEiT+ fine-tuning).
+      "absolute": learned absolute embeddings (the paper's plain ViT, tables 1 to 4).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int
+    image_size: int = 224
+    patch_size: int = 16
+    positions: str = "relative_shared"
+    layer_scale_init: float | None = 0.1  # gamma's start; None: no LayerScale
+    drop_path_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    dtype: str = "auto"  # matmuls: "auto" is bfloat16 on accelerators, float32 on CPU
+    # "auto": on a TPU the kernel of models/kernels/fused_attention.py where heads are 64 wide, else
+    # "xla". "fused", "cudnn" (NVIDIA, untested) or "xla" by name.
+    attention: str = "auto"
+    residual_dtype: str = "float32"  # the stream between blocks (official: float32 under AMP)
+    scan_unroll: int = 1  # blocks per scan step: 1 compiles fastest, `layers` runs fastest on TPU
+    remat: str = "none"  # "none", "dots" (keep matmul results) or "full"
+
+    def __post_init__(self):
+        for name in ("layers", "width", "heads", "mlp_width", "image_size", "patch_size"):
+            check(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
+        check(
+            self.image_size % self.patch_size == 0,
+            "image_size",
+            f"{self.image_size} is not a multiple of patch_size {self.patch_size}",
+        )
+        check(
+            self.width % self.heads == 0,
+            "width",
+            f"{self.width} is not a multiple of heads {self.heads}",
+        )
+        one_of(self.positions, "positions", "relative_shared", "relative_per_block", "absolute")
+        one_of(self.dtype, "dtype", "auto", "float32", "bfloat16")
+        one_of(self.residual_dtype, "residual_dtype", "float32", "bfloat16")
+        one_of(self.attention, "attention", "auto", "fused", "xla", "cudnn")
+        check(
+            self.attention != "fused" or self.width == 64 * self.heads,
+            "attention",
+            f'"fused" takes heads 64 wide, these are {self.width / self.heads:g}',
+        )
+        one_of(self.remat, "remat", "none", "dots", "full")
+        check(0 <= self.drop_path_rate < 1, "drop_path_rate", "must be in [0, 1)")
+        check(self.scan_unroll >= 1, "scan_unroll", "must be at least 1")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Patches in an image, without the class token."""
+        return self.grid**2
