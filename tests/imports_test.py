@@ -24,7 +24,7 @@ ORDER = [
     ("tokenizers",),
     ("models",),
     ("preprocessing",),
-    ("config", "files", "text_table"),
+    ("config", "files", "text_table", "types"),
 ]
 
 
