@@ -258,7 +258,7 @@ def open_problem(flags: argparse.Namespace) -> Problem:
 
     from beit_jax import jobs
     from beit_jax.models.heads import masked_image_model
-    from beit_jax.models.vit import normalize
+    from beit_jax.preprocessing import normalize
     from beit_jax.tasks import pretrain
     from beit_jax.tokenizers.loading import open_tokenizer
 

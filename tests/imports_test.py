@@ -23,8 +23,7 @@ ORDER = [
     ("data",),
     ("tokenizers",),
     ("models",),
-    ("preprocessing",),
-    ("config", "files", "text_table", "types"),
+    ("config", "files", "preprocessing", "text_table", "types"),
 ]
 
 

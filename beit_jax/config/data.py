@@ -3,6 +3,7 @@
 import dataclasses
 
 from beit_jax.config.parse import check, one_of
+from beit_jax.preprocessing import NORMALIZATIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class SourceConfig:
     eval_split: str = "validation"  # tfds only
     holdout: int = 0  # images of `source` kept for evaluation where eval_source is ""
     image_size: int = 224  # what the encoder is given
-    normalization: str = "half"  # "half": mean = std = 0.5; "imagenet"
+    normalization: str = "half"  # a key of `preprocessing.NORMALIZATIONS`
     max_bad_share: float = 0.01  # of the images read; more that can't be decoded end the run
     exif_orientation: bool = True  # turn photographs upright; the official loader does not
     workers: int = 0  # parallel decoders; 0: as many as cores
@@ -87,7 +88,7 @@ class SourceConfig:
     service: tuple[str, ...] = ()  # host:port of machines that make the batches (`data/service.py`)
 
     def __post_init__(self):
-        one_of(self.normalization, "normalization", "half", "imagenet")
+        one_of(self.normalization, "normalization", *NORMALIZATIONS)
         check(self.image_size > 0, "image_size", "must be positive")
         check(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
         check(self.holdout >= 0, "holdout", "must not be negative")

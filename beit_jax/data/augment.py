@@ -29,16 +29,11 @@ import math
 import tensorflow as tf
 
 from beit_jax.config import AugmentConfig, ClassifyAugmentConfig
+from beit_jax.preprocessing import CONTRAST, JITTER_FIELDS, LUMA, SATURATION
 
 # Official RandomResizedCrop defaults: ten tries, aspect (width / height) log-uniform in 3/4..4/3.
 CROP_TRIES = 10
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
-
-# Positions in `factors` and values in `order`.
-BRIGHTNESS, CONTRAST, SATURATION = range(3)
-
-# ITU-R 601 luma as Pillow's convert("L") has it: integers over 2**16.
-LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 
 # Pixels, about, from which contrast's grey mean is taken (all of them in a smaller image).
 MEAN_SAMPLES = 1 << 15
@@ -210,7 +205,7 @@ def fast_views(
       As `apply_views` does, with `factors`, float32 [3], and `order`, int32 [3], of the jitter that
       is still to be done.
     """
-    views = {name: parameters[name] for name in ("factors", "order")}
+    views = {name: parameters[name] for name in JITTER_FIELDS}
     flip = parameters["flip"]
     if image_size is None or token_image_size is None:
         return views | _resize_views(

@@ -16,19 +16,13 @@ import tensorflow as tf
 
 from beit_jax.config import ClassifyAugmentConfig
 from beit_jax.data import augment, rand_augment
-from beit_jax.models.vit import NORMALIZATIONS
+from beit_jax.preprocessing import fill_color
 
 # Official evaluation: below 384 pixels the view is 224/256 of the resized shorter side, from there
 # on all of it (datasets.py:151-156).
 SMALL_CROP, SMALL_BELOW = 224 / 256, 384
 
 Parameters = dict[str, tf.Tensor | rand_augment.Parameters]
-
-
-def fill_color(normalization: str) -> tuple[int, int, int]:
-    """RGB levels of the normalisation's mean, which geometric operations fill in (timm's)."""
-    mean, _ = NORMALIZATIONS[normalization]
-    return tuple(round(255 * channel) for channel in mean)
 
 
 def draw_parameters(
@@ -111,7 +105,8 @@ def training_view(
       key: int64 [2]; the view is a pure function of it and of the image.
       config: crop, interpolation, flip and RandAugment.
       image_size: s, side of the view in pixels.
-      normalization: a key of `NORMALIZATIONS`; its mean is filled in by geometric operations.
+      normalization: a key of `preprocessing.NORMALIZATIONS`; its mean is filled in by geometric
+        operations.
 
     Returns:
       uint8 [s, s, 3].

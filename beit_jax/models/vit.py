@@ -35,12 +35,6 @@ from beit_jax.models.kernels.gelu import gelu
 from beit_jax.models.kernels.matmul import matmul, matmul_heads_first
 from beit_jax.models.kernels.residual import add_branch
 
-# Official mean and standard deviation of [0, 1] pixels, RGB (datasets.py:42-44).
-NORMALIZATIONS = {
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-
 # Rows of a relative-position table after the (2g-1)² patch offsets: class token to patch, patch to
 # class token, class token to itself (modeling_finetune.py:91-93).
 EXTRA_TABLE_ROWS = 3
@@ -51,12 +45,6 @@ def compute_dtype(config: ModelConfig | TokenizerConfig) -> jnp.dtype:
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-
-
-def normalize(images: jax.Array, *, kind: str) -> jax.Array:
-    """uint8 images `[b, s, s, 3]` → float32, zero mean and unit variance by `kind`."""
-    mean, std = (jnp.asarray(values, jnp.float32) for values in NORMALIZATIONS[kind])
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def pretraining_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:

@@ -33,7 +33,8 @@ from beit_jax.config import (
 )
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import classifier
-from beit_jax.models.vit import NORMALIZATIONS, encoder_flops, normalize
+from beit_jax.models.vit import encoder_flops
+from beit_jax.preprocessing import NORMALIZATIONS, normalize
 from beit_jax.tasks.feed import check_class_count, labelled_feed, with_first
 from beit_jax.tasks.summary import write_summary
 from beit_jax.training import checkpoint, loop, optim, startup, state

@@ -35,7 +35,8 @@ from beit_jax.config import (
 from beit_jax.models.flops import matmul_flops
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import masked_image_model, masked_positions, mim_head_flops
-from beit_jax.models.vit import encoder_flops, normalize
+from beit_jax.models.vit import encoder_flops
+from beit_jax.preprocessing import normalize
 from beit_jax.tasks import token_cache
 from beit_jax.tasks.feed import first_images, image_feed, image_sources, with_first
 from beit_jax.tasks.summary import write_summary

@@ -44,7 +44,8 @@ from beit_jax.config import (
     to_dict,
 )
 from beit_jax.models.functional import Functional, functional, unflatten
-from beit_jax.models.vit import Encoder, encoder_flops, normalize
+from beit_jax.models.vit import Encoder, encoder_flops
+from beit_jax.preprocessing import normalize
 from beit_jax.tasks.feed import check_class_count, feed_of, labelled_sources
 from beit_jax.training import loop, metrics, sharding, state
 from beit_jax.training.batch_augment import erase, smoothed_cross_entropy

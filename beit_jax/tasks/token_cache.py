@@ -49,9 +49,10 @@ from beit_jax.distributed import cluster
 from beit_jax.files import write_whole
 from beit_jax.models.functional import Params, flatten
 from beit_jax.models.vit import compute_dtype
+from beit_jax.preprocessing import JITTER_FIELDS
 from beit_jax.tokenizers.tokenizer import Tokenizer
 from beit_jax.training import loop
-from beit_jax.training.device_jitter import DRAWN, jitter_batch
+from beit_jax.training.device_jitter import jitter_batch
 from beit_jax.training.state import Batch
 
 if TYPE_CHECKING:
@@ -346,7 +347,7 @@ def local_encoder(tokenizer: Tokenizer, params: Params) -> Callable[[loop.HostBa
     encode = jax.jit(name, out_shardings=split)
 
     def started(batch: loop.HostBatch) -> jax.Array:
-        needed = {name: batch[name] for name in ("token_image", *DRAWN) if name in batch}
+        needed = {name: batch[name] for name in ("token_image", *JITTER_FIELDS) if name in batch}
         return encode(placed, jax.device_put(needed, split))
 
     return started

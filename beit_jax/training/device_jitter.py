@@ -8,16 +8,10 @@ mean, and pixels that have been resized already.
 import jax
 import jax.numpy as jnp
 
+from beit_jax.preprocessing import CONTRAST, JITTER_FIELDS, LUMA, SATURATION
 from beit_jax.training.state import Batch
 
-# Positions in `factors` and values in `order`, as in `data/augment.py`.
-BRIGHTNESS, CONTRAST, SATURATION = range(3)
-
-# ITU-R 601 luma as Pillow's convert("L") has it.
-LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
-
 VIEWS = ("image", "token_image")
-DRAWN = ("factors", "order")  # what a batch carries for the jitter, beside its views
 
 
 def jitter_batch(batch: Batch) -> Batch:
@@ -25,7 +19,7 @@ def jitter_batch(batch: Batch) -> Batch:
     if "factors" not in batch:
         return batch
     factors, order = batch["factors"], batch["order"]
-    rest = {name: value for name, value in batch.items() if name not in DRAWN}
+    rest = {name: value for name, value in batch.items() if name not in JITTER_FIELDS}
     return rest | {
         name: jitter(batch[name], factors=factors, order=order) for name in VIEWS if name in batch
     }

@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from beit_jax.preprocessing import NORMALIZATIONS
+
 _FORMATS = """\
 formats:
   hugging_face  a folder that transformers' from_pretrained loads
@@ -100,7 +102,7 @@ def _source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--normalization",
         default="",
-        choices=("half", "imagenet"),
+        choices=tuple(NORMALIZATIONS),
         help="of the pixels, where the format doesn't say (default: half)",
     )
     command.add_argument(

@@ -11,6 +11,7 @@ from beit_jax.config import ModelConfig, check, one_of, parse, to_dict
 from beit_jax.models.functional import flatten, functional
 from beit_jax.models.heads import classifier, masked_image_model
 from beit_jax.models.vit import Encoder, layer_norm
+from beit_jax.preprocessing import NORMALIZATIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Description:
       pooling: "classify": "mean" or "cls". "encoder": "mean" where there is an `fc_norm`, "cls"
         where the encoder ends in its norm, "none" where there is neither.
       mask_token: whether the encoder has one; "encoder" only, the other tasks say.
-      normalization: of the pixels, "half" or "imagenet".
+      normalization: of the pixels, a key of `preprocessing.NORMALIZATIONS`.
       labels: names of the classes; empty where they are unknown.
     """
 
@@ -40,7 +41,7 @@ class Description:
     def __post_init__(self):
         one_of(self.task, "task", "pretrain", "classify", "encoder")
         one_of(self.pooling, "pooling", "mean", "cls", "none")
-        one_of(self.normalization, "normalization", "half", "imagenet")
+        one_of(self.normalization, "normalization", *NORMALIZATIONS)
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The parameters' names ("encoder/cls_token") and shapes."""

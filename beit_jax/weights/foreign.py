@@ -18,6 +18,7 @@ import safetensors
 from etils import epath
 
 from beit_jax.config import ModelConfig
+from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.weights import keys, pickles
 from beit_jax.weights.description import Description
 from beit_jax.weights.formats import hugging_face, unilm
@@ -213,8 +214,8 @@ def describe_source(source: Source, *, normalization: str = "", heads: int = 0) 
         stated = hugging_face.normalization_of(source.preprocessor)
         if source.preprocessor and stated is None and not normalization:
             raise WeightsError(
-                f"{source.path}: preprocessor_config.json has a mean and deviation that are neither"
-                " 'half' nor 'imagenet'; say which to take: --normalization"
+                f"{source.path}: preprocessor_config.json has a mean and deviation that are none"
+                f" of {', '.join(NORMALIZATIONS)}; say which to take: --normalization"
             )
         return hugging_face.description_of(
             source.state,

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from beit_jax import preprocessing
 from beit_jax.config import ClassifyAugmentConfig
 from beit_jax.data import classify_views, rand_augment
 
@@ -126,8 +127,8 @@ def test_rand_augment_comes_after_crop_and_flip():
 
 
 def test_what_is_moved_in_has_the_colour_of_the_mean():
-    assert classify_views.fill_color("half") == (128, 128, 128)
-    assert classify_views.fill_color("imagenet") == (124, 116, 104)
+    assert preprocessing.fill_color("half") == (128, 128, 128)
+    assert preprocessing.fill_color("imagenet") == (124, 116, 104)
 
 
 def test_views_are_made_in_a_tf_data_graph():

@@ -146,7 +146,7 @@ def test_from_a_random_transformers_model_into_ours(kind, torch, transformers, t
 def test_image_processor_is_our_normalisation(kind, transformers, tmp_path):
     from PIL import Image
 
-    from beit_jax.models.vit import normalize
+    from beit_jax.preprocessing import normalize
 
     description = examples.PRETRAINED[kind]
     examples.saved(tmp_path / "ours", description)

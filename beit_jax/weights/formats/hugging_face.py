@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from beit_jax.config import ModelConfig
-from beit_jax.models.vit import NORMALIZATIONS
+from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.weights import resize
 from beit_jax.weights.description import Description
 from beit_jax.weights.keys import CONV, LINEAR, Table, norm, row, weight_and_bias
