@@ -21,7 +21,7 @@ Parameters, as a plain nested dict:
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from beit_jax.models import attention as attention_ways
 from beit_jax.models.kernels.gelu import gelu
 from beit_jax.models.kernels.matmul import matmul, matmul_heads_first
 from beit_jax.models.kernels.residual import add_branch
+from beit_jax.types import PyTree
 
 # Rows of a relative-position table after the (2g-1)² patch offsets: class token to patch, patch to
 # class token, class token to itself (modeling_finetune.py:91-93).
@@ -381,13 +382,47 @@ class Encoder(nnx.Module):
         Returns:
           Tokens `[b, 1 + grid², d]`, the class token first; normalised where there is a final norm.
         """
-        x, _ = self._trunk(images, mask=mask, drop_path_key=drop_path_key, every_layer=False)
-        return self.norm(x) if hasattr(self, "norm") else x
+        x = self.embed(images, mask=mask)
+        x, _ = self._run_blocks(x, drop_path_key=drop_path_key)
+        return self.final_norm(x)
+
+    def final_norm(self, tokens: jax.Array) -> jax.Array:
+        """The last block's output → what `__call__` returns; as it is without a final norm."""
+        return self.norm(tokens) if hasattr(self, "norm") else tokens
+
+    def block_outputs(
+        self, images: jax.Array, *, blocks: Sequence[int], mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Raw outputs of some blocks, at inference. Blocks after the last asked for do not run.
+
+        Args:
+          images: normalised, float `[b, s, s, 3]`.
+          blocks: numbers from 1 to l; 0 stands for the embeddings, the first block's input. Any
+            order, repeats allowed. Only these outputs are kept in memory.
+          mask: as for `__call__`.
+
+        Returns:
+          `[len(blocks), b, n, d]` in the residual dtype and in the order of `blocks`; no final norm
+          (`final_norm` applies it).
+
+        Raises:
+          ValueError: no block is asked for, or one that does not exist.
+        """
+        layers = self.config.layers
+        if not blocks or not all(0 <= block <= layers for block in blocks):
+            raise ValueError(f"blocks must be numbers from 0 to {layers}, got {list(blocks)}")
+        embedded = self.embed(images, mask=mask)
+        wanted = sorted(set(blocks))
+        _, kept = self._run_blocks(embedded, kept=[block for block in wanted if block])
+        if wanted[0] == 0:
+            kept = jnp.concatenate([embedded[None], kept])
+        if list(blocks) == wanted:
+            return kept
+        return kept[np.array([wanted.index(block) for block in blocks])]
 
     def hidden_states(self, images: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Embeddings and the raw output of every block, `[l + 1, b, n, d]`; no final norm."""
-        _, states = self._trunk(images, mask=mask, drop_path_key=None, every_layer=True)
-        return states
+        return self.block_outputs(images, blocks=range(self.config.layers + 1), mask=mask)
 
     def embed(self, images: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Patch tokens, masked, behind the class token: `[b, n, d]` in the residual dtype."""
@@ -408,27 +443,57 @@ class Encoder(nnx.Module):
             x = x + self.pos_embed.astype(dtype)
         return x
 
-    def _trunk(self, images, *, mask, drop_path_key, every_layer):
+    def _run_blocks(
+        self,
+        x: jax.Array,
+        *,
+        drop_path_key: jax.Array | None = None,
+        kept: Sequence[int] | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Runs the blocks one after the other in a scan.
+
+        Args:
+          x: the embeddings, `[b, n, d]`.
+          drop_path_key: None runs every branch.
+          kept: numbers of the blocks, from 1 and ascending, whose outputs are returned; blocks
+            after the last of them do not run. None runs all and keeps none.
+
+        Returns:
+          The output of the last block that ran, and the kept ones, `[len(kept), b, n, d]`;
+          None for those where `kept` is None.
+        """
         config = self.config
-        x = self.embed(images, mask=mask)
         shared_bias = (
             self.relative_position_bias(batch=x.shape[0])
             if hasattr(self, "relative_position_bias")
             else None
         )
         graphdef, state = nnx.split(self.blocks)
-        if drop_path_key is None or config.drop_path_rate == 0:
-            factors = None
-        else:
+        params = nnx.to_pure_dict(state)
+        factors = slots = outputs = None
+        if drop_path_key is not None and config.drop_path_rate > 0:
             factors = drop_path_factors(
                 drop_path_key, rate=config.drop_path_rate, layers=config.layers, batch=x.shape[0]
             )
+        depth = config.layers
+        if kept is not None:
+            depth = kept[-1] if kept else 0
+            params = jax.tree.map(lambda stacked: stacked[:depth], params)
+            # Where each block's output goes; out of range means that it is not kept.
+            numbers = np.arange(1, depth + 1)
+            slots = np.where(np.isin(numbers, kept), np.searchsorted(kept, numbers), len(kept))
+            outputs = jnp.zeros((len(kept), *x.shape), x.dtype)
+        if depth == 0:
+            return x, outputs
 
-        def body(x, layer):
-            params, factors = layer
+        def body(carry: PyTree, layer: PyTree) -> tuple[PyTree, None]:
+            x, outputs = carry
+            params, factors, slot = layer
             block = nnx.merge(graphdef, params)
-            y = block(x, shared_bias=shared_bias, factors=factors)
-            return y, (x if every_layer else None)
+            x = block(x, shared_bias=shared_bias, factors=factors)
+            if outputs is not None:
+                outputs = outputs.at[slot].set(x, mode="drop")
+            return (x, outputs), None
 
         if config.remat == "full":
             body = jax.checkpoint(body)
@@ -436,10 +501,9 @@ class Encoder(nnx.Module):
             body = jax.checkpoint(
                 body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             )
-        layers = (nnx.to_pure_dict(state), factors)
-        unroll = min(config.scan_unroll, config.layers)
-        last, inputs = jax.lax.scan(body, x, layers, unroll=unroll)
-        return last, jnp.concatenate([inputs, last[None]]) if every_layer else None
+        unroll = min(config.scan_unroll, depth)
+        (x, outputs), _ = jax.lax.scan(body, (x, outputs), (params, factors, slots), unroll=unroll)
+        return x, outputs
 
 
 def encoder_flops(config: ModelConfig) -> float:

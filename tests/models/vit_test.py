@@ -1,6 +1,7 @@
 """The encoder against its specification, and against `transformers` with the same weights."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from beit_jax.config import ConfigError, ModelConfig
 from beit_jax.models import heads, vit
+from beit_jax.models.flops import matmul_flops
 from beit_jax.models.functional import flatten
 
 TINY = ModelConfig(
@@ -171,6 +173,42 @@ def test_hidden_states_end_in_what_the_final_norm_takes(batch):
     np.testing.assert_allclose(
         normal, encoder.apply(params["encoder"], images, mask=mask), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_chosen_block_outputs_equal_hidden_states(batch, unroll):
+    """In any order, with repeats; 0 is the embeddings."""
+    images, mask, _ = batch
+    config = dataclasses.replace(TINY, scan_unroll=unroll)
+    encoder = heads.functional(
+        lambda rngs: vit.Encoder(config, mask_token=True, final_norm=True, rngs=rngs)
+    )
+    params = encoder.init(jax.random.key(1))
+    states = encoder.apply(params, images, mask=mask, method="hidden_states")
+
+    def chosen(*blocks):
+        return encoder.apply(params, images, blocks=blocks, mask=mask, method="block_outputs")
+
+    for blocks in ((2,), (0,), (3, 1), (0, 2, 2), (1, 2, 3)):
+        np.testing.assert_array_equal(chosen(*blocks), states[np.array(blocks)])
+    last = encoder.apply(params, chosen(3)[0], method="final_norm")
+    np.testing.assert_array_equal(last, encoder.apply(params, images, mask=mask))
+    for blocks in ((), (4,), (-1,)):
+        with pytest.raises(ValueError, match="blocks must be numbers from 0 to 3"):
+            chosen(*blocks)
+
+
+def test_blocks_after_the_last_one_asked_for_do_not_run(batch):
+    images, _, _ = batch
+    encoder = heads.functional(
+        lambda rngs: vit.Encoder(TINY, mask_token=True, final_norm=True, rngs=rngs)
+    )
+
+    def flops(block):
+        apply = functools.partial(encoder.apply, blocks=(block,), method="block_outputs")
+        return matmul_flops(apply, encoder.shapes(), images)
+
+    assert flops(2) - flops(1) == flops(3) - flops(2) > 0
 
 
 def test_drop_path_drops_whole_samples_at_the_linear_rate():
