@@ -177,7 +177,8 @@ def restore_params(
     and only what is allowed may be missing or left over.
 
     Args:
-      source: a run's directory, a checkpoint, a Hugging Face folder, `.safetensors` or `.pth`.
+      source: a run's directory, a checkpoint, a Hugging Face folder, `.safetensors`, `.pth` or
+        "hf:OWNER/NAME".
       shapes: the wanted parameters, `ShapeDtypeStruct`s with shardings.
       fresh: gives newly drawn parameters, for the missing ones; placed as `shapes`.
       allow_missing: our names that may be missing: a path, a module ("fc_norm") or a glob.

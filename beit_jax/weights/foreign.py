@@ -19,7 +19,7 @@ from etils import epath
 
 from beit_jax.config import ModelConfig
 from beit_jax.preprocessing import NORMALIZATIONS
-from beit_jax.weights import keys, pickles
+from beit_jax.weights import hub, keys, pickles
 from beit_jax.weights.description import Description
 from beit_jax.weights.formats import hugging_face, unilm
 from beit_jax.weights.report import Report, WeightsError, check_names
@@ -83,7 +83,7 @@ class Checkpoint:
 
 def is_foreign(path: str) -> bool:
     """Whether `path` looks like a foreign checkpoint: a file's suffix, a folder's config.json."""
-    if path.endswith(SUFFIXES):
+    if path.endswith(SUFFIXES) or path.startswith(hub.PREFIX):
         return True
     folder = epath.Path(path)
     return (folder / "config.json").exists() and any(
@@ -103,7 +103,8 @@ def read(
     """Reads a foreign checkpoint, pre-trained or fine-tuned.
 
     Args:
-      path: a Hugging Face folder, or a file of any of the three formats; local or gs://.
+      path: a Hugging Face folder, or a file of any of the three formats; local or gs://; or a
+        repository on the hub, "hf:OWNER/NAME".
       sha256: what the file must have; "": not checked.
       normalization: of the pixels, where the format doesn't say; "" then means "half", which the
         published 22k checkpoints were trained with.
@@ -162,7 +163,7 @@ def table_of(format: str, description: Description) -> keys.Table:
 
 def read_source(path: str, *, sha256: str = "") -> Source:
     """Opens a foreign file or folder; raises WeightsError where that fails."""
-    folder = epath.Path(path)
+    folder = epath.Path(hub.resolve(path))
     config, preprocessor, file = {}, {}, folder
     if folder.is_dir():
         names = ("model.safetensors", "pytorch_model.bin")

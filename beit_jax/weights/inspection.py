@@ -4,7 +4,7 @@ import numpy as np
 from etils import epath
 
 from beit_jax.models.functional import flatten
-from beit_jax.weights import foreign, native, pickles
+from beit_jax.weights import foreign, hub, native, pickles
 from beit_jax.weights.description import Description, describe
 
 
@@ -22,7 +22,7 @@ def inspect(source: str) -> str:
         lines = ["format: beit_jax", f"checkpoint: {native.state_folder(source, name='').parent}"]
         lines.append(sentence(describe(native.saved_config(source))))
         return "\n".join([*lines, *_table(shapes)])
-    if epath.Path(source).is_dir():
+    if source.startswith(hub.PREFIX) or epath.Path(source).is_dir():
         opened = foreign.read_source(source)
         return _foreign(opened)
     content = pickles.read_bytes(source)

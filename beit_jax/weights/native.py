@@ -6,11 +6,11 @@ any number of devices, whatever it was written on.
 """
 
 import json
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from beit_jax.config import ConfigError
@@ -18,6 +18,18 @@ from beit_jax.models.functional import Params
 
 # Of a checkpoint's folder, Orbax' marks included.
 _CONTENT = ("state", "config", "_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+def _orbax() -> ModuleType:
+    """Orbax, imported on first use: reading foreign files must not need it."""
+    try:
+        import orbax.checkpoint
+    except ImportError:
+        raise ConfigError(
+            "a checkpoint of beit_jax is read and written by Orbax, which is not installed:"
+            " pip install beit-jax[train]"
+        ) from None
+    return orbax.checkpoint
 
 
 def is_checkpoint(source: str) -> bool:
@@ -49,8 +61,9 @@ def state_folder(source: str, *, name: str) -> epath.Path:
 
 def saved_params_shapes(source: str, *, name: str = "checkpoint") -> Any:
     """Names and shapes of a checkpoint's parameters, without reading them."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(state_folder(source, name=name))
+    folder = state_folder(source, name=name)
+    with _orbax().StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(folder)
     return metadata.item_metadata.tree["params"]
 
 
@@ -74,6 +87,7 @@ def read_params(source: str, *, shapes: Any = None, name: str = "checkpoint") ->
       ConfigError: no checkpoint there.
     """
     folder = state_folder(source, name=name)
+    ocp = _orbax()
     if shapes is None:
         item = saved_params_shapes(source, name=name)
         item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), item)
@@ -105,6 +119,7 @@ def write_params(path: str, params: Params, *, config: dict[str, Any]) -> None:
     Raises:
       ConfigError: the folder holds something else, which would be lost.
     """
+    ocp = _orbax()
     target = epath.Path(path) if "://" in path else epath.Path(path).absolute()
     if target.exists():
         others = [each.name for each in target.iterdir() if each.name not in _CONTENT]

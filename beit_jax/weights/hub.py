@@ -1,0 +1,157 @@
+"""Weights on the Hugging Face hub, named `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`.
+
+    resolve("hf:microsoft/beit-base-patch16-224-pt22k")  # a folder in the hub's local cache
+    resolve("runs/base")                                 # "runs/base": other paths stay
+    push({"model.safetensors": "exported/model.safetensors"}, repository="me/beit")
+
+Everything goes through `huggingface_hub` (the extra `[hub]`), so its cache (HF_HOME), its offline
+switch (HF_HUB_OFFLINE), its mirror (HF_ENDPOINT) and its token (HF_TOKEN) work as its users know
+them. On several hosts every process downloads to its own host's cache; processes that share a
+cache wait for each other's file locks.
+"""
+
+import dataclasses
+import fnmatch
+import os
+import re
+from collections.abc import Mapping
+from types import ModuleType
+
+from beit_jax.weights.report import WeightsError
+
+PREFIX = "hf:"
+_SETTINGS = ("config.json", "preprocessor_config.json")
+# Tried in this order, so that a pickle is downloaded only where the repository has nothing better.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors", "*.pth")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repository:
+    """What `hf:OWNER/NAME@REVISION` names.
+
+    Attributes:
+      name: "OWNER/NAME".
+      revision: a branch, a tag or a commit; None means the default branch.
+    """
+
+    name: str
+    revision: str | None = None
+
+
+def parse(source: str) -> Repository:
+    """Reads "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION".
+
+    Raises:
+      WeightsError: the text has another form.
+    """
+    match = re.fullmatch(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", source)
+    if match is None:
+        raise WeightsError(f"{source}: a repository is written hf:OWNER/NAME or hf:OWNER/NAME@REV")
+    return Repository(name=match[1], revision=match[2])
+
+
+def resolve(source: str) -> str:
+    """Downloads the weights that `source` names on the hub and gives their local path.
+
+    Args:
+      source: "hf:OWNER/NAME", "hf:OWNER/NAME@REVISION", or any other path.
+
+    Returns:
+      For "hf:…" the folder in the hub's cache, or the file in it where the repository holds weights
+      without a config.json; any other path unchanged. What is in the cache and has not changed is
+      not downloaded again.
+
+    Raises:
+      WeightsError: `huggingface_hub` is not installed, the repository or revision does not exist,
+        nothing is cached while offline, or no network is reachable. The message is one line.
+    """
+    if not source.startswith(PREFIX):
+        return source
+    repository = parse(source)
+    hub = _hub(source)
+    for pattern in _WEIGHTS:
+        try:
+            folder = hub.snapshot_download(
+                repository.name,
+                revision=repository.revision,
+                allow_patterns=[*_SETTINGS, pattern],
+            )
+        except Exception as error:  # the HTTP library's own errors differ between its versions
+            raise WeightsError(f"{source}: {_reason(error, hub, repository)}") from None
+        files = sorted(fnmatch.filter(_names(folder), pattern))
+        if files:
+            has_config = os.path.exists(os.path.join(folder, "config.json"))
+            return folder if has_config else os.path.join(folder, files[0])
+    raise WeightsError(f"{source} holds none of {', '.join(_WEIGHTS)}")
+
+
+def push(files: Mapping[str, str], *, repository: str, private: bool = False, message: str) -> str:
+    """Uploads files in one commit, and creates the repository where it does not exist.
+
+    Progress is shown on stderr.
+
+    Args:
+      files: path in the repository → local path.
+      repository: "OWNER/NAME".
+      private: whether a repository that is created is private; one that exists stays as it is.
+      message: the commit's.
+
+    Returns:
+      The commit's address.
+
+    Raises:
+      WeightsError: `huggingface_hub` is not installed, or the hub refuses. The message is one line.
+    """
+    target = parse(f"{PREFIX}{repository.removeprefix(PREFIX)}")
+    hub = _hub(f"{PREFIX}{target.name}")
+    api = hub.HfApi()
+    try:
+        api.create_repo(target.name, private=private, exist_ok=True)
+        commit = api.create_commit(
+            target.name,
+            operations=[
+                hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+                for name, path in files.items()
+            ],
+            commit_message=message,
+            revision=target.revision,
+        )
+    except Exception as error:  # the HTTP library's own errors differ between its versions
+        raise WeightsError(
+            f"{PREFIX}{target.name}: not pushed: {_reason(error, hub, target)}"
+        ) from None
+    return str(commit.commit_url)
+
+
+def _names(folder: str) -> list[str]:
+    # The folder is not there where the repository has no file of the wanted names.
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def _hub(source: str) -> ModuleType:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise WeightsError(
+            f"{source}: the hub needs huggingface_hub, which is not installed:"
+            " pip install beit-jax[hub]"
+        ) from None
+    return huggingface_hub
+
+
+def _reason(error: Exception, hub: ModuleType, repository: Repository) -> str:
+    """One line that says what failed, in the caller's terms where the cause is known."""
+    errors = hub.errors
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repository.name} is gated; accept its terms on the hub and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no repository {repository.name}, or it is private and HF_TOKEN gives no access"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repository.name} has no revision {repository.revision}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if hub.constants.HF_HUB_OFFLINE:
+            return "not in the cache, and HF_HUB_OFFLINE forbids downloading it"
+        return f"not in the cache, and {hub.constants.ENDPOINT} can't be reached"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
