@@ -7,6 +7,14 @@ sees `{"block": {"kernel": array, ...}}`. A plain dict costs jit a third of the 
     model = functional(lambda rngs: nnx.Linear(3, 4, rngs=rngs))
     params = jax.jit(model.init)(jax.random.key(0))  # {"bias": [4], "kernel": [3, 4]}
     outputs = model.apply(params, inputs)
+
+A module may also hold state that no gradient trains: BatchNorm's running statistics, a codebook
+that follows a moving average. It is a second dict, which `apply` reads and `apply_and_update`
+returns as the module leaves it:
+
+    variables = model.init_variables(jax.random.key(0))  # {"norm": {"mean": [4], "var": [4]}}
+    outputs, variables = model.apply_and_update(params, variables, inputs, train=True)
+    outputs = model.apply(params, inputs, variables=variables, train=False)
 """
 
 import dataclasses
@@ -16,7 +24,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-Params = dict[str, Any]  # nested: str -> Params or array
+from beit_jax.types import Params, PyTree, Variables
+
+_NOT_TRAINED = nnx.Not(nnx.Param)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +35,20 @@ class Functional:
 
     Attributes:
       build: makes the module, drawing its parameters from the given `nnx.Rngs`.
-      graphdef: the module without its parameters.
+      graphdef: the module without its arrays.
       structure: the parameters' tree structure, which `apply` demands.
+      variables_structure: likewise, of the state that no gradient trains.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
     graphdef: nnx.GraphDef
     structure: jax.tree_util.PyTreeDef
+    variables_structure: jax.tree_util.PyTreeDef
+
+    @property
+    def has_variables(self) -> bool:
+        """Whether the module holds state that no gradient trains."""
+        return self.variables_structure.num_leaves > 0
 
     def init(self, key: jax.Array) -> Params:
         """Draws new parameters.
@@ -42,18 +59,44 @@ class Functional:
         Returns:
           A plain nested dict of arrays. Works under `jax.jit` and `jax.eval_shape`.
         """
-        return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key))))
+        return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)), nnx.Param))
+
+    def init_variables(self, key: jax.Array) -> Variables:
+        """Draws the initial state that no gradient trains.
+
+        Args:
+          key: a typed key. With the key given to `init`, this is the state of the same module.
+
+        Returns:
+          A plain nested dict of arrays; {} where `has_variables` is false.
+        """
+        if not self.has_variables:
+            return {}
+        return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)), _NOT_TRAINED))
 
     def shapes(self) -> Params:
         """The parameters as `jax.ShapeDtypeStruct`s; nothing is computed."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def apply(self, params: Params, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+    def variables_shapes(self) -> Variables:
+        """The variables as `jax.ShapeDtypeStruct`s; nothing is computed."""
+        return jax.eval_shape(self.init_variables, jax.random.key(0))
+
+    def apply(
+        self,
+        params: Params,
+        *args: Any,
+        variables: Variables | None = None,
+        method: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Calls the module with `params`.
 
         Args:
           params: as `init` gives them.
           *args: for the module's method.
+          variables: as `init_variables` gives them; may be left out where the module has none.
+            Updates that the method makes to them are dropped.
           method: its name; None means `__call__`.
           **kwargs: for the module's method.
 
@@ -61,19 +104,54 @@ class Functional:
           What the method returns.
 
         Raises:
-          ValueError: parameters are missing or unexpected. Only their names are compared.
+          ValueError: parameters or variables are missing or unexpected. Only their names are
+            compared.
         """
-        # `nnx.merge` counts leaves and takes them in order: a renamed key would pass there.
-        if jax.tree.structure(params) != self.structure:
-            expected, given = parameter_names(self.shapes()), parameter_names(params)
-            raise ValueError(
-                "parameters do not fit the module; "
-                f"missing: {', '.join(sorted(expected - given)) or 'none'}; "
-                f"unexpected: {', '.join(sorted(given - expected)) or 'none'}"
-            )
-        module = nnx.merge(self.graphdef, params)
+        module = self._module(params, {} if variables is None else variables)
         function = module if method is None else getattr(module, method)
         return function(*args, **kwargs)
+
+    def apply_and_update(
+        self,
+        params: Params,
+        variables: Variables,
+        *args: Any,
+        method: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Variables]:
+        """Calls the module and also returns its variables as the method left them.
+
+        Args:
+          params: as `init` gives them.
+          variables: as `init_variables` gives them.
+          *args: for the module's method.
+          method: its name; None means `__call__`.
+          **kwargs: for the module's method.
+
+        Returns:
+          What the method returns, and the new variables.
+
+        Raises:
+          ValueError: as for `apply`.
+        """
+        module = self._module(params, variables)
+        function = module if method is None else getattr(module, method)
+        result = function(*args, **kwargs)
+        if not self.has_variables:
+            return result, {}
+        return result, nnx.to_pure_dict(nnx.state(module, _NOT_TRAINED))
+
+    def _module(self, params: Params, variables: Variables) -> Any:
+        # `nnx.merge` counts leaves and takes them in order: a renamed key would pass there.
+        if jax.tree.structure(params) != self.structure:
+            raise ValueError(_misfit("parameters", expected=self.shapes(), given=params))
+        if not self.has_variables and not variables:
+            return nnx.merge(self.graphdef, params)
+        if jax.tree.structure(variables) != self.variables_structure:
+            raise ValueError(
+                _misfit("variables", expected=self.variables_shapes(), given=variables)
+            )
+        return nnx.merge(self.graphdef, params, variables)
 
 
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
@@ -87,15 +165,24 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
       The functions.
 
     Raises:
-      TypeError: the module holds variables other than `nnx.Param`, random state for instance.
+      TypeError: the module holds random state.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    for path, variable in nnx.to_flat_state(state):
-        if not isinstance(variable, nnx.Param):
+    module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    graphdef = nnx.graphdef(module)
+    params, variables = nnx.state(module, nnx.Param), nnx.state(module, _NOT_TRAINED)
+    for path, variable in nnx.to_flat_state(variables):
+        if isinstance(variable, nnx.RngState):
             name = "/".join(str(part) for part in path)
-            raise TypeError(f"{name} is a {type(variable).__name__}; modules hold only nnx.Param")
-    structure = jax.tree.structure(nnx.to_pure_dict(state))
-    return Functional(build=build, graphdef=graphdef, structure=structure)
+            raise TypeError(
+                f"{name} is a {type(variable).__name__}; modules hold no random state, their"
+                " methods take a key"
+            )
+    return Functional(
+        build=build,
+        graphdef=graphdef,
+        structure=jax.tree.structure(nnx.to_pure_dict(params)),
+        variables_structure=jax.tree.structure(nnx.to_pure_dict(variables)),
+    )
 
 
 def parameter_names(params: Params) -> set[str]:
@@ -119,3 +206,13 @@ def unflatten(flat: dict[str, Any]) -> Params:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return params
+
+
+def _misfit(what: str, *, expected: PyTree, given: PyTree) -> str:
+    """One line that names what is missing and what is unexpected."""
+    wanted, found = parameter_names(expected), parameter_names(given)
+    return (
+        f"{what} do not fit the module; "
+        f"missing: {', '.join(sorted(wanted - found)) or 'none'}; "
+        f"unexpected: {', '.join(sorted(found - wanted)) or 'none'}"
+    )

@@ -16,6 +16,7 @@ A checkpoint that can't be read (cut off while it was copied, say) is set aside 
 import json
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,15 +28,20 @@ from jax.experimental import multihost_utils
 
 from beit_jax.config import ConfigError, RunConfig
 from beit_jax.distributed import cluster
+from beit_jax.models.functional import flatten
 from beit_jax.training.optim import path_name
 from beit_jax.training.state import TrainState
+from beit_jax.types import JsonObject, Params, PyTree, Variables
+from beit_jax.weights import native
 
 # Part of this file's face: rule 2 above, and what tools read from a checkpoint.
 from beit_jax.weights.convert import restore_params as restore_params
 from beit_jax.weights.native import saved_config as saved_config
 from beit_jax.weights.native import saved_params_shapes as saved_params_shapes
 
-_FIELDS = ("step", "params", "ema", "opt_state", "skipped", "skipped_in_row")
+_FIELDS = ("step", "params", "variables", "ema", "opt_state", "skipped", "skipped_in_row")
+# Written only where a run has them: checkpoints from before they existed stay readable.
+_OPTIONAL = ("variables", "ema")
 # Changed settings that a run's checkpoints would not fit; an average that comes or goes.
 _FIXED = re.compile(r"(model\.|tokenizer\.voc|classes|pooling|optimizer\.ema_decay: .*None)")
 
@@ -136,7 +142,7 @@ class Checkpoints:
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(shapes)))
         )
-        state = TrainState(**{"ema": {}} | restored["state"])
+        state = TrainState(**({name: {} for name in _OPTIONAL} | restored["state"]))
         _check_shapes(state, shapes)
         return state
 
@@ -193,11 +199,14 @@ class Checkpoints:
             return None
         return saved_config(str(self._root / "best"))["best"]
 
-    def save_best(self, params: Any, *, step: int, note: dict[str, Any]) -> None:
+    def save_best(
+        self, params: Params, *, step: int, note: JsonObject, variables: Variables | None = None
+    ) -> None:
         """Keeps these parameters as the best ones, good for `init_from` and export.
 
         Args:
           params: nested dict of arrays.
+          variables: the model's state that no gradient trains, where it has any.
           step: steps done.
           note: kept with them, and given back by `best`: their score.
         """
@@ -207,7 +216,9 @@ class Checkpoints:
         manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave({"params": params}),
+                state=ocp.args.StandardSave(
+                    {"params": params} | ({"variables": variables} if variables else {})
+                ),
                 config=ocp.args.JsonSave(self._config | {"best": note | {"step": step}}),
             ),
             force=True,
@@ -231,6 +242,33 @@ class Checkpoints:
             self._best.close()
 
 
+def restore_variables(
+    source: str, *, shapes: Variables, fresh: Callable[[], Variables]
+) -> Variables:
+    """Variables for a warm start: those of `source` where they are the same ones, else fresh.
+
+    Running statistics fit only the layers they were taken at, so they are not adapted as parameters
+    are: another name or shape anywhere, or a source that has none, gives fresh ones.
+
+    Args:
+      source: what `config.run.init_from` names.
+      shapes: the wanted variables, `ShapeDtypeStruct`s with shardings.
+      fresh: gives new variables, placed as `shapes`.
+    """
+    if not shapes:
+        return {}
+    if native.is_checkpoint(source):
+        stored = native.saved_params_shapes(source, part="variables")
+        if _names_and_shapes(stored) == _names_and_shapes(shapes):
+            return native.read_params(source, shapes=shapes, part="variables")
+    logging.info("%s lacks this model's running statistics: they start fresh", source)
+    return fresh()
+
+
+def _names_and_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
+
+
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(config))
@@ -242,8 +280,7 @@ def _say(error: Exception | None) -> str:
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
     fields = {name: getattr(state, name) for name in _FIELDS}
-    # Without an average there is no such entry, as in checkpoints from before there were averages.
-    return {name: value for name, value in fields.items() if name != "ema" or value}
+    return {name: value for name, value in fields.items() if name not in _OPTIONAL or value}
 
 
 def _check_shapes(state: TrainState, shapes: TrainState) -> None:

@@ -20,6 +20,7 @@ from beit_jax.config import OptimizerConfig, RunConfig, RunError
 from beit_jax.distributed import cluster
 from beit_jax.training import checkpoint, metrics, optim, sharding, startup, state
 from beit_jax.training.state import Task, TrainState
+from beit_jax.types import Params, Variables
 
 HostBatch = dict[str, np.ndarray]
 # Steps dispatched before the host waits for the device: enough to hide the host's work, few enough
@@ -238,10 +239,17 @@ def restore_or_init(
             allow_unused=run.init_allow_unused,
         )
         logging.info("parameters from %s", run.init_from)
+        variables = checkpoint.restore_variables(
+            run.init_from,
+            shapes=shapes.variables,
+            fresh=lambda: jax.jit(
+                functools.partial(state.init_variables, task), out_shardings=places.variables
+            )(jax.random.key(run.seed)),
+        )
         fresh = functools.partial(
             state.state_from_params, optimizer=optimizer, average=bool(shapes.ema)
         )
-        return jax.jit(fresh, out_shardings=places)(params)
+        return jax.jit(fresh, out_shardings=places)(params, variables=variables)
     fresh = functools.partial(state.init_state, task, optimizer, average=bool(shapes.ema))
     return jax.jit(fresh, out_shardings=places)(jax.random.key(run.seed))
 
@@ -251,7 +259,7 @@ def evaluator(
 ) -> Callable[[TrainState], dict[str, float] | None]:
     """`evaluate_state` for this job: a train state → its metrics on all held-out images."""
     sums = jax.jit(
-        sharding.on_mesh(task.evaluate, mesh),
+        sharding.on_mesh(state.stateful_evaluate(task), mesh),
         out_shardings=NamedSharding(mesh, sharding.REPLICATED),
     )
     run = functools.partial(run_evaluation, sums, task, feed, frozen, mesh)
@@ -259,14 +267,20 @@ def evaluator(
 
 
 def run_evaluation(
-    evaluate: Callable, task: Task, feed: Feed, frozen: Any, mesh: Mesh, params: Any
+    evaluate: Callable,
+    task: Task,
+    feed: Feed,
+    frozen: Any,
+    mesh: Mesh,
+    params: Params,
+    variables: Variables,
 ) -> dict[str, float] | None:
     """Metrics over all held-out images; empty where there are none, None where SIGTERM came."""
     total = None
     for batch in feed.evaluation():
         if cluster.preemption_point():
             return None
-        sums = evaluate(params, frozen, sharding.to_devices(batch, mesh))
+        sums = evaluate(params, variables, frozen, sharding.to_devices(batch, mesh))
         total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
     if total is None:
         return {}
@@ -274,13 +288,16 @@ def run_evaluation(
 
 
 def evaluate_state(
-    evaluate: Callable[[Any], dict[str, float] | None], train_state: TrainState
+    evaluate: Callable[[Params, Variables], dict[str, float] | None], train_state: TrainState
 ) -> dict[str, float] | None:
-    """`run_evaluation` of the parameters and, where there is one, of their average (`ema_*`)."""
-    result = evaluate(train_state.params)
+    """`run_evaluation` of the parameters and, where there is one, of their average (`ema_*`).
+
+    The average is of parameters only; it is evaluated with the variables as they are now.
+    """
+    result = evaluate(train_state.params, train_state.variables)
     if not result or not train_state.ema:
         return result
-    averaged = evaluate(train_state.ema)
+    averaged = evaluate(train_state.ema, train_state.variables)
     if averaged is None:
         return None
     return result | {f"ema_{name}": value for name, value in averaged.items()}
@@ -304,7 +321,7 @@ def _keep_best(
     best = checkpoints.best()
     if best is None or value > best["value"]:
         note = {"metric": metric, "value": value, "weights": weights}
-        checkpoints.save_best(params, step=step, note=note)
+        checkpoints.save_best(params, variables=train_state.variables, step=step, note=note)
         best = checkpoints.best()
     return best
 

@@ -28,6 +28,7 @@ BATCH = PartitionSpec((DATA, FSDP))
 # not contracted with the residual stream where there is a choice; vectors, tokens and tables are
 # too small to be worth a collective.
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"variables/", REPLICATED),  # of a train state: what no gradient trains is small
     (r"blocks/attention/(query|key|value)/kernel$", PartitionSpec(None, None, FSDP)),
     (r"blocks/attention/proj/kernel$", PartitionSpec(None, FSDP, None)),
     (r"blocks/mlp/fc1/kernel$", PartitionSpec(None, None, FSDP)),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,19 @@ from jax.sharding import Mesh, NamedSharding
 
 from beit_jax.config import OptimizerConfig
 from beit_jax.training import optim, sharding
+from beit_jax.types import Batch as Batch
+from beit_jax.types import Params, PyTree, Variables
+from beit_jax.types import Sums as Sums
 
-Batch = dict[str, jax.Array]
-# Sums over a batch; `weight` divides the others. Sums add up over micro-batches, hosts and eval
-# batches, means don't.
-Sums = dict[str, jax.Array]
+# `(params, batch, key, step) -> (loss_sum, sums)` and `(params, frozen, batch) -> sums`.
+StatelessLoss: TypeAlias = Callable[[Params, Batch, jax.Array, jax.Array], tuple[jax.Array, Sums]]
+StatelessEvaluate: TypeAlias = Callable[[Params, PyTree, Batch], Sums]
+# `(params, variables, batch, key, step) -> (loss_sum, sums, new_variables)`.
+StatefulLoss: TypeAlias = Callable[
+    [Params, Variables, Batch, jax.Array, jax.Array], tuple[jax.Array, Sums, Variables]
+]
+# `(params, variables, frozen, batch) -> sums`.
+StatefulEvaluate: TypeAlias = Callable[[Params, Variables, PyTree, Batch], Sums]
 
 # Sets the randomness of `Task.prepare` apart from that of micro-batches, numbered from 0.
 PREPARATION = 1 << 20
@@ -30,16 +38,20 @@ class TrainState:
       step: int32 scalar, steps done, skipped ones included; the schedule and all randomness
         follow it.
       params: nested dict, float32.
-      ema: their moving average (`OptimizerConfig.ema_decay`); empty without one.
+      variables: nested dict, the model's state that no gradient trains (running statistics, a
+        codebook that follows a moving average); {} where it has none. Neither decayed nor averaged,
+        unknown to the optimizer and replicated on every device.
+      ema: the parameters' moving average (`OptimizerConfig.ema_decay`); empty without one.
       opt_state: optax state.
       skipped: int32, non-finite updates skipped so far.
       skipped_in_row: int32, those since the last good one.
     """
 
     step: jax.Array
-    params: Any
-    ema: Any
-    opt_state: Any
+    params: Params
+    variables: Variables
+    ema: Params
+    opt_state: PyTree
     skipped: jax.Array
     skipped_in_row: jax.Array
 
@@ -56,37 +68,86 @@ class Task:
       evaluate: `(params, frozen, batch) -> sums` on held-out images; `batch["valid"]` marks
         padding.
       metrics: sums → scalars by name; "loss" is among them.
+      init_variables: `key -> variables`, for a model with state that no gradient trains. Given, the
+        loss is `(params, variables, batch, key, step) -> (loss_sum, sums, new_variables)` and
+        evaluation `(params, variables, frozen, batch) -> sums`. Micro-batches hand the variables on
+        one after the other, and a skipped update leaves them as they were. A batch is global, so a
+        plain mean over its first axis is already taken over all devices and hosts.
       best: the metric on held-out images, the larger the better, whose best checkpoint is kept;
         "" keeps none.
       frozen: parameters that are not trained (the tokenizer's), passed to prepare and evaluate.
       flops_per_image: of a training step, matmuls, forward and backward, for MFU.
     """
 
-    init: Callable[[jax.Array], Any]
-    prepare: Callable[[Any, Batch, jax.Array], Batch]
-    loss: Callable[[Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Sums]]
-    evaluate: Callable[[Any, Any, Batch], Sums]
+    init: Callable[[jax.Array], Params]
+    prepare: Callable[[PyTree, Batch, jax.Array], Batch]
+    loss: StatelessLoss | StatefulLoss
+    evaluate: StatelessEvaluate | StatefulEvaluate
     metrics: Callable[[Sums], dict[str, jax.Array]]
-    frozen: Any
+    frozen: PyTree
     flops_per_image: float
     best: str = ""
+    init_variables: Callable[[jax.Array], Variables] | None = None
+
+
+def stateful_loss(task: Task) -> StatefulLoss:
+    """The task's loss with variables in and out, whether or not it has any."""
+    if task.init_variables is not None:
+        return cast(StatefulLoss, task.loss)
+    stateless = cast(StatelessLoss, task.loss)
+
+    def loss(
+        params: Params, variables: Variables, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, Sums, Variables]:
+        loss_sum, sums = stateless(params, batch, key, step)
+        return loss_sum, sums, variables
+
+    return loss
+
+
+def stateful_evaluate(task: Task) -> StatefulEvaluate:
+    """The task's evaluation, which takes variables whether or not it has any."""
+    if task.init_variables is not None:
+        return cast(StatefulEvaluate, task.evaluate)
+    stateless = cast(StatelessEvaluate, task.evaluate)
+
+    def evaluate(params: Params, variables: Variables, frozen: PyTree, batch: Batch) -> Sums:
+        del variables  # {}
+        return stateless(params, frozen, batch)
+
+    return evaluate
+
+
+def init_variables(task: Task, key: jax.Array) -> Variables:
+    """The state that no gradient trains, as a run starts with it; {} for most tasks."""
+    return {} if task.init_variables is None else task.init_variables(key)
 
 
 def init_state(
     task: Task, optimizer: optax.GradientTransformation, key: jax.Array, *, average: bool = False
 ) -> TrainState:
     """A fresh train state; runs under `jax.jit` and `jax.eval_shape`."""
-    return state_from_params(task.init(key), optimizer=optimizer, average=average)
+    return state_from_params(
+        task.init(key),
+        variables=init_variables(task, key),
+        optimizer=optimizer,
+        average=average,
+    )
 
 
 def state_from_params(
-    params: Any, *, optimizer: optax.GradientTransformation, average: bool = False
+    params: Params,
+    *,
+    optimizer: optax.GradientTransformation,
+    average: bool = False,
+    variables: Variables | None = None,
 ) -> TrainState:
-    """Step 0 with these parameters, a fresh optimizer and, where asked for, an average."""
+    """Step 0: these parameters and variables, a fresh optimizer and, if asked for, an average."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
         params=params,
+        variables=variables or {},
         ema=jax.tree.map(jnp.copy, params) if average else {},
         opt_state=optimizer.init(params),
         skipped=zero,
@@ -110,7 +171,7 @@ def state_shapes(
 
 def train_step(
     state: TrainState,
-    frozen: Any,
+    frozen: PyTree,
     batch: Batch,
     *,
     task: Task,
@@ -134,14 +195,21 @@ def train_step(
       The new state and scalar metrics: the task's, `grad_norm` (before the clip),
       `learning_rate`, `skipped` and `skipped_in_row`.
     """
+    loss = stateful_loss(task)
     if mesh is not None:
-        task = dataclasses.replace(task, loss=sharding.on_mesh(task.loss, mesh))
+        loss = sharding.on_mesh(loss, mesh)
         if mesh.shape[sharding.FSDP] > 1:
-            task = dataclasses.replace(task, loss=_with_whole_parameters(task.loss, mesh))
+            loss = _with_whole_parameters(loss, mesh)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     batch = task.prepare(frozen, batch, jax.random.fold_in(key, PREPARATION))
-    gradients, sums = _gradients(
-        state.params, batch, key, state.step, task=task, micro_batches=config.accumulate
+    (gradients, sums), variables = _gradients(
+        loss,
+        state.params,
+        state.variables,
+        batch,
+        key,
+        state.step,
+        micro_batches=config.accumulate,
     )
     # The mean's norm, and later the mean clipped, without a pass over memory for the mean itself.
     norm = optax.tree.norm(gradients) / sums["weight"]
@@ -158,13 +226,14 @@ def train_step(
         decay = config.ema_decay
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
 
-    def keep(new, old):
+    def keep(new: PyTree, old: PyTree) -> PyTree:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
     new_state = TrainState(
         step=state.step + 1,
         params=keep(params, state.params),
+        variables=keep(variables, state.variables),
         ema=keep(ema, state.ema),
         opt_state=opt_state,
         skipped=state.skipped + skipped,
@@ -179,7 +248,7 @@ def train_step(
     return new_state, metrics
 
 
-def _with_whole_parameters(loss: Callable, mesh: Mesh) -> Callable:
+def _with_whole_parameters(loss: StatefulLoss, mesh: Mesh) -> StatefulLoss:
     """`loss` with split parameters gathered first, and their gradients summed whole.
 
     Left to itself, the partitioner carries a kernel's split into the activations it makes, and
@@ -187,25 +256,43 @@ def _with_whole_parameters(loss: Callable, mesh: Mesh) -> Callable:
     """
     whole = NamedSharding(mesh, sharding.REPLICATED)
 
-    def gathered(params: Any, *rest: Any) -> tuple[jax.Array, Sums]:
-        return loss(jax.lax.with_sharding_constraint(params, whole), *rest)
+    def gathered(
+        params: Params, variables: Variables, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, Sums, Variables]:
+        params = jax.lax.with_sharding_constraint(params, whole)
+        return loss(params, variables, batch, key, step)
 
     return gathered
 
 
 def _gradients(
-    params: Any,
+    loss: StatefulLoss,
+    params: Params,
+    variables: Variables,
     batch: Batch,
     key: jax.Array,
     step: jax.Array,
     *,
-    task: Task,
     micro_batches: int,
-) -> tuple[Any, Sums]:
-    """Gradients of the loss sum, and the sums, over all micro-batches."""
-    differentiate = jax.grad(task.loss, has_aux=True)
+) -> tuple[tuple[Params, Sums], Variables]:
+    """Gradients of the loss sum and the sums, over all micro-batches; the variables after them."""
+
+    def with_auxiliary(
+        params: Params, variables: Variables, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Sums, Variables]]:
+        loss_sum, sums, new_variables = loss(params, variables, batch, key, step)
+        _check_same_layout(new_variables, variables)
+        return loss_sum, (sums, new_variables)
+
+    def differentiate(
+        variables: Variables, batch: Batch, key: jax.Array
+    ) -> tuple[tuple[Params, Sums], Variables]:
+        gradient = jax.grad(with_auxiliary, has_aux=True)
+        gradients, (sums, variables) = gradient(params, variables, batch, key)
+        return (gradients, sums), variables
+
     if micro_batches == 1:
-        return differentiate(params, batch, key, step)
+        return differentiate(variables, batch, key)
 
     # Every k-th image goes into the same micro-batch: no image leaves its device.
     split = jax.tree.map(
@@ -215,13 +302,33 @@ def _gradients(
         batch,
     )
 
-    def add(total, micro):
+    def add(
+        carry: tuple[tuple[Params, Sums], Variables], micro: tuple[jax.Array, Batch]
+    ) -> tuple[tuple[tuple[Params, Sums], Variables], None]:
+        total, variables = carry
         index, part = micro
-        result = differentiate(params, part, jax.random.fold_in(key, index), step)
-        return jax.tree.map(jnp.add, total, result), None
+        result, variables = differentiate(variables, part, jax.random.fold_in(key, index))
+        return (jax.tree.map(jnp.add, total, result), variables), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(differentiate, params, first, key, step)
+    shapes, _ = jax.eval_shape(differentiate, variables, first, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), split))
+    total, _ = jax.lax.scan(add, (zeros, variables), (jnp.arange(micro_batches), split))
     return total
+
+
+def _check_same_layout(new: Variables, old: Variables) -> None:
+    """Raises ValueError, while the step is traced, where a loss changes its variables' layout."""
+
+    def layout(tree: Variables) -> dict[str, str]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {optim.path_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+    before, after = layout(old), layout(new)
+    changed = [
+        f"{name}: {before.get(name, 'absent')} became {after.get(name, 'absent')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if changed:
+        raise ValueError(f"the loss must return variables as it got them; {'; '.join(changed)}")

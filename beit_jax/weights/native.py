@@ -59,12 +59,15 @@ def state_folder(source: str, *, name: str) -> epath.Path:
     return path / "checkpoints" / str(max(steps)) / "state"
 
 
-def saved_params_shapes(source: str, *, name: str = "checkpoint") -> Any:
-    """Names and shapes of a checkpoint's parameters, without reading them."""
+def saved_params_shapes(source: str, *, name: str = "checkpoint", part: str = "params") -> Any:
+    """Names and shapes of a checkpoint's parameters, without reading them.
+
+    With `part="variables"`, those of the state that no gradient trains; {} where there is none.
+    """
     folder = state_folder(source, name=name)
     with _orbax().StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(folder)
-    return metadata.item_metadata.tree["params"]
+    return metadata.item_metadata.tree.get(part, {})
 
 
 def saved_config(source: str, *, name: str = "checkpoint") -> dict[str, Any]:
@@ -74,7 +77,9 @@ def saved_config(source: str, *, name: str = "checkpoint") -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def read_params(source: str, *, shapes: Any = None, name: str = "checkpoint") -> Params:
+def read_params(
+    source: str, *, shapes: Any = None, name: str = "checkpoint", part: str = "params"
+) -> Params:
     """Reads the parameters and nothing else; an optimizer's moments stay on disk.
 
     Args:
@@ -82,6 +87,7 @@ def read_params(source: str, *, shapes: Any = None, name: str = "checkpoint") ->
       shapes: `ShapeDtypeStruct`s with shardings, exactly the stored names and shapes: the result is
         placed so. None: NumPy arrays in this process' memory.
       name: what messages start with.
+      part: "params", or "variables" for the state that no gradient trains.
 
     Raises:
       ConfigError: no checkpoint there.
@@ -89,7 +95,7 @@ def read_params(source: str, *, shapes: Any = None, name: str = "checkpoint") ->
     folder = state_folder(source, name=name)
     ocp = _orbax()
     if shapes is None:
-        item = saved_params_shapes(source, name=name)
+        item = saved_params_shapes(source, name=name, part=part)
         item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), item)
         # Never the sharding file: it names devices that this machine may not have.
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
@@ -100,12 +106,12 @@ def read_params(source: str, *, shapes: Any = None, name: str = "checkpoint") ->
         restored = checkpointer.restore(
             folder,
             args=ocp.args.PyTreeRestore(
-                item={"params": item},
-                restore_args={"params": restore_args},
+                item={part: item},
+                restore_args={part: restore_args},
                 partial_restore=True,
             ),
         )
-    return restored["params"]
+    return restored[part]
 
 
 def write_params(path: str, params: Params, *, config: dict[str, Any]) -> None:

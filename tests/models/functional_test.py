@@ -89,6 +89,70 @@ def test_a_renamed_parameter_is_an_error_that_names_it(model):
         model.apply(params, jnp.ones((1, 3)))
 
 
+class Normalised(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.second = nnx.Linear(3, 2, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, momentum=0.5, rngs=rngs)
+        self.codes = nnx.Variable(jax.random.normal(rngs.params(), (4, 2)))
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return self.second(self.norm(x, use_running_average=not train))
+
+    def nearest(self, x: jax.Array) -> jax.Array:
+        return jnp.square(x[:, None] - self.codes[...]).sum(-1).argmin(-1)
+
+
+def test_a_module_without_other_state_has_no_variables(model):
+    assert not model.has_variables
+    assert model.init_variables(jax.random.key(0)) == {}
+    params, x = model.init(jax.random.key(0)), jnp.ones((2, 3))
+    result, variables = model.apply_and_update(params, {}, x)
+    np.testing.assert_array_equal(result, model.apply(params, x))
+    assert variables == {}
+    with pytest.raises(ValueError, match=r"variables do not fit .* unexpected: mean"):
+        model.apply(params, x, variables={"mean": x})
+
+
+def test_state_that_no_gradient_trains_is_a_second_plain_dict():
+    model = functional(Normalised)
+    key = jax.random.key(0)
+    params, variables = model.init(key), model.init_variables(key)
+    assert model.has_variables
+    assert set(flatten(params)) == {"norm/bias", "norm/scale", "second/bias", "second/kernel"}
+    assert set(flatten(variables)) == {"codes", "norm/mean", "norm/var"}
+    shapes = jax.tree.map(jnp.shape, variables)
+    assert jax.tree.map(lambda leaf: leaf.shape, model.variables_shapes()) == shapes
+    whole = Normalised(nnx.Rngs(key))  # both come from the same module
+    np.testing.assert_array_equal(variables["codes"], whole.codes[...])
+    np.testing.assert_array_equal(params["second"]["kernel"], whole.second.kernel[...])
+
+
+def test_apply_reads_variables_and_apply_and_update_returns_them_changed():
+    model = functional(Normalised)
+    params, variables = model.init(jax.random.key(0)), model.init_variables(jax.random.key(0))
+    x = jnp.arange(12.0).reshape(4, 3)
+    trained, updated = jax.jit(model.apply_and_update, static_argnames="train")(
+        params, variables, x, train=True
+    )
+    np.testing.assert_allclose(updated["norm"]["mean"], 0.5 * x.mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(updated["codes"], variables["codes"])
+    np.testing.assert_array_equal(variables["norm"]["mean"], np.zeros(3))
+    dropped = model.apply(params, x, variables=variables, train=True)
+    np.testing.assert_allclose(dropped, trained, rtol=1e-5)
+    before = model.apply(params, x, variables=variables, train=False)
+    after = model.apply(params, x, variables=updated, train=False)
+    assert not np.allclose(before, after)
+    codes = model.apply(params, variables["codes"], variables=variables, method="nearest")
+    np.testing.assert_array_equal(codes, range(4))
+
+
+def test_missing_variables_are_an_error_that_names_them():
+    model = functional(Normalised)
+    params = model.init(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"variables .* missing: codes, norm/mean, norm/var;"):
+        model.apply(params, jnp.ones((1, 3)), train=False)
+
+
 def test_random_state_in_a_module_is_refused():
     with pytest.raises(TypeError, match=r"dropout/rngs/count is a RngCount"):
         functional(Noisy)

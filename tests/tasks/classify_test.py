@@ -125,9 +125,12 @@ def test_any_batch_size_and_number_of_devices_evaluate_alike(trained):
         config = classify.with_classes(config, classes)
         task = classify.classify_task(classifier(config.model, classes=3), config=config)
         mesh = sharding.make_mesh(fsdp=1, devices=jax.devices()[:devices])
-        sums = jax.jit(task.evaluate, out_shardings=NamedSharding(mesh, sharding.REPLICATED))
+        sums = jax.jit(
+            loop.state.stateful_evaluate(task),
+            out_shardings=NamedSharding(mesh, sharding.REPLICATED),
+        )
         placed = jax.device_put(params, NamedSharding(mesh, sharding.REPLICATED))
-        results.append(loop.run_evaluation(sums, task, feed, {}, mesh, placed))
+        results.append(loop.run_evaluation(sums, task, feed, {}, mesh, placed, {}))
     for result in results:
         assert result["top1"] == pytest.approx(summary["top1"], abs=1e-6)
         assert result["top5"] == pytest.approx(summary["top5"], abs=1e-6)
