@@ -233,10 +233,15 @@ def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
 
 
-def read_any(source: str) -> tuple[dict[str, np.ndarray], Description, dict[str, Any]]:
-    """Parameters (flat, float32), description and saved config of any checkpoint we can read."""
+def read_any(
+    source: str, *, normalization: str = "", heads: int = 0
+) -> tuple[dict[str, np.ndarray], Description, dict[str, Any]]:
+    """Parameters (flat, float32), description and saved config of any checkpoint we can read.
+
+    `normalization` and `heads` are for formats that don't say: see `foreign.read`.
+    """
     if not native.is_checkpoint(source) and foreign.is_foreign(source):
-        checkpoint = foreign.read(source)
+        checkpoint = foreign.read(source, normalization=normalization, heads=heads)
         config = to_config(checkpoint.description)
         config["imported_from"] = {"source": source, "sha256": checkpoint.sha256}
         return checkpoint.params, checkpoint.description, config

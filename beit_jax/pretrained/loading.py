@@ -1,0 +1,173 @@
+"""The loaders of models: any format, any image size."""
+
+import dataclasses
+import functools
+import os
+from typing import TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from beit_jax.config import ModelConfig
+from beit_jax.models.functional import Functional, unflatten
+from beit_jax.models.heads import classifier, masked_image_model
+from beit_jax.pretrained.encoder import PretrainedEncoder, encoder_of
+from beit_jax.pretrained.heads import PretrainedClassifier, PretrainedMaskedImageModel
+from beit_jax.types import Params
+from beit_jax.weights import convert
+from beit_jax.weights.description import Description
+from beit_jax.weights.report import WeightsError, check_names
+
+Source: TypeAlias = str | os.PathLike[str]
+
+
+def load_encoder(
+    source: Source,
+    *,
+    image_size: int | None = None,
+    dtype: str = "auto",
+    attention: str = "auto",
+    normalization: str = "",
+    heads: int = 0,
+) -> PretrainedEncoder:
+    """Loads the encoder of any checkpoint; a head on it is left out.
+
+    Args:
+      source: a run's directory or a checkpoint of this project, a Hugging Face folder, a
+        `.safetensors` of timm, a `.pth` of unilm, or "hf:OWNER/NAME[@REVISION]".
+      image_size: interpolates the positions for images of this size; None: the checkpoint's own.
+      dtype: of matmuls: "auto" (bfloat16 on accelerators, float32 on CPU), "float32", "bfloat16".
+      attention: the implementation, as `ModelConfig.attention`.
+      normalization: "half" or "imagenet", whatever the checkpoint says; "": what it says, and
+        "half" where its format has no place for it.
+      heads: attention heads, where the format doesn't say; 0 then means width / 64.
+
+    Returns:
+      The encoder, its parameters on the default device.
+
+    Raises:
+      ConfigError: there is no such checkpoint, it is damaged, or a setting doesn't fit it.
+    """
+    flat, description = _read(
+        source,
+        image_size=image_size,
+        dtype=dtype,
+        attention=attention,
+        normalization=normalization,
+        heads=heads,
+    )
+    kept = {name: array for name, array in flat.items() if name.startswith("encoder/")}
+    return encoder_of(_on_device(kept)["encoder"], description)
+
+
+def load_classifier(
+    source: Source,
+    *,
+    image_size: int | None = None,
+    dtype: str = "auto",
+    attention: str = "auto",
+    normalization: str = "",
+    heads: int = 0,
+) -> PretrainedClassifier:
+    """Loads a fine-tuned classifier; the arguments are those of `load_encoder`.
+
+    Raises:
+      ConfigError: as `load_encoder`, or the checkpoint has no classifier.
+    """
+    flat, description = _read(
+        source,
+        image_size=image_size,
+        dtype=dtype,
+        attention=attention,
+        normalization=normalization,
+        heads=heads,
+    )
+    _check_task(description, "classify", source=source)
+    functions = _classifier_functions(
+        description.model, classes=description.outputs, pooling=description.pooling
+    )
+    return PretrainedClassifier(
+        params=_on_device(flat), description=description, functions=functions
+    )
+
+
+def load_masked_image_model(
+    source: Source,
+    *,
+    image_size: int | None = None,
+    dtype: str = "auto",
+    attention: str = "auto",
+    normalization: str = "",
+    heads: int = 0,
+) -> PretrainedMaskedImageModel:
+    """Loads a pre-trained encoder with its token head; the arguments are those of `load_encoder`.
+
+    Raises:
+      ConfigError: as `load_encoder`, or the checkpoint has no token head.
+    """
+    flat, description = _read(
+        source,
+        image_size=image_size,
+        dtype=dtype,
+        attention=attention,
+        normalization=normalization,
+        heads=heads,
+    )
+    _check_task(description, "pretrain", source=source)
+    functions = _masked_image_model_functions(description.model, vocabulary=description.outputs)
+    return PretrainedMaskedImageModel(
+        params=_on_device(flat), description=description, functions=functions
+    )
+
+
+def _read(
+    source: Source,
+    *,
+    image_size: int | None,
+    dtype: str,
+    attention: str,
+    normalization: str,
+    heads: int,
+) -> tuple[dict[str, np.ndarray], Description]:
+    """Flat parameters of any checkpoint, resized, and their description with these settings."""
+    source = os.fspath(source)
+    params, description, _ = convert.read_any(source, normalization=normalization, heads=heads)
+    if heads and description.model.heads != heads:
+        raise WeightsError(f"heads: {heads}, but {source} says {description.model.heads}")
+    check_names(
+        {name: leaf.shape for name, leaf in description.shapes().items()},
+        {name: array.shape for name, array in params.items()},
+        source=source,
+    )
+    params, description, _ = convert.resized(params, description, image_size=image_size)
+    return params, dataclasses.replace(
+        description,
+        model=dataclasses.replace(description.model, dtype=dtype, attention=attention),
+        normalization=normalization or description.normalization,
+    )
+
+
+def _check_task(description: Description, task: str, *, source: Source) -> None:
+    names = {
+        "pretrain": "masked image model",
+        "classify": "classifier",
+        "encoder": "encoder without a head",
+    }
+    if description.task != task:
+        raise WeightsError(
+            f"{os.fspath(source)} holds no {names[task]}; it is a {names[description.task]}"
+        )
+
+
+def _on_device(flat: dict[str, np.ndarray]) -> Params:
+    return unflatten({name: jnp.asarray(array) for name, array in flat.items()})
+
+
+@functools.cache
+def _classifier_functions(config: ModelConfig, *, classes: int, pooling: str) -> Functional:
+    return classifier(config, classes=classes, pooling=pooling)
+
+
+@functools.cache
+def _masked_image_model_functions(config: ModelConfig, *, vocabulary: int) -> Functional:
+    return masked_image_model(config, vocabulary=vocabulary)
