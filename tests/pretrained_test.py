@@ -74,7 +74,8 @@ def test_features_are_those_of_transformers(format, sources, peer):
     assert out.cls.dtype == out.patches.dtype == jnp.float32
     assert relative_error(out.cls, normed[:, 0]) < TOLERANCE
     assert relative_error(out.patches.reshape(2, 25, 32), normed[:, 1:]) < TOLERANCE
-    first, last = encoder.blocks(images, (1, -1))
+    embedded, first, last = encoder.blocks(images, (0, 1, -1))
+    assert relative_error(embedded.cls, states[0][:, 0]) < TOLERANCE
     assert relative_error(first.cls, states[1][:, 0]) < TOLERANCE
     assert relative_error(first.patches.reshape(2, 25, 32), states[1][:, 1:]) < TOLERANCE
     assert relative_error(last.cls, states[3][:, 0]) < TOLERANCE
@@ -123,7 +124,7 @@ def test_blocks_agree_with_apply_blocks_and_with_the_call(encoder):
     (pure,) = encoder.apply_blocks(encoder.params, encoder.normalize(images), (-2,))
     (called,) = encoder.blocks(images, (2,))
     assert relative_error(called.patches, pure.patches) < TOLERANCE
-    for wrong in ((), (0,), (4,), (-4,)):
+    for wrong in ((), (4,), (-4,)):
         with pytest.raises(ValueError, match="blocks 1 to 3, or -3 to -1"):
             encoder.blocks(images, wrong)
 
@@ -339,4 +340,4 @@ except beit_jax.ConfigError as error:
         absent, program, sources["hugging_face"], sources["run"]
     ).splitlines()
     assert shape == "(1, 32)"
-    assert "pip install 'beit-jax[train]'" in error
+    assert "pip install beit-jax[train]" in error

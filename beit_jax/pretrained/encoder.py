@@ -65,8 +65,9 @@ class PretrainedEncoder(Pretrained):
 
         Args:
           images: uint8 `[b, s, s, 3]`, RGB, NumPy or JAX.
-          blocks: numbers from 1 (the first block) to the number of layers, or negative ones that
-            count from the last, -1.
+          blocks: numbers from 1 (the first block) to the number of layers, negative ones that count
+            from the last (-1), or 0 for the embeddings that the first block is given. Blocks after
+            the last one asked for are not run.
           norm: apply the final norm to every one of them.
 
         Returns:
@@ -199,16 +200,15 @@ def _apply_blocks(
     norm: bool,
 ) -> tuple[EncoderOutput, ...]:
     encoder: Encoder = nnx.merge(functions.graphdef, params)
-    states = encoder.hidden_states(images)
-    chosen = [encoder.norm(states[block]) if norm else states[block] for block in blocks]
-    return tuple(_output(tokens, grid=encoder.config.grid) for tokens in chosen)
+    states = encoder.block_outputs(images, blocks=blocks)
+    states = encoder.final_norm(states) if norm else states
+    return tuple(_output(tokens, grid=encoder.config.grid) for tokens in states)
 
 
 def _block_numbers(blocks: Sequence[int], *, layers: int) -> tuple[int, ...]:
-    """Block numbers counted from 1, negative ones resolved."""
-    wrong = [block for block in blocks if not 1 <= abs(block) <= layers]
-    if wrong or not blocks:
+    """Block numbers from 0, negative ones resolved."""
+    if not blocks or not all(-layers <= block <= layers for block in blocks):
         raise ValueError(
             f"blocks: {list(blocks)}; the encoder has blocks 1 to {layers}, or -{layers} to -1"
         )
-    return tuple(block if block > 0 else layers + 1 + block for block in blocks)
+    return tuple(block if block >= 0 else layers + 1 + block for block in blocks)
