@@ -432,7 +432,7 @@ def differences(folder: str, *, count: int) -> dict[str, dict[str, Any]]:
     from PIL import Image, ImageEnhance
 
     from beit_jax.config import AugmentConfig
-    from beit_jax.data import augment, sources
+    from beit_jax.data import augment, decode
     from beit_jax.training import device_jitter
 
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -451,16 +451,16 @@ def differences(folder: str, *, count: int) -> dict[str, dict[str, Any]]:
         )
         views = {
             "official": augment.apply_views(
-                sources.decode_image(tf.constant(data), exif_orientation=False),
+                decode.decode_image(tf.constant(data), exif_orientation=False),
                 parameters=drawn,
                 **sizes,
             )
         }
-        window = sources.Window(
+        window = decode.Window(
             box=lambda height, width, drawn=drawn: augment.unflipped_box(drawn, width=width),
             side=SIZE,
         )
-        crop = sources.decode_window(tf.constant(data), window=window, exif_orientation=False)
+        crop = decode.decode_window(tf.constant(data), window=window, exif_orientation=False)
         fast = augment.fast_views(crop, parameters=drawn, **sizes)
         fast = {name: np.asarray(value)[None] for name, value in fast.items()}
         jittered = device_jitter.jitter_batch(fast)

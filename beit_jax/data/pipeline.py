@@ -177,7 +177,7 @@ def training_batches(
 
     if config.service:
         check(
-            source.travels,
+            source.portable,
             "config.data.service",
             "this source is read by Python, which no service can do for it",
         )

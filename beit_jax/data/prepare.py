@@ -1,16 +1,16 @@
-"""Prepares images once, for machines whose cores can't keep up: smaller JPEGs, read at random.
+"""Prepares images once, for hosts whose cores can't keep up: smaller JPEGs with random access.
 
     python -m beit_jax.data.prepare --source=folder:/data/photos --output=/data/photos_512
     python main.py --config=... --config.data.source=prepared:/data/photos_512
 
-Every image is decoded as a run would decode it (and turned upright), its shorter side brought down
-to `--max_side` where it is longer, antialiased, never up, and stored as a JPEG of quality 95, in
-the source's order and with its label. Decoding a 512-pixel image takes a fraction of a photograph's
-time; an image that was small stays as large as it was. What can't be decoded is left out, counted
-and named.
+Every image is decoded as a run would decode it and turned upright. A shorter side above
+`--max_side` is reduced to it with antialiasing; smaller images keep their size. The result is
+stored as a JPEG of quality 95, in the source's order and with its label. Decoding a 512-pixel image
+takes a fraction of a full photograph's time. Images that can't be decoded are left out, counted and
+named.
 
-The same command again continues where it was stopped. Files appear under their name when they are
-whole, and `prepared.json`, without which nothing reads the set, appears last.
+Running the same command again continues where it was stopped. Files get their final name once they
+are complete, and `prepared.json`, without which nothing reads the set, is written last.
 """
 
 import argparse
@@ -30,28 +30,29 @@ from absl import logging
 
 from beit_jax.config import ConfigError, RunError, SourceConfig, check
 from beit_jax.data import pipeline, sources
-from beit_jax.data.prepared import FORMAT, HEADER, LABELS, shard_name
 from beit_jax.data.sources import Element, Source
+from beit_jax.data.sources.prepared import FORMAT, HEADER, LABELS, shard_name
 from beit_jax.files import write_whole
+from beit_jax.types import JsonObject
 
-SETTINGS = "preparing.json"  # there while a set is being written
-NAMED = 100  # undecodable images whose names are kept
+SETTINGS = "preparing.json"  # exists while a set is being written
+NAMED = 100  # how many undecodable images the header names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What is prepared, and how.
+    """The command's settings.
 
     Attributes:
-      source: as `config.data.source`.
-      output: folder, on a disk.
+      source: images to read, written as `config.data.source`.
+      output: folder on a disk to write to.
       split: of a TFDS data set.
-      max_side: pixels of the shorter side, at most.
+      max_side: the longest that the shorter side may be, in pixels.
       quality: of the JPEGs, 1 to 100.
-      exif_orientation: turn photographs upright. What is stored has no EXIF block.
-      shard_images: images of the source that go into a file.
-      max_bad_share: more that can't be decoded is an error.
-      workers: images at a time; 0: as many as cores.
+      exif_orientation: turn photographs upright. The stored JPEGs have no EXIF block.
+      shard_images: images of the source per file.
+      max_bad_share: the largest share of images that may be undecodable.
+      workers: images decoded in parallel; 0 for as many as cores.
     """
 
     source: str
@@ -64,7 +65,7 @@ class PrepareConfig:
     max_bad_share: float = 0.01
     workers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check("://" not in self.output, "--output", f"{self.output!r}: must be on a disk")
         check(self.max_side >= 1, "--max_side", "must be positive")
         check(1 <= self.quality <= 100, "--quality", "must be in 1 to 100")
@@ -73,8 +74,8 @@ class PrepareConfig:
         check(self.workers >= 0, "--workers", "must not be negative")
 
 
-def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Writes the set, or what is left of it, and returns its header.
+def prepare(config: PrepareConfig) -> JsonObject:
+    """Writes the set, or what is missing of it, and returns its header.
 
     Raises:
       ConfigError: the source can't be opened, or the folder holds something else.
@@ -98,16 +99,38 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         return header
     _check_empty_or_same(folder, settings)
     write_whole(folder / SETTINGS, json.dumps(settings, indent=2).encode())
+    notes = _write_shards(source, folder, config=config)
+    header = _header(source, folder, notes=notes, settings=settings)
+    check(header["images"] > 0, "--source", f"no image of {config.source!r} can be decoded")
+    if source.classes:
+        labels = np.asarray([label for note in notes for label in note["labels"]], np.int32)
+        temporary = folder / f"{LABELS}.tmp.npy"  # np.save appends .npy to any other name
+        np.save(temporary, labels)
+        temporary.replace(folder / LABELS)
+    write_whole(folder / HEADER, (json.dumps(header, indent=2) + "\n").encode())
+    for number in range(len(notes)):
+        (folder / shard_name(number, shards=len(notes))).with_suffix(".json").unlink()
+    (folder / SETTINGS).unlink()
+    return header
 
+
+def _write_shards(source: Source, folder: Path, *, config: PrepareConfig) -> list[JsonObject]:
+    """Writes the files that are missing, each with a note beside it; returns all notes.
+
+    Raises:
+      RunError: too many images can't be decoded.
+    """
     shards = math.ceil(len(source) / config.shard_images)
     began, done = time.perf_counter(), 0
-    notes = []
+    notes: list[JsonObject] = []
     for number in range(shards):
         path = folder / shard_name(number, shards=shards)
         note = path.with_suffix(".json")
         first = number * config.shard_images
         last = min(first + config.shard_images, len(source))
-        if not (path.exists() and note.exists()):  # the note is written second
+        if path.exists() and note.exists():  # the note is written second
+            notes.append(json.loads(note.read_text()))
+        else:
             notes.append(_write_shard(source, path, first=first, last=last, config=config))
             write_whole(note, json.dumps(notes[-1]).encode())
             done += last - first
@@ -119,75 +142,70 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
                 speed,
                 (len(source) - last) / speed,
             )
-        else:
-            notes.append(json.loads(note.read_text()))
-        bad = sum(len(each["bad"]) for each in notes)
-        if bad > config.max_bad_share * last and (last >= 100 or number == shards - 1):
+        bad = _undecodable(notes)
+        if len(bad) > config.max_bad_share * last and (last >= 100 or number == shards - 1):
             raise RunError(
-                f"{bad} of {last} images can't be decoded, more than --max_bad_share allows"
-                f" ({config.max_bad_share:.1%}), {source.name(_bad(notes)[0])} among them"
+                f"{len(bad)} of {last} images can't be decoded, more than --max_bad_share allows"
+                f" ({config.max_bad_share:.1%}), {source.name(bad[0])} among them"
             )
+    return notes
 
-    header = {
+
+def _header(
+    source: Source, folder: Path, *, notes: list[JsonObject], settings: JsonObject
+) -> JsonObject:
+    """The content of `prepared.json`."""
+    bad = _undecodable(notes)
+    return {
         "format": FORMAT,
         "settings": settings,
-        "images": sum(each["images"] for each in notes),
-        "undecodable": len(_bad(notes)),
-        "undecodable_names": [source.name(index) for index in _bad(notes)[:NAMED]],
+        "images": sum(note["images"] for note in notes),
+        "undecodable": len(bad),
+        "undecodable_names": [source.name(index) for index in bad[:NAMED]],
         "classes": list(source.classes),
         "shards": [
             {
-                "images": each["images"],
-                "bytes": (folder / shard_name(i, shards=shards)).stat().st_size,
+                "images": note["images"],
+                "bytes": (folder / shard_name(number, shards=len(notes))).stat().st_size,
             }
-            for i, each in enumerate(notes)
+            for number, note in enumerate(notes)
         ],
     }
-    check(header["images"] > 0, "--source", f"no image of {config.source!r} can be decoded")
-    if source.classes:
-        labels = np.asarray([label for each in notes for label in each["labels"]], np.int32)
-        temporary = folder / f"{LABELS}.tmp.npy"  # numpy adds .npy to what doesn't end so
-        np.save(temporary, labels)
-        temporary.replace(folder / LABELS)
-    write_whole(folder / HEADER, (json.dumps(header, indent=2) + "\n").encode())
-    for number in range(shards):
-        (folder / shard_name(number, shards=shards)).with_suffix(".json").unlink()
-    (folder / SETTINGS).unlink()
-    return header
 
 
-def _settings(config: PrepareConfig, source: Source) -> dict[str, Any]:
-    """What decides the files' content."""
+def _settings(config: PrepareConfig, source: Source) -> JsonObject:
+    """The settings on which the files' content depends."""
     names = ("source", "split", "max_side", "quality", "exif_orientation", "shard_images")
     return {name: getattr(config, name) for name in names} | {"source_images": len(source)}
 
 
-def _check_empty_or_same(folder: Path, settings: dict[str, Any]) -> None:
+def _check_empty_or_same(folder: Path, settings: JsonObject) -> None:
     if (folder / SETTINGS).exists():
         _check_same(json.loads((folder / SETTINGS).read_text()), settings, folder=folder)
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--output: {folder} is not empty and no prepared set")
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any], *, folder: Path) -> None:
+def _check_same(before: JsonObject, now: JsonObject, *, folder: Path) -> None:
     changed = [f"--{name}: was {before[name]!r}" for name in now if before[name] != now[name]]
     if changed:
         raise ConfigError(f"--output: {folder} was begun with other settings: {', '.join(changed)}")
 
 
-def _bad(notes: list[dict[str, Any]]) -> list[int]:
-    return [index for each in notes for index in each["bad"]]
+def _undecodable(notes: list[JsonObject]) -> list[int]:
+    """Indices of the images that could not be decoded."""
+    return [index for note in notes for index in note["bad"]]
 
 
 def _write_shard(
     source: Source, path: Path, *, first: int, last: int, config: PrepareConfig
-) -> dict[str, Any]:
-    """Writes the images from `first` to before `last`; what is in the file, and what is not."""
-    # Here and not above: only prepared sets need it.
+) -> JsonObject:
+    """Writes the images [first, last) of the source; returns a note of what the file holds."""
+    # Here and not above: only prepared sets need this package.
     from array_record.python import array_record_module
 
     temporary = path.with_suffix(".tmp")
-    # A record at a time and as it is: JPEGs don't get smaller, and every read is of one image.
+    # One record per group, uncompressed: JPEGs don't get smaller, and reads are of single images.
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
     stored, labels = [], []
     for record in _encoded(source, first=first, last=last, config=config):
@@ -206,33 +224,33 @@ def _write_shard(
 def _encoded(
     source: Source, *, first: int, last: int, config: PrepareConfig
 ) -> Iterator[dict[str, Any]]:
-    """The images that can be decoded, in order: `index`, `jpeg` and perhaps `label`."""
+    """The images that can be decoded, in order: `index`, `jpeg` and, with classes, `label`."""
     workers = config.workers or pipeline.cores()
 
-    def encode(place: tf.Tensor, request: tf.Tensor | Element) -> Element:
+    def encode(index: tf.Tensor, request: tf.Tensor | Element) -> Element:
         element = source.load(request)
         image = shrink(element["image"], max_side=config.max_side)
         jpeg = tf.io.encode_jpeg(image, quality=config.quality)
         label = {"label": element["label"]} if source.classes else {}
-        return {"index": place, "jpeg": jpeg} | label
+        return {"index": index, "jpeg": jpeg} | label
 
-    places = tf.data.Dataset.range(first, last)
+    indices = tf.data.Dataset.range(first, last)
     if source.sequence is None:
-        requests = tf.data.Dataset.zip((places, places))
+        requests = tf.data.Dataset.zip((indices, indices))
     else:
         records = source.sequence(seed=None, epoch=0, shard=0, shards=1)
-        requests = tf.data.Dataset.zip((places, records.skip(first)))
+        requests = tf.data.Dataset.zip((indices, records.skip(first)))
     encoded = requests.map(encode, num_parallel_calls=workers, deterministic=True).ignore_errors()
     encoded = encoded.prefetch(workers).with_options(pipeline.fixed_options(workers))
     return encoded.as_numpy_iterator()
 
 
 def shrink(image: tf.Tensor, *, max_side: int) -> tf.Tensor:
-    """The image with its shorter side at `max_side`, where it is longer; in proportion.
+    """Reduces an image whose shorter side is longer than `max_side` to it, in proportion.
 
     Args:
       image: uint8 [h, w, 3].
-      max_side: pixels.
+      max_side: the longest that the shorter side may be, in pixels.
 
     Returns:
       uint8 [h', w', 3].
@@ -249,8 +267,8 @@ def shrink(image: tf.Tensor, *, max_side: int) -> tf.Tensor:
     return tf.ensure_shape(tf.cond(shorter > max_side, smaller, lambda: image), [None, None, 3])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; a setting that is wrong is one line and exit code 2."""
+def _parser() -> argparse.ArgumentParser:
+    """One flag for every field of PrepareConfig."""
     parser = argparse.ArgumentParser(
         prog="python -m beit_jax.data.prepare",
         description=__doc__,
@@ -258,20 +276,25 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for field in dataclasses.fields(PrepareConfig):
         required = field.default is dataclasses.MISSING
+        settings: dict[str, Any] = {} if required else {"default": field.default}
         if field.type is bool:
-            parser.add_argument(
-                f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default
-            )
+            settings["action"] = argparse.BooleanOptionalAction
         else:
-            parser.add_argument(
-                f"--{field.name}",
-                type=field.type,
-                required=required,
-                default=None if required else field.default,
-            )
+            settings["type"] = field.type
+        parser.add_argument(f"--{field.name}", required=required, **settings)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 2, with one line on stderr, for an error.
+
+    Args:
+      arguments: of the command line; None for the process's own.
+    """
+    options = _parser().parse_args(arguments)
     logging.set_verbosity(logging.INFO)
     try:
-        header = prepare(PrepareConfig(**vars(parser.parse_args(arguments))))
+        header = prepare(PrepareConfig(**vars(options)))
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

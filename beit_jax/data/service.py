@@ -1,25 +1,25 @@
-"""Past one host's cores: other machines decode and augment, in the order the run wants.
+"""Beyond one host's cores: other machines decode and augment, in the order that the run asks for.
 
     python -m beit_jax.data.service --port=5050 --address=NAME     # on each helping machine
     python main.py --config=... '--config.data.service=("NAME:5050", "OTHER:5050")' \\
         --config.data.workers=64                                   # cores of a helping machine
 
-Each command is a tf.data service of its own, a dispatcher and one worker. A training host sends to
-each of its services the pipeline of every n-th of its batches, n services in turn, and takes them
-back in turn. So a batch is still a function of (seed, step): the same as without the service, bit
-for bit on the same kind of processor, and a run resumes as ever. (Workers that share one
-dispatcher would deliver in whatever order they finish; that's why there is one of each.)
+Every command starts a separate tf.data service: a dispatcher and one worker. A training host with n
+services sends each of them the pipeline of every n-th batch, and collects the batches in turn. A
+batch therefore remains a function of (seed, step): it is the same as without the service, bit for
+bit on the same kind of processor, and a run resumes as before. (Workers that share one dispatcher
+would deliver in whatever order they finish, which is why every dispatcher has only one.)
 
-With s services and h training hosts, host i uses services i, i + h, ...; where there are fewer
-services than hosts, several hosts share one and each gets a part of its cores.
+With s services and h training hosts, host i uses services i, i + h, and so on. Where there are
+fewer services than hosts, several hosts share one, and each gets a part of its cores.
 
-What it takes: the source's files under the same path on the helping machines (gs://, NFS), the same
-version of TensorFlow, and a source whose records TensorFlow reads itself with random access
-("embedded", "folder"): ArrayRecord is read by Python, which does not travel. About 0.2 MB an image
-cross the network. Held-out images are read on the training hosts.
+Requirements: the source's files under the same path on the helping machines (gs://, NFS), the same
+version of TensorFlow, and a source that TensorFlow itself reads with random access ("embedded",
+"folder"). ArrayRecord files are read by Python, which can't be sent to another process. An image
+takes about 0.2 MB of network traffic. Held-out images are read on the training hosts.
 
-When a service dies the run waits for it; when it comes back it has forgotten its place, the run
-says so and ends, and the same command continues it.
+When a service dies the run waits for it. A service that comes back has lost its position; the run
+then says so and ends, and the same command continues it.
 """
 
 import argparse
@@ -34,16 +34,15 @@ import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError, RunError
+from beit_jax.types import HostBatch
 
-TIMEOUT = 10.0  # seconds until a service that doesn't answer is taken for missing
-AHEAD = 2  # batches asked of a service before they are needed
-
-Batch = dict[str, np.ndarray]
+TIMEOUT = 10.0  # seconds until a service that doesn't answer counts as missing
+AHEAD = 2  # batches requested from a service before they are needed
 
 
 @dataclasses.dataclass(frozen=True)
 class Service:
-    """A running service; it ends with the object.
+    """A running service, which ends when this object is deleted.
 
     Attributes:
       address: host:port, for `config.data.service`.
@@ -59,22 +58,22 @@ def serve(*, port: int = 0, address: str = "localhost") -> Service:
     """Starts a service.
 
     Args:
-      port: of the dispatcher; the worker takes the next one. 0: any two.
-      address: this machine's name as the training hosts know it.
+      port: of the dispatcher; the worker takes the next one. 0 takes any two free ports.
+      address: the name by which training hosts reach this machine.
     """
     service = tf.data.experimental.service
     dispatcher = service.DispatchServer(service.DispatcherConfig(port=port))
-    found = int(dispatcher.target.rsplit(":", 1)[1])
+    dispatcher_port = int(dispatcher.target.rsplit(":", 1)[1])
     worker = service.WorkerServer(
         service.WorkerConfig(
-            dispatcher_address=f"localhost:{found}",
-            # tf.data replaces %port% by the port it got.
+            dispatcher_address=f"localhost:{dispatcher_port}",
+            # tf.data replaces %port% by the port that it got.
             worker_address=f"{address}:%port%",
             port=port + 1 if port else 0,
             heartbeat_interval_ms=1000,
         )
     )
-    return Service(f"{address}:{found}", dispatcher, worker)
+    return Service(f"{address}:{dispatcher_port}", dispatcher, worker)
 
 
 def assigned(addresses: tuple[str, ...], *, shard: int, shards: int) -> tuple[str, ...]:
@@ -89,17 +88,17 @@ def batches(
     *,
     addresses: tuple[str, ...],
     start_step: int,
-) -> Iterator[Batch]:
+) -> Iterator[HostBatch]:
     """Batches from `start_step` on, made by services in turn.
 
     Args:
-      make: from a dataset of steps (int64) to that of their batches, one each.
-      addresses: of `assigned`.
+      make: a function from a dataset of steps (int64) to the dataset of their batches.
+      addresses: as `assigned` returns them.
       start_step: the first batch's step.
 
     Raises:
       ConfigError: a service doesn't answer.
-      RunError: a service lost its place.
+      RunError: a service lost its position.
     """
     turns = []
     for turn, address in enumerate(addresses):
@@ -120,27 +119,30 @@ def batches(
 
 
 def _in_turn(
-    turns: list[Iterator], *, addresses: tuple[str, ...], start_step: int
-) -> Iterator[Batch]:
+    turns: list[Iterator[tuple[np.ndarray, HostBatch]]],
+    *,
+    addresses: tuple[str, ...],
+    start_step: int,
+) -> Iterator[HostBatch]:
     for step in itertools.count(start_step):
-        place = (step - start_step) % len(turns)
+        turn = (step - start_step) % len(turns)
         try:
-            number, batch = next(turns[place])
+            number, batch = next(turns[turn])
         except (tf.errors.OpError, StopIteration) as error:
             raise RunError(
-                f"config.data.service: {addresses[place]} gave no batch for step {step}:"
+                f"config.data.service: {addresses[turn]} gave no batch for step {step}:"
                 f" {str(error).splitlines()[0] if str(error) else 'it has no more'}"
             ) from error
         if number != step:
             raise RunError(
-                f"config.data.service: {addresses[place]} gave the batch of step {number} for step"
+                f"config.data.service: {addresses[turn]} gave the batch of step {number} for step"
                 f" {step}: it was started again; the same command continues the run"
             )
         yield batch
 
 
 def _check_answers(address: str) -> None:
-    """tf.data itself would ask again for an hour."""
+    """Raises ConfigError unless a service answers; tf.data itself would retry for an hour."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=TIMEOUT).close()
@@ -151,8 +153,12 @@ def _check_answers(address: str) -> None:
         ) from error
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Serves until it is stopped."""
+def main(arguments: list[str] | None = None) -> int:
+    """Serves until the process is stopped; returns the exit code.
+
+    Args:
+      arguments: of the command line; None for the process's own.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m beit_jax.data.service",
         description=__doc__,
@@ -164,7 +170,8 @@ def main(arguments: list[str] | None = None) -> None:
     service = serve(port=options.port, address=options.address)
     print(f"serving; --config.data.service='(\"{service.address}\",)'", file=sys.stderr, flush=True)
     service.worker.join()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

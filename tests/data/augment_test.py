@@ -11,7 +11,7 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance
 
 from beit_jax.config import AugmentConfig
-from beit_jax.data import augment, sources
+from beit_jax.data import augment, decode
 from beit_jax.training import device_jitter
 
 # Mean absolute difference from Pillow, of 255. Real photographs come to 0.35 on average.
@@ -181,11 +181,11 @@ def _encode_jpeg(image: np.ndarray) -> tf.Tensor:
     return tf.io.encode_jpeg(image, quality=92, chroma_downsampling=True)
 
 
-def _decode_window(data: tf.Tensor, window: sources.Window) -> np.ndarray:
-    decode = tf.function(
-        lambda data: sources.decode_window(data, window=window, exif_orientation=True)
+def _decode_window(data: tf.Tensor, window: decode.Window) -> np.ndarray:
+    in_graph = tf.function(
+        lambda data: decode.decode_window(data, window=window, exif_orientation=True)
     )
-    return decode(data).numpy()
+    return in_graph(data).numpy()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -193,10 +193,10 @@ def test_decoding_a_window_equals_cutting_it_out(seed):
     data = _encode_jpeg(_photo(seed, 375, 500))
     drawn = _draw(seed, 375, 500)
     box = augment.unflipped_box(drawn, width=tf.constant(500))
-    window = sources.Window(box=lambda height, width: box, side=SIZE)
+    window = decode.Window(box=lambda height, width: box, side=SIZE)
     crop = _decode_window(data, window)
     top, left, height, width = box.numpy()
-    whole = sources.decode_image(data, exif_orientation=True)
+    whole = decode.decode_image(data, exif_orientation=True)
     difference = np.abs(crop.astype(int) - whole[top : top + height, left : left + width].numpy())
     assert difference[:, 1:-1].max() == 0
     # Colour of half the resolution is interpolated, and at the sides half of what it takes is gone.
@@ -206,10 +206,10 @@ def test_decoding_a_window_equals_cutting_it_out(seed):
 @pytest.mark.parametrize(("side", "shape"), [(400, (400, 600)), (200, (200, 300)), (40, (50, 75))])
 def test_a_large_window_is_decoded_at_a_lower_resolution(side, shape):
     data = _encode_jpeg(_photo(1, 500, 700))
-    window = sources.Window(box=lambda height, width: tf.constant([50, 40, 400, 600]), side=side)
+    window = decode.Window(box=lambda height, width: tf.constant([50, 40, 400, 600]), side=side)
     crop = _decode_window(data, window)
     assert crop.shape[:2] == shape
-    whole = sources.decode_image(data, exif_orientation=True)[50:450, 40:640]
+    whole = decode.decode_image(data, exif_orientation=True)[50:450, 40:640]
     small = tf.image.resize(whole, shape, method="area")
     assert np.abs(crop - small.numpy()).mean() < 6
 
@@ -224,9 +224,9 @@ def test_other_images_are_cut_after_decoding(kind):
         exif[0x0112] = 6  # turned clockwise to be upright
         Image.fromarray(image).save(buffer, "JPEG", exif=exif)
         data = tf.constant(buffer.getvalue())
-        expected = sources.decode_image(data, exif_orientation=True).numpy()
+        expected = decode.decode_image(data, exif_orientation=True).numpy()
         assert expected.shape[:2] == (90, 60)
-    window = sources.Window(box=lambda height, width: tf.constant([5, 10, 40, 30]), side=4)
+    window = decode.Window(box=lambda height, width: tf.constant([5, 10, 40, 30]), side=4)
     crop = _decode_window(data, window)
     np.testing.assert_array_equal(crop, expected[5:45, 10:40])
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from beit_jax.config import ConfigError, DataConfig, RunError
 from beit_jax.data import pipeline, prepare, sources
+from beit_jax.data.decode import decode_image
 from beit_jax.data.pipeline import Views
 from beit_jax.data.prepare import PrepareConfig
 
@@ -183,7 +184,7 @@ def test_images_without_labels_and_a_source_read_in_order(tmp_path):
     source = sources.Source(
         size=7,
         name=str,
-        load=lambda record: {"image": sources.decode_image(record["data"], exif_orientation=True)},
+        load=lambda record: {"image": decode_image(record["data"], exif_orientation=True)},
         sequence=sequence,
     )
     settings = _settings(tmp_path, tmp_path, max_side=100)

@@ -113,6 +113,6 @@ def test_what_can_not_be_served_is_said(folder):
     source = sources.Source(size=4, name=str, load=lambda i: {"image": tf.zeros([], tf.uint8)})
     with pytest.raises(ConfigError, match=r"config\.data\.workers: say how many cores"):
         pipeline.training_batches(source, **given)
-    source = sources.Source(size=4, name=str, load=source.load, travels=False)
+    source = sources.Source(size=4, name=str, load=source.load, portable=False)
     with pytest.raises(ConfigError, match="read by Python"):
         pipeline.training_batches(source, **given)

@@ -1,11 +1,11 @@
 """A prepared set on disk: JPEGs at a stored resolution in ArrayRecord files, with their labels.
 
     prepared.json                        read first, written last: without it there is no set
-    images-00000-of-00040.array_record   a JPEG a record, in the order of the source
+    images-00000-of-00040.array_record   one JPEG per record, in the order of the source
     labels.npy                           int32 [images], where the source has classes
 
-`data/prepare.py` writes it, "prepared:PATH" reads it (`data/sources.py`). Access is random. The
-files lie on a disk: array_record 0.8 can't read gs:// (google/array_record issue 120).
+`data/prepare.py` writes it. Access is random. The files must lie on a disk, since array_record 0.8
+can't read gs:// (google/array_record issue 120).
 """
 
 import dataclasses
@@ -15,8 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 
 from beit_jax.config import ConfigError, check
+from beit_jax.data.decode import Window, decode_window
+from beit_jax.data.sources.source import Element, Request, Source, select_split
+from beit_jax.types import JsonObject
 
 HEADER = "prepared.json"
 LABELS = "labels.npy"
@@ -25,21 +29,21 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedSet:
-    """An opened set.
+    """A set that is open for reading.
 
     Attributes:
       size: number of images.
-      read: from an index to that image's JPEG; from any thread.
-      labels: int32 [size], places in `classes`; None where there are none.
-      classes: their names.
-      header: what `prepared.json` says.
+      read: a function from an index to that image's JPEG, safe to call from any thread.
+      labels: int32 [size], indices into `classes`; None where images have no labels.
+      classes: class names.
+      header: the content of `prepared.json`.
     """
 
     size: int
     read: Callable[[int], bytes]
     labels: np.ndarray | None
     classes: tuple[str, ...]
-    header: dict
+    header: JsonObject
 
 
 def shard_name(number: int, *, shards: int) -> str:
@@ -48,14 +52,14 @@ def shard_name(number: int, *, shards: int) -> str:
 
 
 def open_set(path: str, *, setting: str) -> PreparedSet:
-    """Opens a set and checks that it is all there.
+    """Opens a set and checks that it is complete.
 
     Args:
       path: the folder.
-      setting: what named it, for messages.
+      setting: the setting that names it, for error messages.
 
     Raises:
-      ConfigError: there is no whole set.
+      ConfigError: there is no set, or it is incomplete.
     """
     check(
         "://" not in path, setting, f"{path!r}: prepared sets are read from a disk; copy it there"
@@ -79,19 +83,46 @@ def open_set(path: str, *, setting: str) -> PreparedSet:
         if shard["images"]:
             paths.append(str(file))
 
-    # Here and not above: only prepared sets need it.
+    # Here and not above: only prepared sets need this package.
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     records = ArrayRecordDataSource(paths)
     labels = np.load(folder / LABELS) if header["classes"] else None
     counts = {"records": len(records)} | ({} if labels is None else {"labels": len(labels)})
-    for what, count in counts.items():
+    for content, count in counts.items():
         wanted = header["images"]
-        check(count == wanted, setting, f"{path!r} has {count} {what} for {wanted} images")
+        check(count == wanted, setting, f"{path!r} has {count} {content} for {wanted} images")
     return PreparedSet(
         size=header["images"],
         read=lambda index: records[int(index)],
         labels=labels,
         classes=tuple(header["classes"]),
         header=header,
+    )
+
+
+def open_prepared(request: Request) -> Source:
+    """Opens "prepared:PATH".
+
+    Raises:
+      ConfigError: there is no complete set, or the split leaves no images.
+    """
+    opened = open_set(request.value, setting=request.setting)
+    records = select_split(opened.size, identity=str, request=request)
+    table = tf.constant(records)
+    labels = None if opened.labels is None else tf.constant(opened.labels[records])
+
+    def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
+        data = tf.numpy_function(opened.read, [table[index]], tf.string, stateful=False)
+        # Photographs were turned upright, where that was wanted, when the set was prepared.
+        image = decode_window(tf.ensure_shape(data, []), window=window, exif_orientation=False)
+        return {"image": image} | ({} if labels is None else {"label": labels[index]})
+
+    return Source(
+        size=len(records),
+        name=lambda index: f"{request.value}, record {records[index]}",
+        load=load,
+        fields=("image",) if labels is None else ("image", "label"),
+        classes=opened.classes,
+        portable=False,
     )

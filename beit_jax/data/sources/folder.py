@@ -1,0 +1,113 @@
+"""A folder of image files at any depth, on a disk or in an object store."""
+
+import os
+from collections.abc import Iterator
+
+import tensorflow as tf
+from absl import logging
+
+from beit_jax.config import ConfigError
+from beit_jax.data.decode import EXTENSIONS, Window, decode_window
+from beit_jax.data.sources.source import Element, Request, Source, select_split
+
+
+def open_folder(request: Request) -> Source:
+    """Opens "folder:PATH". The first folder under PATH is an image's class.
+
+    Raises:
+      ConfigError: there is no such folder, it holds no images, or the split leaves none.
+    """
+    path, config = request.value, request.config
+    root = path if "://" in path else os.path.expanduser(path)
+    if not path or not tf.io.gfile.isdir(root):
+        raise ConfigError(f"{request.setting}: no such folder: {path!r}")
+    found = _list_images(root)
+    if not found:
+        raise ConfigError(
+            f"{request.setting}: no images in {path!r} at any depth; looked for"
+            f" {', '.join(EXTENSIONS)}"
+        )
+    classes = _class_folders(found)
+    split = select_split(len(found), identity=lambda index: found[index], request=request)
+    names = [found[index] for index in split.tolist()]
+
+    # One tensor and not a Python list, which at 14 million names would take memory on every host.
+    # Bytes, since a file system may hold names that are not UTF-8.
+    table = tf.constant([os.fsencode(name) for name in names])
+    size = len(names)
+    number = {class_name: index for index, class_name in enumerate(classes)}
+    labels = tf.constant([number[_top(name)] for name in names] if classes else [], tf.int32)
+
+    def name(index: int) -> str:
+        return table[index].numpy().decode("utf-8", "backslashreplace")
+
+    def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
+        data = tf.io.read_file(tf.strings.join([root, table[index]], separator="/"))
+        image = decode_window(data, window=window, exif_orientation=config.exif_orientation)
+        return {"image": image} | ({"label": labels[index]} if classes else {})
+
+    fields = ("image", "label") if classes else ("image",)
+    return Source(size=size, name=name, load=load, fields=fields, classes=classes)
+
+
+def _class_folders(names: list[str]) -> tuple[str, ...]:
+    """The top folders, sorted, as the classes; none where images lie beside them."""
+    if any("/" not in name for name in names):
+        return ()
+    return tuple(sorted({_top(name) for name in names}))
+
+
+def _top(name: str) -> str:
+    return name.split("/")[0]
+
+
+def _list_images(root: str) -> list[str]:
+    """Paths of all images under `root`, relative to it, sorted so that all hosts agree."""
+    names: list[str] = []
+    others: list[str] = []
+    for name in _walk(root):
+        (names if name.lower().endswith(EXTENSIONS) else others).append(name)
+    if others:
+        logging.info(
+            "%s: %d files are not images by their extension and are skipped, such as %s",
+            root,
+            len(others),
+            ", ".join(sorted(others)[:3]),
+        )
+    return sorted(names)
+
+
+def _walk(root: str) -> Iterator[str]:
+    """All files under `root` except hidden ones, as relative paths with "/"; follows links."""
+    if "://" in root:
+        yield from _walk_remote(root, "")
+        return
+    seen = {os.path.realpath(root)}  # a link to a folder above would never end
+    for folder, folders, files in os.walk(root, followlinks=True):
+        kept = []
+        for name in folders:
+            real = os.path.realpath(os.path.join(folder, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        relative = os.path.relpath(folder, root)
+        prefix = "" if relative == "." else relative.replace(os.sep, "/") + "/"
+        for name in files:
+            if not name.startswith("."):
+                yield prefix + name
+
+
+def _walk_remote(root: str, prefix: str) -> Iterator[str]:
+    """`_walk` for object stores. tf.io.gfile.walk would make a request for every file."""
+    for entry in tf.io.gfile.listdir(f"{root.rstrip('/')}/{prefix}"):
+        name = prefix + entry.rstrip("/")
+        if not entry.rstrip("/") or entry.startswith("."):
+            continue
+        is_image = entry.lower().endswith(EXTENSIONS)
+        if entry.endswith("/") or (
+            not is_image and tf.io.gfile.isdir(f"{root.rstrip('/')}/{name}")
+        ):
+            yield from _walk_remote(root, name + "/")
+        else:
+            yield name

@@ -1,0 +1,119 @@
+"""What a source of images is, what opening one needs, and which images are held out."""
+
+import dataclasses
+import hashlib
+import heapq
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from beit_jax.config import SourceConfig, check
+
+# Tensors by name: an image with its label, say.
+Element = dict[str, tf.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+    """A set of images.
+
+    Attributes:
+      size: number of images.
+      name: a function from an index to what a person calls that image, such as its path.
+      load: a function from an index (int64 scalar tensor) to `image`, uint8 [h, w, 3] RGB, and the
+        other `fields`: `label` (int32 scalar), `segmentation` (uint8 [h, w]). It works in a tf.data
+        graph, and raises a TensorFlow error there for an image that can't be read or decoded. With
+        `window=`, a `Window` or None, `image` is only that part of it; `segmentation` stays whole.
+      fields: the names of what `load` returns.
+      classes: class names, where images have labels; a label is an index into this tuple.
+      reliable: `load` can't fail.
+      portable: `load` also works in another process (`data/service.py`), since its graph is pure
+        TensorFlow.
+      sequence: None where access is random. Otherwise records come only in order:
+        `sequence(seed=, epoch=, shard=, shards=)` is a dataset of dicts with `index` (int64, the
+        position in that order) and what `load` then takes in place of an index. Shards don't
+        overlap. The order is shuffled as a function of (seed, epoch), or is the stored one where
+        seed is None.
+    """
+
+    size: int
+    name: Callable[[int], str]
+    load: Callable[..., Element]
+    fields: tuple[str, ...] = ("image",)
+    classes: tuple[str, ...] = ()
+    reliable: bool = False
+    sequence: Callable[..., tf.data.Dataset] | None = None
+    portable: bool = True
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a kind of source is asked to open.
+
+    Attributes:
+      value: what follows the kind's name and colon: a path, a number.
+      setting: the full name of the setting that asks, for error messages.
+      config: how images are read, and how many are held out.
+      training: whether these images are for training or for evaluation.
+    """
+
+    value: str
+    setting: str
+    config: SourceConfig
+    training: bool
+
+    @property
+    def withholds(self) -> bool:
+        """Whether the evaluation images are taken out of this same source."""
+        return not self.config.eval_source
+
+
+def check_holdout(config: SourceConfig) -> None:
+    """Raises ConfigError unless some images are held out."""
+    check(
+        config.holdout > 0,
+        "config.data.holdout",
+        "0 leaves no images to evaluate on; hold some out or give config.data.eval_source",
+    )
+
+
+def select_split(size: int, *, identity: Callable[[int], str], request: Request) -> np.ndarray:
+    """The training or the held-out images of a finite set.
+
+    Which images are held out depends on a hash of their identity, so that adding images to a set
+    hardly moves the others in or out.
+
+    Args:
+      size: number of images in the set.
+      identity: a function from an index to a text that stays with that image.
+      request: what is being opened.
+
+    Returns:
+      int64 [n]: indices, rising.
+
+    Raises:
+      ConfigError: nothing is left to train on, or to evaluate on.
+    """
+    if not request.withholds:
+        return np.arange(size)
+    if not request.training:
+        check_holdout(request.config)
+    holdout = request.config.holdout
+    check(
+        holdout < size,
+        "config.data.holdout",
+        f"{holdout} of the {size} images in {request.value!r} leave none to train on",
+    )
+    chosen = heapq.nsmallest(holdout, range(size), key=lambda index: _stable_hash(identity(index)))
+    held_out = np.zeros(size, bool)
+    held_out[np.array(chosen, np.int64)] = True
+    return np.flatnonzero(held_out != request.training)
+
+
+def _stable_hash(text: str) -> bytes:
+    """A hash that is the same in every process; `text` may hold bytes that are not UTF-8."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
