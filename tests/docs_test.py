@@ -1,13 +1,16 @@
 """The documentation names only files, headings, commands, settings and recipes that exist."""
 
+import dataclasses
 import functools
 import importlib
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 import beit_jax
+from tests.weights import examples
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Folders of the repository; what users make in it (runs/, .venv/) may hold Markdown of its own.
@@ -56,6 +59,29 @@ def test_names_of_the_library_exist():
             names = re.findall(r"\bbeit_jax\.([a-z]\w*)", body) if language == "python" else []
             missing += [f"{page.name}: {name}" for name in names if not _in_library(name)]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", pytest.param("docs/library.md", marks=pytest.mark.slow)]
+)
+def test_the_librarys_examples_run_as_written(page, tmp_path, monkeypatch):
+    """With a small checkpoint of as many blocks as base has, under the names that the page uses."""
+    description = examples.PRETRAINED["beit+"]
+    description = dataclasses.replace(
+        description, model=dataclasses.replace(description.model, layers=12, drop_path_rate=0.0)
+    )
+    for name in ("runs/base", "runs/quickstart/pretrain"):
+        examples.saved(tmp_path / name, description)
+    size = description.model.image_size
+    images = np.zeros((2, size, size, 3), np.uint8)
+    bodies = [
+        body for language, body in FENCE.findall((ROOT / page).read_text()) if language == "python"
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert bodies
+    names = {"images": images, "images_uint8": images}
+    for body in bodies:
+        exec(compile(body, page, "exec"), names)
 
 
 def test_the_readme_is_short():
