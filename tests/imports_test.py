@@ -1,4 +1,4 @@
-"""Packages import only from below, and a training step needs neither TensorFlow nor PyTorch."""
+"""What must run where TensorFlow or PyTorch is not installed imports neither; imports go down."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tests.absent import run_without
 
 PACKAGE = Path(__file__).parent.parent / "beit_jax"
-# From top to bottom; a package imports from itself and from the rows below it.
+# From the top of the house to the ground; a package imports from itself and from below.
 ORDER = [
     ("jobs", "cli"),
     ("planning",),
@@ -49,7 +49,7 @@ def test_imports_go_one_way():
 
 @pytest.mark.parametrize("absent", ["tensorflow", "torch"])
 def test_a_step_needs_neither_tensorflow_nor_pytorch(absent):
-    """The modules are imported in a process where importing either fails."""
+    """In a process where importing either fails."""
     program = f"""
 import beit_jax.models.heads, beit_jax.tokenizers.loading, beit_jax.tasks.pretrain
 import beit_jax.training.loop, beit_jax.training.checkpoint, beit_jax.weights, beit_jax.pictures
