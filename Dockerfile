@@ -9,6 +9,7 @@ WORKDIR /opt/beit_jax
 
 # Before the code, so that a change of code does not install everything again.
 COPY requirements.txt ./
+COPY requirements requirements
 COPY launch/requirements-tpu.txt launch/
 RUN pip install --no-cache-dir -r requirements.txt -r launch/requirements-tpu.txt
 

@@ -2,6 +2,16 @@
 # Sourced by launch/local.sh and tests/run.sh: makes .venv and installs requirements into it, once.
 # Sets `python`. Usage: setup_environment FILE... (requirements files, or "--no-deps FILE").
 
+# What a requirements file asks for, files that it includes with -r among it: once one of them changes,
+# the file is installed again.
+requirements_of() { # file
+  local included
+  cat "$1"
+  sed -n 's/^-r *//p' "$1" | while read -r included; do
+    cat "$(dirname "$1")/$included"
+  done
+}
+
 setup_environment() {
   local wanted
   if [ -z "${PYTHON:-}" ]; then
@@ -23,15 +33,15 @@ setup_environment() {
   fi
   for wanted in "$@"; do
     local stamp
-    stamp=".venv/installed-$(basename "${wanted#--no-deps }")"
-    if ! cmp -s "${wanted#--no-deps }" "$stamp"; then
+    stamp=".venv/installed-$(tr / - <<<"${wanted#--no-deps }")"
+    if ! requirements_of "${wanted#--no-deps }" | cmp -s - "$stamp"; then
       echo "installing ${wanted#--no-deps } into .venv (once)"
       # shellcheck disable=SC2086  # "--no-deps FILE" is two words on purpose
       case "$wanted" in
         --no-deps*) "$python" -m pip install --quiet --no-deps -r "${wanted#--no-deps }" ;;
         *) "$python" -m pip install --quiet -r "$wanted" ;;
       esac
-      cp "${wanted#--no-deps }" "$stamp"
+      requirements_of "${wanted#--no-deps }" >"$stamp"
     fi
   done
 }

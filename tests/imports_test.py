@@ -1,6 +1,8 @@
-"""What must run where TensorFlow or PyTorch is not installed imports neither; imports go down."""
+"""Imports go one way, and name only packages that the requirements of their room name."""
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,63 @@ def test_the_library_imports_without_what_only_training_installs():
     program = "\n".join(f"import {module}" for module in modules)
     check = f"assert not set(sys.modules) & {set(TRAINING_LIBRARIES)!r}"
     run_without(TRAINING_LIBRARIES, f"{program}\n{check}")
+
+
+# Where a package is imported by another name than it is installed by.
+IMPORT_NAMES = {
+    "absl-py": "absl",
+    "huggingface-hub": "huggingface_hub",
+    "importlib-resources": "importlib_resources",
+    "ml-collections": "ml_collections",
+    "ml-dtypes": "ml_dtypes",
+    "orbax-checkpoint": "orbax",
+    "pillow": "PIL",
+    "tensorflow-cpu": "tensorflow",
+    "tensorflow-datasets": "tensorflow_datasets",
+}
+# Needed only for one thing each, which says so where it is missing: writing a .pth; asking libtpu
+# for a topology; reading a TFDS data set at random, which comes with tfds.
+OPTIONAL = {"torch", "libtpu", "array_record"}
+
+
+def required(name: str) -> set[str]:
+    """The import names of what requirements/NAME.txt lists."""
+    lines = (PACKAGE.parent / "requirements" / f"{name}.txt").read_text().splitlines()
+    names = {re.match(r"[\w.-]+", line)[0] for line in lines if line and not line.startswith("#")}
+    names = {name.lower().replace("_", "-") for name in names}
+    return {IMPORT_NAMES.get(name, name) for name in names}
+
+
+def imported(path: Path) -> dict[str, bool]:
+    """Packages from elsewhere that a module imports → whether it does so when it is imported."""
+    tree = ast.parse(path.read_text())
+    guarded = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.If))]
+    lazy = {id(inner) for node in guarded for inner in ast.walk(node)}
+    found: dict[str, bool] = {}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        for name in names:
+            top = name.split(".")[0]
+            if top != "beit_jax" and top not in sys.stdlib_module_names:
+                found[top] = found.get(top, False) or id(node) not in lazy
+    return found
+
+
+def test_requirements_name_what_is_imported():
+    library = required("library")
+    training = library | required("train")
+    optional = training | required("hub") | required("parquet") | OPTIONAL
+    used: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for name, at_once in imported(path).items():
+            allowed = training if room in TRAINING_ROOMS else library
+            allowed = allowed if at_once else optional
+            assert name in allowed, f"{path.relative_to(PACKAGE)} imports {name}"
+            if room not in TRAINING_ROOMS and at_once:
+                used.add(name)
+    assert used == library, "requirements/library.txt lists what the library imports, no more"
