@@ -55,7 +55,11 @@ class PretrainedEncoder(Pretrained):
         """
         check_images(images, image_size=self.image_size)
         return _encode(
-            self.params, images, functions=self.functions, normalization=self.normalization
+            self.params,
+            images,
+            functions=self.functions,
+            normalization=self.normalization,
+            grid=self.grid,
         )
 
     def blocks(
@@ -85,6 +89,7 @@ class PretrainedEncoder(Pretrained):
             images,
             functions=self.functions,
             normalization=self.normalization,
+            grid=self.grid,
             blocks=numbers,
             norm=norm,
         )
@@ -125,7 +130,9 @@ class PretrainedEncoder(Pretrained):
         """
         numbers = _block_numbers(blocks, layers=self.config.layers)
         self._check_norm(norm)
-        return _apply_blocks(self.functions, params, images, blocks=numbers, norm=norm)
+        return _apply_blocks(
+            self.functions, params, images, grid=self.grid, blocks=numbers, norm=norm
+        )
 
     def module(self) -> Encoder:
         """A bare NNX module with the parameters inside, for those who build with Flax.
@@ -167,27 +174,29 @@ def _float32(output: EncoderOutput) -> EncoderOutput:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), output)
 
 
-@functools.partial(jax.jit, static_argnames=("functions", "normalization"))
+@functools.partial(jax.jit, static_argnames=("functions", "normalization", "grid"))
 def _encode(
-    params: Params, images: jax.Array, *, functions: Functional, normalization: str
+    params: Params, images: jax.Array, *, functions: Functional, normalization: str, grid: int
 ) -> EncoderOutput:
-    encoder: Encoder = nnx.merge(functions.graphdef, params)
-    tokens = encoder(normalize(images, kind=normalization))
-    return _float32(_output(tokens, grid=encoder.config.grid))
+    tokens = functions.apply(params, normalize(images, kind=normalization))
+    return _float32(_output(tokens, grid=grid))
 
 
-@functools.partial(jax.jit, static_argnames=("functions", "normalization", "blocks", "norm"))
+@functools.partial(
+    jax.jit, static_argnames=("functions", "normalization", "grid", "blocks", "norm")
+)
 def _encode_blocks(
     params: Params,
     images: jax.Array,
     *,
     functions: Functional,
     normalization: str,
+    grid: int,
     blocks: tuple[int, ...],
     norm: bool,
 ) -> tuple[EncoderOutput, ...]:
     images = normalize(images, kind=normalization)
-    outputs = _apply_blocks(functions, params, images, blocks=blocks, norm=norm)
+    outputs = _apply_blocks(functions, params, images, grid=grid, blocks=blocks, norm=norm)
     return tuple(_float32(output) for output in outputs)
 
 
@@ -196,13 +205,14 @@ def _apply_blocks(
     params: Params,
     images: jax.Array,
     *,
+    grid: int,
     blocks: tuple[int, ...],
     norm: bool,
 ) -> tuple[EncoderOutput, ...]:
-    encoder: Encoder = nnx.merge(functions.graphdef, params)
-    states = encoder.block_outputs(images, blocks=blocks)
-    states = encoder.final_norm(states) if norm else states
-    return tuple(_output(tokens, grid=encoder.config.grid) for tokens in states)
+    states = functions.apply(params, images, method="block_outputs", blocks=blocks)
+    if norm:
+        states = functions.apply(params, states, method="final_norm")
+    return tuple(_output(tokens, grid=grid) for tokens in states)
 
 
 def _block_numbers(blocks: Sequence[int], *, layers: int) -> tuple[int, ...]:
