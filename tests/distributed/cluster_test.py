@@ -1,4 +1,4 @@
-"""Who is part of a run, and what hosts say when they do not fit; in threads, without JAX."""
+"""Finding a cluster, introductions and what they refuse; in threads, without JAX's cluster."""
 
 import concurrent.futures
 import json
@@ -10,30 +10,31 @@ import jax
 import pytest
 
 from beit_jax.config import ConfigError
-from beit_jax.distributed import cluster
-from beit_jax.distributed.cluster import Place, Settings
+from beit_jax.distributed import cluster, collectives, session
+from beit_jax.distributed.cluster import Settings
+from beit_jax.distributed.discovery import Membership, find_membership
+from beit_jax.distributed.handshake import differences, introduce
 from tests.distributed.processes import free_port
 
 FACTS = {"config": {"run": {"seed": 0}}, "version": {"jax": "0.10.2"}}
 
 
-def test_where_the_cluster_comes_from():
-    """Settings before variables; alone where there is neither."""
-    place = Place(address="a:1", count=4, index=2)
+def test_settings_come_before_variables_and_without_both_a_process_is_alone():
+    member = Membership(address="a:1", count=4, index=2)
     flags = Settings(coordinator_address="a:1", num_processes=4, process_id=2)
     variables = {
         "JAX_COORDINATOR_ADDRESS": "a:1",
         "JAX_NUM_PROCESSES": "4",
         "JAX_PROCESS_ID": "2",
     }
-    assert cluster.find_place(flags, {}) == place
-    assert cluster.find_place(Settings(), variables) == place
-    assert cluster.find_place(flags, variables | {"JAX_PROCESS_ID": "3"}) == place
-    assert cluster.find_place(Settings(), {}) is None
-    assert cluster.find_place(Settings(multihost="no"), variables) is None
+    assert find_membership(flags, {}) == member
+    assert find_membership(Settings(), variables) == member
+    assert find_membership(flags, variables | {"JAX_PROCESS_ID": "3"}) == member
+    assert find_membership(Settings(), {}) is None
+    assert find_membership(Settings(multihost="no"), variables) is None
     # One process is no cluster, unless it is asked for.
     one = Settings(coordinator_address="a:1", num_processes=1, process_id=0)
-    assert cluster.find_place(one, {}) is None
+    assert find_membership(one, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -46,12 +47,12 @@ def test_where_the_cluster_comes_from():
         ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, {}, "2 is not one"),
     ],
 )
-def test_half_a_cluster_is_an_error(settings, environment, message):
+def test_an_incomplete_description_of_a_cluster_is_an_error(settings, environment, message):
     with pytest.raises(ConfigError, match=message):
-        cluster.find_place(Settings(**settings), environment)
+        find_membership(Settings(**settings), environment)
 
 
-def test_slurm_is_found(monkeypatch):
+def test_a_slurm_step_is_found(monkeypatch):
     variables = {
         "SLURM_JOB_ID": "77",
         "SLURM_STEP_NODELIST": "node[03-04]",
@@ -62,12 +63,12 @@ def test_slurm_is_found(monkeypatch):
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    place = cluster.find_place(Settings())
-    assert (place.count, place.index, place.local_device_ids) == (8, 5, (1,))
-    assert place.address.startswith("node03:")
+    member = find_membership(Settings())
+    assert (member.count, member.index, member.local_device_ids) == (8, 5, (1,))
+    assert member.address.startswith("node03:")
 
 
-def test_bad_settings_are_named():
+def test_a_wrong_setting_is_named():
     for settings, name in (
         ({"multihost": "maybe"}, "--multihost"),
         ({"platform": "abacus"}, "--platform"),
@@ -78,14 +79,14 @@ def test_bad_settings_are_named():
 
 
 def meet(hellos, *, count=None, timeout=20.0):
-    """Introduces processes (index → facts) to each other; index → result or error."""
+    """Introduces processes (index → facts) to each other; returns index → result or error."""
     address = f"127.0.0.1:{free_port()}"
     count = count or len(hellos)
 
     def one(index):
-        place = Place(address=address, count=count, index=index)
+        member = Membership(address=address, count=count, index=index)
         try:
-            return cluster.introduce(place, hellos[index], timeout=timeout)
+            return introduce(member, hellos[index], timeout=timeout)
         except (ConfigError, cluster.ClusterError) as error:
             return error
 
@@ -93,12 +94,12 @@ def meet(hellos, *, count=None, timeout=20.0):
         return dict(zip(hellos, pool.map(one, hellos), strict=True))
 
 
-def test_hosts_get_to_know_each_other():
+def test_introductions_give_every_process_all_host_names():
     results = meet({i: FACTS for i in range(5)})
     assert set(results.values()) == {(socket.gethostname(),) * 5}
 
 
-def test_everyone_hears_what_differs_and_where():
+def test_every_process_is_told_what_differs_and_where():
     """A setting, a library that is newer, one that is absent."""
     other = {"config": {"run": {"seed": 1}}, "version": {"jax": "0.10.3", "libtpu": "1"}}
     results = meet({0: FACTS, 1: other, 2: FACTS})
@@ -114,16 +115,16 @@ def test_everyone_hears_what_differs_and_where():
         assert str(error) == expected
 
 
-def test_many_hosts_make_a_short_line():
+def test_differences_between_many_hosts_are_one_short_line():
     facts = {i: {"a": int(i > 1)} for i in range(300)}
-    line = cluster.differences(facts, hosts=[f"h{i}" for i in range(300)])
+    line = differences(facts, hosts=[f"h{i}" for i in range(300)])
     assert line == (
         "hosts disagree: a: 0 on processes 0 (h0), 1 (h1), 1 on processes 2 (h2), 3 (h3), 4 (h4),"
         " 5 (h5) and 294 more"
     )
 
 
-def test_who_is_missing_is_named_in_time(monkeypatch):
+def test_missing_processes_are_named_when_the_time_is_up(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "w0,w1,w2,w3")
     began = time.monotonic()
     results = meet({0: FACTS, 2: FACTS}, count=4, timeout=1.5)
@@ -136,16 +137,16 @@ def test_who_is_missing_is_named_in_time(monkeypatch):
         )
 
 
-def test_the_first_process_is_missing():
+def test_a_missing_process_0_is_reported():
     results = meet({1: FACTS}, count=2, timeout=0.5)
     assert "no answer from process 0 at 127.0.0.1" in str(results[1])
 
 
-def test_a_port_in_use_is_explained():
+def test_a_port_in_use_is_reported():
     with socket.create_server(("", 0)) as server:
-        place = Place(address=f"127.0.0.1:{server.getsockname()[1]}", count=2, index=0)
+        member = Membership(address=f"127.0.0.1:{server.getsockname()[1]}", count=2, index=0)
         with pytest.raises(cluster.ClusterError, match=r"can't listen on port .* earlier run"):
-            cluster.introduce(place, FACTS, timeout=1.0)
+            introduce(member, FACTS, timeout=1.0)
 
 
 def test_strangers_on_the_port_are_ignored():
@@ -161,23 +162,23 @@ def test_strangers_on_the_port_are_ignored():
                     break
                 except ConnectionRefusedError:
                     time.sleep(0.01)
-        cluster.introduce(Place(address=f"127.0.0.1:{port}", count=2, index=1), FACTS, timeout=10.0)
+        introduce(Membership(address=f"127.0.0.1:{port}", count=2, index=1), FACTS, timeout=10.0)
 
     thread = threading.Thread(target=strangers)
     thread.start()
-    hosts = cluster.introduce(
-        Place(address=f"127.0.0.1:{port}", count=2, index=0), FACTS, timeout=10.0
+    hosts = introduce(
+        Membership(address=f"127.0.0.1:{port}", count=2, index=0), FACTS, timeout=10.0
     )
     thread.join()
     assert len(hosts) == 2
 
 
-def test_two_of_the_same_number():
+def test_two_processes_with_the_same_number_are_refused():
     address = f"127.0.0.1:{free_port()}"
 
     def one(index):
         try:
-            cluster.introduce(Place(address=address, count=3, index=index), FACTS, timeout=10.0)
+            introduce(Membership(address=address, count=3, index=index), FACTS, timeout=10.0)
         except ConfigError as error:
             return str(error)
 
@@ -186,7 +187,7 @@ def test_two_of_the_same_number():
     assert all("say that they are process 1" in error for error in errors)
 
 
-def test_the_code_version_follows_every_line(tmp_path):
+def test_the_code_version_depends_on_every_python_file_and_no_other(tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
     first = cluster.code_version(tmp_path)
     (tmp_path / "note.txt").write_text("not code")
@@ -196,7 +197,7 @@ def test_the_code_version_follows_every_line(tmp_path):
     assert len(cluster.code_version()) == 12
 
 
-def test_a_tpu_that_is_not_used_is_an_error():
+def test_a_tpu_that_jax_does_not_use_is_an_error():
     tpu_host = {"TPU_WORKER_HOSTNAMES": "a,b"}
     with pytest.raises(ConfigError, match=r"expected tpu \(--platform=tpu\).* found cpu; is jax"):
         cluster.check_platform("tpu", {})
@@ -207,19 +208,21 @@ def test_a_tpu_that_is_not_used_is_an_error():
     cluster.check_platform("cpu", {})
 
 
-def test_the_coordination_services_words_become_names(monkeypatch):
+def test_the_coordination_services_message_becomes_host_names(monkeypatch):
     """Its message as jaxlib 0.10.2 words it."""
     message = (
         "DEADLINE_EXCEEDED: Barrier timed out. Id: x::0. This usually happens because a task"
         " triggered the barrier too early or too slowly.\n# of tasks that reached the barrier:"
         " 1/3.\nThe first task at the barrier: 0. Some timed out task names:\n2\n1\n\n\nRPC: /xla"
     )
-    monkeypatch.setattr(cluster._session, "hosts", ("h0", "h1", "h2"))
-    assert cluster._absent(message) == "missing: processes 1 (h1), 2 (h2)"
-    assert cluster._absent("INTERNAL: odd\nmore") == "the coordination service says: INTERNAL: odd"
+    monkeypatch.setattr(session.session, "hosts", ("h0", "h1", "h2"))
+    assert collectives.absent(message) == "missing: processes 1 (h1), 2 (h2)"
+    assert (
+        collectives.absent("INTERNAL: odd\nmore") == "the coordination service says: INTERNAL: odd"
+    )
 
 
-def test_a_process_alone_waits_for_nobody():
+def test_a_process_alone_does_not_wait():
     assert jax.process_count() == 1
     cluster.barrier("here")
     assert cluster.gather("x", {"a": 1}) == [{"a": 1}]
