@@ -11,7 +11,7 @@ can be is the same time per image. Collectives are read from the compiled progra
 `--tpu` is weak scaling without a TPU: the recipes' own step, compiled for slices by libtpu's
 compiler at a fixed batch per chip, from two shallow programs (`ahead_of_time.compile_shallow`).
 Cycles, FLOPs, memory and collectives are the compiler's; what of the communication nothing hides is
-`plan.step_time`'s formula.
+`estimate.step_time`'s formula.
 """
 
 import argparse
@@ -370,7 +370,7 @@ def weak_scaling(
       compile_program: (config, slice) → `ahead_of_time.Compiled`; None: `compile_shallow`.
     """
     from beit_jax import jobs
-    from beit_jax.planning import ahead_of_time, plan
+    from beit_jax.planning import ahead_of_time
     from beit_jax.planning.slices import parse_slice
 
     compile_program = compile_program or ahead_of_time.compile_shallow
@@ -381,7 +381,7 @@ def weak_scaling(
             place = parse_slice(name)
             values = importlib.import_module(f"configs.beit_{model}").get_config()
             values.run.batch_size = TPU_IMAGES[model] * place.chips
-            config = plan.for_tpu(jobs.parse_job(values.to_dict()))
+            config = ahead_of_time.for_tpu(jobs.parse_job(values.to_dict()))
             row = weak_row(config, place, compile_program(config, place))
             print(f"{model} {json.dumps(row)}", file=sys.stderr, flush=True)
             rows.append(row)
@@ -395,13 +395,13 @@ def weak_row(config: Any, place: Any, compiled: Any) -> dict[str, Any]:
     Raises:
       RuntimeError: the compiler gave no program (it does not fit, or its text can't be had).
     """
-    from beit_jax.planning import plan
+    from beit_jax.planning import estimate
 
     if compiled.program is None:
         raise RuntimeError(f"{place.name}: {compiled.missing}")
-    work = plan.workload(config)
+    work = estimate.workload(config)
     images = config.run.batch_size // place.chips
-    seconds = plan.step_time(
+    seconds = estimate.step_time(
         compiled.program,
         place,
         flops_per_chip=work.flops["step"] * images,
@@ -410,7 +410,7 @@ def weak_row(config: Any, place: Any, compiled: Any) -> dict[str, Any]:
     gradients = 4 * (work.parameters["encoder"] + work.parameters["head"])
     moved = {
         each.kind: {"calls": each.count, "bytes": each.bytes}
-        for each in plan.traffic(compiled.program, place)
+        for each in estimate.traffic(compiled.program, place)
     }
     return {
         "slice": place.name,

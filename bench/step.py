@@ -221,7 +221,7 @@ def serve(flags: argparse.Namespace) -> None:
         torch.backends.cudnn.benchmark = True  # official: run_beit_pretraining.py
     import jax
 
-    from beit_jax.training.metrics import peak_flops
+    from beit_jax.hardware import peak_flops
 
     wanted = "cpu" if on_cpu else "gpu"
     if jax.default_backend() != wanted:
@@ -257,6 +257,7 @@ def open_problem(flags: argparse.Namespace) -> Problem:
     import numpy as np
 
     from beit_jax import jobs
+    from beit_jax.models.flops import student_flops
     from beit_jax.models.heads import masked_image_model
     from beit_jax.preprocessing import normalize
     from beit_jax.tasks import pretrain
@@ -290,7 +291,7 @@ def open_problem(flags: argparse.Namespace) -> Problem:
         "labels": jnp.asarray(rng.integers(0, tokenizer.vocabulary, positions.shape), jnp.int32),
         "weights": jnp.ones(positions.shape, jnp.float32),
     }
-    student = pretrain.student_flops(config.model, vocabulary=tokenizer.vocabulary, slots=slots)
+    student = student_flops(config.model, vocabulary=tokenizer.vocabulary, slots=slots)
     return Problem(
         config=config,
         task=task,
@@ -338,7 +339,7 @@ def our_side(problem: Problem, *, naming: bool) -> Side:
     import jax
     import jax.numpy as jnp
 
-    from beit_jax.models.attention import implementation
+    from beit_jax.models.attention import resolve_implementation
     from beit_jax.models.vit import compute_dtype
     from beit_jax.training import optim, state
 
@@ -386,7 +387,7 @@ def our_side(problem: Problem, *, naming: bool) -> Side:
     peak = program if on_cpu else device.memory_stats()["peak_bytes_in_use"]
     facts = {
         "dtype": str(compute_dtype(config.model)),
-        "attention": implementation(
+        "attention": resolve_implementation(
             config.model.attention,
             head_width=config.model.width // config.model.heads,
             platform=device.platform,

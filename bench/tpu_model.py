@@ -45,9 +45,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from beit_jax.models import vit
-from beit_jax.models.flops import matmul_flops
+from beit_jax.models.flops import encoder_flops, matmul_flops, patch_embedding_flops
 from beit_jax.models.kernels import fused_attention
-from beit_jax.planning import ahead_of_time, hlo, plan, slices
+from beit_jax.planning import ahead_of_time, estimate, hlo, slices
 from beit_jax.tokenizers.loading import open_tokenizer
 
 SMALLEST = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
@@ -92,7 +92,7 @@ def recipe(size: str) -> Any:
 
     values = importlib.import_module(f"configs.beit_{size}").get_config().to_dict()
     values["tokenizer"] |= {"path": "", "random_weights": True}
-    return plan.for_tpu(jobs.parse_job(values))
+    return ahead_of_time.for_tpu(jobs.parse_job(values))
 
 
 def place_of(chip: str) -> slices.Slice:
@@ -109,7 +109,7 @@ def compile_on(chip: str, function: Any, *shapes: Any) -> tuple[Any, str]:
     )
     lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("tpu",))
     with tempfile.TemporaryDirectory() as dump:
-        compiled = ahead_of_time._compile(lowered, dump)
+        compiled = ahead_of_time.compile_with_dump(lowered, dump)
         text, missing = ahead_of_time.program_text(compiled, dump)
     if text is None:
         sys.exit(missing)
@@ -136,7 +136,7 @@ def kernel_seconds(chip: str, *, batch: int, tokens: int, heads: int) -> dict[st
     result = {}
     for name, backward in zip(KERNELS, (False, True), strict=True):
         spent = fused_attention.cost(cut, dtype=jnp.bfloat16, backward=backward)
-        bound = max(kernel_bounds(chip, spent).values()) / plan.KERNEL_EFFICIENCY
+        bound = max(kernel_bounds(chip, spent).values()) / estimate.KERNEL_EFFICIENCY
         result[name] = max(bound, scheduled[name])
     return result
 
@@ -172,7 +172,8 @@ def block_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[st
     if flags.residual:
         config = dataclasses.replace(config, residual_dtype=flags.residual)
     tokens = config.tokens + 1
-    useful = 3 * flags.batch * (vit.encoder_flops(config) - _patch_flops(config)) / config.layers
+    blocks = encoder_flops(config) - patch_embedding_flops(config)
+    useful = 3 * flags.batch * blocks / config.layers
     rows = []
     for name, make in (("ours", our_blocks), ("deit3-jax-like", deit3_blocks)):
         if name != "ours" and flags.ours_only:
@@ -205,10 +206,6 @@ def block_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[st
         )
         _print_instructions(texts[1], flags.instructions)
     return rows
-
-
-def _patch_flops(config: Any) -> float:
-    return 2 * config.tokens * 3 * config.patch_size**2 * config.width
 
 
 def _program_flops(compiled: Any, program: hlo.Program, config: Any, *, batch: int) -> float:
@@ -319,7 +316,7 @@ def kernels_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[
             {"table": "kernels", "chip": chip, "size": size, "images": flags.batch, "kernel": name}
             | {f"{unit} ms": 1e3 * seconds for unit, seconds in bounds.items()}
             | {
-                "bound / 0.6 ms": 1e3 * max(bounds.values()) / plan.KERNEL_EFFICIENCY,
+                "bound / 0.6 ms": 1e3 * max(bounds.values()) / estimate.KERNEL_EFFICIENCY,
                 "scheduled ms": 1e3 * scheduled[name],
             }
         )
@@ -428,7 +425,7 @@ def step_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[str
     task = ahead_of_time.task_of_shapes(config)
     sizes = {"batch": flags.batch, "tokens": model.tokens + 1, "heads": model.heads}
     parts = program_seconds(chip, compiled.program, **sizes)
-    time_of = plan.step_time(
+    time_of = estimate.step_time(
         compiled.program,
         place,
         flops_per_chip=flags.batch * task.flops_per_image,

@@ -35,7 +35,7 @@ from beit_jax.evaluation.features import (
     image_features,
     on_host,
 )
-from beit_jax.models.vit import encoder_flops
+from beit_jax.models.flops import encoder_flops
 from beit_jax.training import state
 from beit_jax.training.batch_augment import smoothed_cross_entropy
 from beit_jax.training.state import Task

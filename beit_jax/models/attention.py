@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from beit_jax.models.kernels.fused_attention import HEAD_WIDTH, MASKED, fused_attention
 
 
-def implementation(chosen: str, *, head_width: int, platform: str) -> str:
+def resolve_implementation(chosen: str, *, head_width: int, platform: str) -> str:
     """What "auto" stands for.
 
     Args:

@@ -162,8 +162,3 @@ def masked_positions(mask: jax.Array, *, slots: int) -> tuple[jax.Array, jax.Arr
     flat = mask.reshape(mask.shape[0], -1).astype(bool)
     order = jnp.argsort(~flat, axis=1, stable=True)[:, :slots].astype(jnp.int32)
     return order, jnp.take_along_axis(flat, order, axis=1).astype(jnp.float32)
-
-
-def mim_head_flops(config: ModelConfig, *, vocabulary: int, slots: int) -> float:
-    """Forward FLOPs of the head for one image, two per multiply-add."""
-    return 2.0 * slots * config.width * vocabulary

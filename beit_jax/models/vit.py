@@ -30,7 +30,12 @@ from einops import rearrange
 from flax import nnx
 
 from beit_jax.config import ModelConfig, TokenizerConfig
-from beit_jax.models import attention as attention_ways
+from beit_jax.models.attention import (
+    flat_attention,
+    plain_attention,
+    resolve_implementation,
+    split_over_devices,
+)
 from beit_jax.models.kernels.gelu import gelu
 from beit_jax.models.kernels.matmul import matmul, matmul_heads_first
 from beit_jax.models.kernels.residual import add_branch
@@ -118,7 +123,7 @@ class RelativePositionBias(nnx.Module):
 
     def __call__(self, *, batch: int) -> jax.Array:
         """Bias, float32 `[copies, h, n, n]`: a copy for every device that images are split over."""
-        tables = attention_ways.split_over_devices(self.table[...], batch=batch)
+        tables = split_over_devices(self.table[...], batch=batch)
         bias = tables[:, relative_position_index(self.grid)]
         return rearrange(bias, "copies q k h -> copies h q k")
 
@@ -154,7 +159,7 @@ class Attention(nnx.Module):
         self.heads = config.heads
         self.head_width = config.width // config.heads
         self.dtype = compute_dtype(config)
-        self.way = attention_ways.implementation(
+        self.way = resolve_implementation(
             config.attention, head_width=self.head_width, platform=jax.default_backend()
         )
         linear = functools.partial(
@@ -202,7 +207,7 @@ class Attention(nnx.Module):
         query_bias = rearrange(self.query.bias[...], "(h k) -> h 1 k", h=self.heads)
         query = (query + query_bias.astype(self.dtype)) * query.shape[-1] ** -0.5
         bias = None if bias is None else bias[0]
-        mixed = attention_ways.plain_attention(query, key, value, bias)
+        mixed = plain_attention(query, key, value, bias)
         return rearrange(mixed, "b n h k -> b n (h k)")
 
     def _side_by_side(self, x: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -210,9 +215,7 @@ class Attention(nnx.Module):
             x @ each.kernel.astype(self.dtype) for each in (self.query, self.key, self.value)
         )
         query = (query + self.query.bias.astype(self.dtype)) * self.head_width**-0.5
-        return attention_ways.flat_attention(
-            query, key, value, bias, heads=self.heads, implementation=self.way
-        )
+        return flat_attention(query, key, value, bias, heads=self.heads, implementation=self.way)
 
 
 class Mlp(nnx.Module):
@@ -504,12 +507,3 @@ class Encoder(nnx.Module):
         unroll = min(config.scan_unroll, depth)
         (x, outputs), _ = jax.lax.scan(body, (x, outputs), (params, factors, slots), unroll=unroll)
         return x, outputs
-
-
-def encoder_flops(config: ModelConfig) -> float:
-    """Forward FLOPs of one image, two per multiply-add, matmuls only: 35.13e9 for base at 224."""
-    n, d = config.tokens + 1, config.width
-    patches = 2 * config.tokens * 3 * config.patch_size**2 * d
-    projections = 2 * n * d * (4 * d + 2 * config.mlp_width)
-    attention = 2 * 2 * n * n * d
-    return float(patches + config.layers * (projections + attention))

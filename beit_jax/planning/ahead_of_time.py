@@ -25,6 +25,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
 from beit_jax.config import RunError
+from beit_jax.models.attention import resolve_implementation
 from beit_jax.models.heads import masked_image_model
 from beit_jax.planning import hlo
 from beit_jax.planning.slices import Slice
@@ -66,6 +67,20 @@ def have_compiler() -> bool:
     )
 
 
+def for_tpu(config: PretrainConfig) -> PretrainConfig:
+    """Resolves every "auto" as a TPU would, not as the machine that compiles."""
+    model, tokenizer = config.model, config.tokenizer
+    if model.dtype == "auto":
+        model = dataclasses.replace(model, dtype="bfloat16")
+    if tokenizer.dtype == "auto":
+        tokenizer = dataclasses.replace(tokenizer, dtype="bfloat16")
+    chosen = resolve_implementation(
+        model.attention, head_width=model.width // model.heads, platform="tpu"
+    )
+    model = dataclasses.replace(model, attention=chosen)
+    return dataclasses.replace(config, model=model, tokenizer=tokenizer)
+
+
 def batch_shapes(config: PretrainConfig, *, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as the host sends it (`data.pipeline.training_batches`)."""
     size, token_size, grid = (
@@ -101,14 +116,14 @@ def slots(config: PretrainConfig) -> int:
     return masking.max_masked(config.data.mask, grid=config.model.grid)
 
 
-def compile_step(config: PretrainConfig, place: Slice) -> Compiled:
+def compile_step(config: PretrainConfig, tpu_slice: Slice) -> Compiled:
     """Compiles the train step for a slice and reads what the compiler says about it."""
-    mesh = sharding.make_mesh(fsdp=config.run.fsdp, devices=devices(place))
+    mesh = sharding.make_mesh(fsdp=config.run.fsdp, devices=devices(tpu_slice))
     lowered = lower_step(config, mesh)
     layers, unroll = config.model.layers, config.model.scan_unroll
     logging.info(
         "%s: compiling the step, %d layers, %s …%s",
-        place.name,
+        tpu_slice.name,
         layers,
         "rolled" if unroll < layers else "unrolled",
         " (minutes; --plan_program=shallow is quicker)" if layers >= unroll > 4 else "",
@@ -116,21 +131,23 @@ def compile_step(config: PretrainConfig, place: Slice) -> Compiled:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="beit_jax_plan_") as dump:
         try:
-            compiled = _compile(lowered, dump)
+            compiled = compile_with_dump(lowered, dump)
         except jax.errors.JaxRuntimeError as error:
             needed = memory_exceeded(str(error))
             if needed is None:
                 message = str(error).splitlines()[0]
                 raise RunError(f"--plan: the compiler failed: {message}") from error
             return Compiled(needed=needed, missing="the compiler gives none for what does not fit")
-        logging.info("%s: compiled in %.0f s", place.name, time.perf_counter() - began)
+        logging.info("%s: compiled in %.0f s", tpu_slice.name, time.perf_counter() - began)
         text, missing = program_text(compiled, dump)
     program = hlo.read(text) if text else None
     size = compiled.memory_analysis()
+    if size is None:
+        raise RunError("--plan: this libtpu does not say how much memory the program needs")
     kept = size.argument_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes
-    # Counts a loop's body once.
+    # The compiler counts a loop's body once, so only a program without loops has a total.
     countable = program is not None and not program.loops
-    counted = compiled.cost_analysis() if countable else {}
+    counted = (compiled.cost_analysis() if countable else None) or {}
     return Compiled(
         program=program,
         missing=missing,
@@ -143,8 +160,8 @@ def compile_step(config: PretrainConfig, place: Slice) -> Compiled:
     )
 
 
-def _compile(lowered: Any, dump: str) -> Any:
-    """Compiles, and has the compiler write what it made into the folder `dump`."""
+def compile_with_dump(lowered: jax.stages.Lowered, dump: str) -> jax.stages.Compiled:
+    """Compiles, and lets the compiler write its program as text into the folder `dump`."""
     try:
         return lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
     except jax.errors.JaxRuntimeError as error:
@@ -153,7 +170,7 @@ def _compile(lowered: Any, dump: str) -> Any:
         return lowered.compile()  # a libtpu without these options
 
 
-def program_text(compiled: Any, dump: str) -> tuple[str | None, str]:
+def program_text(compiled: jax.stages.Compiled, dump: str) -> tuple[str | None, str]:
     """The compiled program as text, and why it's missing where it is.
 
     `compiled.as_text()` has it second hand: JAX parses what libtpu hands over. jax 0.10.2 can't
@@ -180,7 +197,7 @@ def program_text(compiled: Any, dump: str) -> tuple[str | None, str]:
         return None, f"the compiled program's text can't be had from this libtpu ({reason})"
 
 
-def devices(place: Slice) -> list:
+def devices(tpu_slice: Slice) -> list:
     """The slice's devices, described by libtpu.
 
     Raises:
@@ -193,11 +210,11 @@ def devices(place: Slice) -> list:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")  # only so that it isn't looked for
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {"chips_per_host_bounds": place.host_bounds}
-    if place.chip.config_name:
-        options["chip_config_name"] = place.chip.config_name
-    shape = place.shape if place.chip.axes == 3 else place.shape[:2]
-    name = f"{place.chip.topology}:{'x'.join(map(str, shape))}"
+    options: dict[str, Any] = {"chips_per_host_bounds": tpu_slice.host_bounds}
+    if tpu_slice.chip.config_name:
+        options["chip_config_name"] = tpu_slice.chip.config_name
+    shape = tpu_slice.shape if tpu_slice.chip.axes == 3 else tpu_slice.shape[:2]
+    name = f"{tpu_slice.chip.topology}:{'x'.join(map(str, shape))}"
     try:
         return list(topologies.get_topology_desc(name, "tpu", **options).devices)
     except (RuntimeError, NotImplementedError) as error:
@@ -206,7 +223,7 @@ def devices(place: Slice) -> list:
         ) from error
 
 
-def lower_step(config: PretrainConfig, mesh: Mesh) -> Any:
+def lower_step(config: PretrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The run's train step on `mesh`, traced and lowered for TPUs, with nothing materialised."""
     task = task_of_shapes(config)
     optimizer = optim.adamw(config.optimizer)
@@ -231,8 +248,8 @@ def lower_step(config: PretrainConfig, mesh: Mesh) -> Any:
         seed=config.run.seed,
         mesh=mesh,
     )
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
     return jitted.trace(shapes, frozen, batch).lower(lowering_platforms=("tpu",))
 
 
@@ -246,89 +263,115 @@ def memory_exceeded(message: str) -> float | None:
     return float(found.group(1)) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found.group(2)]
 
 
-def compile_shallow(config: PretrainConfig, place: Slice) -> Compiled:
+def compile_shallow(config: PretrainConfig, tpu_slice: Slice) -> Compiled:
     """Two shallow programs, and the straight line through them at the model's depth."""
     low, high = (
         compile_step(
             dataclasses.replace(
                 config, model=dataclasses.replace(config.model, layers=n, scan_unroll=n)
             ),
-            place,
+            tpu_slice,
         )
         for n in SHALLOW_LAYERS
     )
     reach = (config.model.layers - SHALLOW_LAYERS[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
 
     def line(a: float, b: float) -> float:
-        # More layers don't take less: programs differ by more than their layers, and from two
+        # More layers do not take less: programs differ by more than their layers, and from two
         # sizes of code a straight line can come out below zero.
         return max(a + reach * (b - a), b)
 
-    names = ("arguments", "temporary", "code")
-    pairs = {name: (getattr(low, name), getattr(high, name)) for name in names}
-    sized = all(value is not None for pair in pairs.values() for value in pair)
-    sizes = {name: line(*pair) for name, pair in pairs.items()} if sized else {}
-    needed = sum(sizes.values()) if sized else line(low.needed, high.needed)
+    def line_if_known(a: float | None, b: float | None) -> float | None:
+        return None if a is None or b is None else line(a, b)
+
+    arguments = line_if_known(low.arguments, high.arguments)
+    temporary = line_if_known(low.temporary, high.temporary)
+    code = line_if_known(low.code, high.code)
+    if arguments is None or temporary is None or code is None:
+        arguments = temporary = code = None
+        needed = line(low.needed, high.needed)
+    else:
+        needed = arguments + temporary + code
+    sizes = Compiled(needed=needed, arguments=arguments, temporary=temporary, code=code)
     if low.program is None or high.program is None:
-        return Compiled(needed=needed, missing=low.missing or high.missing, **sizes)
-    known = low.hbm_bytes is not None and high.hbm_bytes is not None
-    counted = low.flops is not None and high.flops is not None
-    return Compiled(
-        needed=needed,
+        return dataclasses.replace(sizes, missing=low.missing or high.missing)
+    return dataclasses.replace(
+        sizes,
         program=_continue(low.program, high.program, line=line),
-        hbm_bytes=line(low.hbm_bytes, high.hbm_bytes) if known else None,
-        flops=line(low.flops, high.flops) if counted else None,
-        **sizes,
+        hbm_bytes=line_if_known(low.hbm_bytes, high.hbm_bytes),
+        flops=line_if_known(low.flops, high.flops),
     )
 
 
-def _continue(
-    low: hlo.Program, high: hlo.Program, *, line: Callable[[float, float], float]
-) -> hlo.Program:
-    """The program at full depth: the deeper one's collectives, scaled so that their sums fit.
+_Line = Callable[[float, float], float]  # the value at full depth from those at two depths
 
-    Sums are over kind and group, since the two programs may combine and overlap them otherwise.
+
+def _continue(low: hlo.Program, high: hlo.Program, *, line: _Line) -> hlo.Program:
+    """The program at full depth, from those at two shallow ones."""
+    return dataclasses.replace(
+        high,
+        cycles=line(low.cycles, high.cycles),
+        matmul_cycles=line(low.matmul_cycles, high.matmul_cycles),
+        collectives=_continue_collectives(low, high, line=line),
+        uncosted=_continue_uncosted(low, high, line=line),
+    )
+
+
+def _continue_collectives(
+    low: hlo.Program, high: hlo.Program, *, line: _Line
+) -> tuple[hlo.Collective, ...]:
+    """The deeper program's collectives, scaled so that their sums fit the straight line.
+
+    Sums are over kind and group, since the compiler may combine and overlap the two programs'
+    collectives differently.
     """
-
-    def summed(program: hlo.Program) -> tuple[dict[tuple, float], dict[tuple, float]]:
-        runs, sizes = collections.Counter(), collections.Counter()
-        for each in program.collectives:
-            runs[each.kind, each.group] += each.runs
-            for dtype, size in each.bytes_by_dtype.items():
-                sizes[each.kind, each.group, dtype] += each.runs * size
-        return runs, sizes
-
-    (low_runs, low_sizes), (high_runs, high_sizes) = summed(low), summed(high)
+    (low_runs, low_sizes), (high_runs, high_sizes) = _sums(low), _sums(high)
     collectives = []
-    for each in high.collectives:
-        key = each.kind, each.group
+    for collective in high.collectives:
+        key = collective.kind, collective.group
         more = line(low_runs[key], high_runs[key]) / high_runs[key]
         sizes = {}
-        for dtype, size in each.bytes_by_dtype.items():
+        for dtype, size in collective.bytes_by_dtype.items():
             whole = high_sizes[*key, dtype]
             larger = line(low_sizes[*key, dtype], whole) / whole if whole else 1.0
             sizes[dtype] = size * larger / more
         collectives.append(
             dataclasses.replace(
-                each, runs=each.runs * more, bytes=sum(sizes.values()), bytes_by_dtype=sizes
+                collective,
+                runs=collective.runs * more,
+                bytes=sum(sizes.values()),
+                bytes_by_dtype=sizes,
             )
         )
-    by_name = {(each.name, each.declared): each for each in low.uncosted}
+    return tuple(collectives)
+
+
+def _sums(
+    program: hlo.Program,
+) -> tuple[dict[tuple[str, int], float], dict[tuple[str, int, str], float]]:
+    """Calls by kind and group, and bytes by kind, group and dtype."""
+    runs: dict[tuple[str, int], float] = collections.defaultdict(float)
+    sizes: dict[tuple[str, int, str], float] = collections.defaultdict(float)
+    for collective in program.collectives:
+        runs[collective.kind, collective.group] += collective.runs
+        for dtype, size in collective.bytes_by_dtype.items():
+            sizes[collective.kind, collective.group, dtype] += collective.runs * size
+    return runs, sizes
+
+
+def _continue_uncosted(
+    low: hlo.Program, high: hlo.Program, *, line: _Line
+) -> tuple[hlo.Uncosted, ...]:
+    by_name = {(work.name, work.declared): work for work in low.uncosted}
     uncosted = []
-    for each in high.uncosted:
-        before = by_name.get((each.name, each.declared))
+    for work in high.uncosted:
+        before = by_name.get((work.name, work.declared))
         if before:
-            each = dataclasses.replace(
-                each,
-                runs=line(before.runs, each.runs),
-                bytes=line(before.bytes, each.bytes),
-                flops=line(before.flops, each.flops),
+            work = dataclasses.replace(
+                work,
+                runs=line(before.runs, work.runs),
+                bytes=line(before.bytes, work.bytes),
+                flops=line(before.flops, work.flops),
             )
-        uncosted.append(each)
-    return dataclasses.replace(
-        high,
-        cycles=line(low.cycles, high.cycles),
-        matmul_cycles=line(low.matmul_cycles, high.matmul_cycles),
-        collectives=tuple(collectives),
-        uncosted=tuple(uncosted),
-    )
+        uncosted.append(work)
+    return tuple(uncosted)

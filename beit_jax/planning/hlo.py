@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: what the compiler thinks it costs, and what it communicates.
+"""Reads a compiled program's text: the cycles that the compiler estimates, and the communication.
 
 Pure text in, numbers out; nothing here knows about models or chips.
 
@@ -6,7 +6,7 @@ Pure text in, numbers out; nothing here knows about models or chips.
     program.cycles  # the compiler's estimate of one call, loops included
     program.collectives  # every collective that runs, with bytes and how often
 
-`estimated_cycles` is what XLA's TPU compiler leaves beside an instruction. A loop's body is listed
+XLA's TPU compiler writes `estimated_cycles` beside an instruction. A loop's body is listed
 once; its trip count is the constant that the loop's condition compares with.
 """
 
@@ -44,7 +44,7 @@ BYTES = {
     "u64": 8,
     "f64": 8,
 }
-# What has no cost because it does nothing, or waits for something that has been counted.
+# Operations without a cost: they do nothing, or wait for something that has been counted.
 FREE = {
     "add-dependency",
     "after-all",
@@ -99,7 +99,7 @@ class Uncosted:
     Attributes:
       name: "sort", "gather_fusion", "gather on sparsecore", a Pallas kernel's name, or another
         custom call's target.
-      kernel: a custom call: code the compiler can't look into (Pallas).
+      kernel: a custom call: code that the compiler cannot see into (Pallas).
       runs: calls per program.
       bytes: operands and results, of all calls: a bound on what they move.
       flops: of all calls, where a kernel declares them.
@@ -122,8 +122,8 @@ class Program:
       cycles: estimated, of one call; without `uncosted` and `collectives`.
       matmul_cycles: the part in instructions that hold a matrix product or a convolution.
       collectives: in the order of the text.
-      uncosted: by name, without what is free.
-      loops: trip counts of the loops, in the order of the text; None where it can't be told (and
+      uncosted: work without cycles, by name; operations that cost nothing are left out.
+      loops: trip counts of the loops, in the order of the text; None where it is unknown (and
         the body was counted once).
       partitions: devices the program is written for.
     """
@@ -144,9 +144,10 @@ class _Instruction:
     operands: tuple[str, ...]
     rest: str  # attributes, metadata, backend_config
 
-    def called(self, attribute: str) -> str | None:
+    def called(self, attribute: str) -> str:
+        """The computation that an attribute names; "" where there is none."""
         found = re.search(rf"\b{attribute}=%?([\w.$-]+)", self.rest)
-        return found and found.group(1)
+        return found.group(1) if found else ""
 
 
 def read(text: str) -> Program:
@@ -175,7 +176,7 @@ def shape_bytes(shape: str) -> dict[str, float]:
 
 
 class _Reader:
-    """Walks the computations that run, each as often as it runs."""
+    """Walks the computations that run, counting how often they run."""
 
     def __init__(self, computations: dict[str, list[_Instruction]], partitions: int):
         self.computations = computations
@@ -197,37 +198,37 @@ class _Reader:
         )
 
     def _visit(self, name: str, *, runs: float, overlapped: bool = False) -> None:
-        shapes = {each.name: each.shape for each in self.computations[name]}
+        shapes = {op.name: op.shape for op in self.computations[name]}
         channels: set[str] = set()
-        for each in self.computations[name]:
-            kind = each.opcode.removesuffix("-start")
-            cycles = re.search(r'"estimated_cycles":"(\d+)"', each.rest)
+        for op in self.computations[name]:
+            kind = op.opcode.removesuffix("-start")
+            cycles = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
             if cycles:
                 self.cycles += runs * int(cycles.group(1))
-                if self._multiplies(each):
+                if self._multiplies(op):
                     self.matmul_cycles += runs * int(cycles.group(1))
             if kind in COLLECTIVES:
-                self._add_collective(each, kind, shapes, runs, overlapped=overlapped)
-            elif each.opcode == "while":
-                trips = self._trip_count(each.called("condition"))
+                self._add_collective(op, kind, shapes, runs, overlapped=overlapped)
+            elif op.opcode == "while":
+                trips = self._trip_count(op.called("condition"))
                 self.loops.append(trips)
                 times = runs * (1 if trips is None else trips)
-                self._visit(each.called("body"), runs=times, overlapped=overlapped)
-            elif each.opcode == "call" and not cycles:
-                self._visit(each.called("to_apply"), runs=runs, overlapped=overlapped)
-            elif each.opcode == "conditional" and not cycles:
-                for branch in self._branches(each):
+                self._visit(op.called("body"), runs=times, overlapped=overlapped)
+            elif op.opcode == "call" and not cycles:
+                self._visit(op.called("to_apply"), runs=runs, overlapped=overlapped)
+            elif op.opcode == "conditional" and not cycles:
+                for branch in self._branches(op):
                     # An upper bound: one of them runs.
                     self._visit(branch, runs=runs, overlapped=overlapped)
-            elif each.opcode == "async-start":
-                self._add_async(each, runs, counted=bool(cycles))
-            elif each.opcode == "fusion" and self._add_fused_collectives(each, runs, channels):
+            elif op.opcode == "async-start":
+                self._add_async(op, runs, counted=bool(cycles))
+            elif op.opcode == "fusion" and self._add_fused_collectives(op, runs, channels):
                 pass
             elif not cycles:
-                self._add_uncosted(each, shapes, runs)
+                self._add_uncosted(op, shapes, runs)
 
     def _add_async(self, start: _Instruction, runs: float, *, counted: bool) -> None:
-        """What is started here runs beside the rest, until its `async-done`.
+        """Counts work that runs concurrently with the rest, until its `async-done`.
 
         Operands may be handed over later, by an `async-update`: bytes are those of the computation.
         On chips with SparseCores gathers run there, without cycles, as custom calls without a name.
@@ -240,33 +241,31 @@ class _Reader:
             self._visit(name, runs=runs, overlapped=True)
         elif not counted and body:
             source = re.search(r'op_name="[^"]*?([\w-]+)"', start.rest)
-            what = source.group(1) if source else re.sub(r"[.\d]+$", "", start.name)
-            size = sum(
-                sum(shape_bytes(each.shape).values())
-                for each in (*(one for one in body if one.opcode == "parameter"), body[-1])
-            )
-            self._add(f"{what} on {thread.group(1)}", runs=runs, size=size)
+            name = source.group(1) if source else re.sub(r"[.\d]+$", "", start.name)
+            moved = [*(op for op in body if op.opcode == "parameter"), body[-1]]
+            size = sum(sum(shape_bytes(op.shape).values()) for op in moved)
+            self._add(f"{name} on {thread.group(1)}", runs=runs, size=size)
 
     def _inside(self, instruction: _Instruction) -> Iterator[_Instruction]:
         """The instructions of a fusion or call, those of fusions and calls in it included."""
-        where = instruction.called("to_apply" if instruction.opcode == "call" else "calls")
-        for each in self.computations.get(where or "", []):
-            yield each
-            if each.opcode in ("fusion", "call"):
-                yield from self._inside(each)
+        name = instruction.called("to_apply" if instruction.opcode == "call" else "calls")
+        for op in self.computations.get(name, []):
+            yield op
+            if op.opcode in ("fusion", "call"):
+                yield from self._inside(op)
 
     def _multiplies(self, instruction: _Instruction) -> bool:
-        opcodes = {instruction.opcode} | {each.opcode for each in self._inside(instruction)}
+        opcodes = {instruction.opcode} | {op.opcode for op in self._inside(instruction)}
         return bool(opcodes & {"dot", "convolution"})
 
-    def _trip_count(self, condition: str | None) -> int | None:
-        """The constant a counter is compared with; None where the condition is another."""
-        instructions = self.computations.get(condition or "", [])
-        compares = [each for each in instructions if each.opcode == "compare"]
-        for each in instructions:
-            if each.opcode == "fusion":
-                compares += [inner for inner in self._inside(each) if inner.opcode == "compare"]
-        constants = [each.rest for each in instructions if each.opcode == "constant"]
+    def _trip_count(self, condition: str) -> int | None:
+        """The constant a counter is compared with; None where the condition is of another kind."""
+        instructions = self.computations.get(condition, [])
+        compares = [op for op in instructions if op.opcode == "compare"]
+        for op in instructions:
+            if op.opcode == "fusion":
+                compares += [inner for inner in self._inside(op) if inner.opcode == "compare"]
+        constants = [op.rest for op in instructions if op.opcode == "constant"]
         if len(compares) != 1 or "direction=LT" not in compares[0].rest:
             return None
         values = [int(text) for text in constants if re.fullmatch(r"-?\d+", text)]
@@ -279,15 +278,23 @@ class _Reader:
         names = (instruction.called(f"{which}_computation") for which in ("true", "false"))
         return [name for name in names if name]
 
-    def _add_collective(self, each, kind, shapes, runs, *, overlapped: bool = False) -> None:
+    def _add_collective(
+        self,
+        op: _Instruction,
+        kind: str,
+        shapes: dict[str, str],
+        runs: float,
+        *,
+        overlapped: bool = False,
+    ) -> None:
         by_dtype: dict[str, float] = {}
-        for operand in each.operands:
+        for operand in op.operands:
             for dtype, size in shape_bytes(shapes.get(operand, "")).items():
                 by_dtype[dtype] = by_dtype.get(dtype, 0) + size
-        group = _group_size(each.rest, partitions=self.partitions)
+        group = _group_size(op.rest, partitions=self.partitions)
         if kind == "all-gather":
             by_dtype = {dtype: size * group for dtype, size in by_dtype.items()}
-        source = re.search(r'op_name="([^"]*)"', each.rest)
+        source = re.search(r'op_name="([^"]*)"', op.rest)
         self.collectives.append(
             Collective(
                 kind=kind,
@@ -295,7 +302,7 @@ class _Reader:
                 bytes_by_dtype=by_dtype,
                 group=group,
                 runs=runs,
-                overlapped=overlapped or each.opcode.endswith("-start"),
+                overlapped=overlapped or op.opcode.endswith("-start"),
                 source=source.group(1) if source else "",
             )
         )
@@ -303,38 +310,38 @@ class _Reader:
     def _add_fused_collectives(self, fusion: _Instruction, runs: float, channels: set[str]) -> bool:
         """TPU programs fuse collectives with the work around them.
 
-        One collective may go through a chain of fusions, a part of it in each: they have its
-        channel in common.
+        One collective may be split over a chain of fusions, which then share its channel.
         """
         inside = list(self._inside(fusion))
-        shapes = {each.name: each.shape for each in inside}
-        found = [each for each in inside if each.opcode.removesuffix("-start") in COLLECTIVES]
-        for each in found:
-            channel = re.search(r"channel_id=(\d+)", each.rest)
+        shapes = {op.name: op.shape for op in inside}
+        found = [op for op in inside if op.opcode.removesuffix("-start") in COLLECTIVES]
+        for op in found:
+            channel = re.search(r"channel_id=(\d+)", op.rest)
             if channel:
                 if channel.group(1) in channels:
                     continue
                 channels.add(channel.group(1))
             self._add_collective(
-                each, each.opcode.removesuffix("-start"), shapes, runs, overlapped=True
+                op, op.opcode.removesuffix("-start"), shapes, runs, overlapped=True
             )
         return bool(found)
 
-    def _add_uncosted(self, each: _Instruction, shapes: dict[str, str], runs: float) -> None:
-        if each.opcode in FREE or each.opcode.endswith("-done"):
+    def _add_uncosted(self, op: _Instruction, shapes: dict[str, str], runs: float) -> None:
+        if op.opcode in FREE or op.opcode.endswith("-done"):
             return
-        target = re.search(r'custom_call_target="([^"]*)"', each.rest)
+        target = re.search(r'custom_call_target="([^"]*)"', op.rest)
         if target and target.group(1) in FREE_TARGETS:
             return
         # "gather_fusion.3" → "gather_fusion"; a Pallas kernel's instruction has the kernel's name.
         pallas = target is not None and target.group(1) == "tpu_custom_call"
-        name = re.sub(r"[.\d]+$", "", each.name) if pallas or not target else target.group(1)
-        size = sum(shape_bytes(each.shape).values())
-        if each.opcode == "slice":
-            size *= 2  # it reads what it gives, not its whole operand
+        name = re.sub(r"[.\d]+$", "", op.name) if pallas or not target else target.group(1)
+        size = sum(shape_bytes(op.shape).values())
+        if op.opcode == "slice":
+            size *= 2  # it reads as much as it returns, not its whole operand
         else:
-            size += sum(sum(shape_bytes(shapes.get(one, "")).values()) for one in each.operands)
-        declared = re.search(r'"cost_estimate":(\{[^}]*\})', each.rest) if target else None
+            read = (shape_bytes(shapes.get(operand, "")) for operand in op.operands)
+            size += sum(sum(sizes.values()) for sizes in read)
+        declared = re.search(r'"cost_estimate":(\{[^}]*\})', op.rest) if target else None
         flops = 0.0
         if declared:
             estimate = {key: float(value) for key, value in json.loads(declared.group(1)).items()}
@@ -365,7 +372,7 @@ class _Reader:
 
 
 def _group_size(attributes: str, *, partitions: int) -> int:
-    """Devices per group, of the three ways the compiler writes `replica_groups`."""
+    """Devices per group; the compiler writes `replica_groups` in three forms."""
     # mesh['data'=16,'fsdp'=4] {'fsdp'}
     found = re.search(r"replica_groups=\w*mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
     if found:
@@ -386,11 +393,11 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     computations: dict[str, list[_Instruction]] = {}
     entry, current = None, None
     for line in text.splitlines():
-        if line[:1] in ("%", "E") and line.rstrip().endswith("{"):
-            name = re.match(r"(ENTRY )?%?([\w.$-]+) ", line)
-            current = computations.setdefault(name.group(2), [])
-            if name.group(1):
-                entry = name.group(2)
+        header = re.match(r"(ENTRY )?%?([\w.$-]+) ", line) if line[:1] in ("%", "E") else None
+        if header and line.rstrip().endswith("{"):
+            current = computations.setdefault(header.group(2), [])
+            if header.group(1):
+                entry = header.group(2)
         elif line.startswith("  ") and current is not None:
             instruction = _instruction(line.strip())
             if instruction:

@@ -10,7 +10,7 @@ import math
 import re
 
 from beit_jax.config import ConfigError, check
-from beit_jax.training.metrics import PEAK_FLOPS
+from beit_jax.hardware import PEAK_FLOPS
 
 GIB = 2**30
 
@@ -20,7 +20,7 @@ class Chip:
     """A TPU generation. Sources: Google's TPU documentation, libtpu's messages.
 
     Attributes:
-      device_kind: as JAX names it; its peak is in `training.metrics`.
+      device_kind: as JAX names it; `hardware.PEAK_FLOPS` has its peak.
       topology: libtpu's name for the family.
       config_name: libtpu's name for two cores working as one device; "" where a chip is one core.
       cores_per_chip: what the number in the accelerator's name counts, per chip.
@@ -166,10 +166,9 @@ def parse_slice(name: str) -> Slice:
       ConfigError: there is no such name; the message lists what there is.
     """
     found = re.fullmatch(r"(v\w+)-(\d+)", name.strip())
-    family = found and ALIASES.get(found.group(1), found.group(1))
-    check(
-        family in CHIPS, "--plan", f"{name!r} is no TPU slice this project knows; there are {NAMES}"
-    )
+    family = ALIASES.get(found.group(1), found.group(1)) if found else ""
+    if found is None or family not in CHIPS:
+        raise ConfigError(f"--plan: {name!r} is no TPU slice this project knows; there are {NAMES}")
     chip, number = CHIPS[family], int(found.group(2))
     chips, rest = divmod(number, chip.cores_per_chip)
     sizes = _shapes_2d(chip) if chip.axes == 2 else _shapes_3d(chip)

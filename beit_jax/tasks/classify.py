@@ -31,9 +31,9 @@ from beit_jax.config import (
     one_of,
     to_dict,
 )
+from beit_jax.models.flops import classifier_flops
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import classifier
-from beit_jax.models.vit import encoder_flops
 from beit_jax.preprocessing import NORMALIZATIONS, normalize
 from beit_jax.tasks.feed import check_class_count, labelled_feed, with_first
 from beit_jax.tasks.summary import write_summary
@@ -178,7 +178,7 @@ def classify_task(model: Functional, *, config: ClassifyConfig) -> Task:
             name: total / totals["weight"] for name, total in totals.items() if name != "weight"
         }
 
-    forward = encoder_flops(config.model) + 2.0 * config.model.width * config.classes
+    forward = classifier_flops(config.model, classes=config.classes)
     return Task(
         init=model.init,
         prepare=prepare,

@@ -32,10 +32,9 @@ from beit_jax.config import (
     check,
     to_dict,
 )
-from beit_jax.models.flops import matmul_flops
+from beit_jax.models.flops import matmul_flops, student_flops
 from beit_jax.models.functional import Functional
-from beit_jax.models.heads import masked_image_model, masked_positions, mim_head_flops
-from beit_jax.models.vit import encoder_flops
+from beit_jax.models.heads import masked_image_model, masked_positions
 from beit_jax.preprocessing import normalize
 from beit_jax.tasks import token_cache
 from beit_jax.tasks.feed import first_images, image_feed, image_sources, with_first
@@ -300,15 +299,6 @@ def pretrain_task(
         frozen=encoder_params,
         flops_per_image=flops_per_image(tokenizer, config=config, slots=slots),
     )
-
-
-def student_flops(config: ModelConfig, *, vocabulary: int, slots: int) -> float:
-    """Matmul FLOPs of one image's training step, without the tokenizer: 107.98e9 for base.
-
-    Backward is twice forward, but for the pixels, whose gradient nobody asks for.
-    """
-    forward = encoder_flops(config) + mim_head_flops(config, vocabulary=vocabulary, slots=slots)
-    return 3 * forward - 2.0 * config.tokens * 3 * config.patch_size**2 * config.width
 
 
 def flops_per_image(tokenizer: Tokenizer, *, config: PretrainConfig, slots: int) -> float:

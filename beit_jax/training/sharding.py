@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beit_jax.config import ConfigError, check
+from beit_jax.text_table import text_table
 from beit_jax.training.optim import by_rules, path_name
 
 DATA, FSDP = "data", "fsdp"
@@ -101,7 +102,7 @@ def arrange_slices(devices: list, *, fsdp: int) -> np.ndarray:
     )
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A `NamedSharding` for every array of a train state or a parameter tree.
 
     Args:
@@ -128,9 +129,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return placed
 
 
-def check_batch(batch_size: int, *, accumulate: int, mesh: Mesh, processes: int) -> None:
+def check_batch(
+    batch_size: int, *, accumulate: int, mesh: Mesh | AbstractMesh, processes: int
+) -> None:
     """Raises ConfigError unless the global batch divides over hosts, devices and micro-batches."""
-    devices = math.prod(mesh.devices.shape)
+    devices = mesh.size
     for count, what in (
         (processes, "processes"),
         (devices, "devices"),
@@ -149,6 +152,7 @@ def table(shapes: Any) -> str:
     Args:
       shapes: parameters or their shapes, with shardings (`state_shapes(...).params`).
     """
+    header = ("parameter", "shape", "split", "bytes on a device")
     rows = []
     total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -156,15 +160,9 @@ def table(shapes: Any) -> str:
         size = math.prod(local) * leaf.dtype.itemsize
         total += size
         split = ",".join(map(str, leaf.sharding.spec)) or "replicated"
-        rows.append((path_name(path), "×".join(map(str, leaf.shape)) or "scalar", split, size))
-    rows.append(("all", "", "", total))
-    head = ("parameter", "shape", "split", "bytes on a device")
-    width = [max(len(str(row[i])) for row in [head, *rows]) for i in range(3)]
-    lines = [f"{a:<{width[0]}}  {b:<{width[1]}}  {c:<{width[2]}}  " for a, b, c, _ in (head, *rows)]
-    sizes = [head[3], *(f"{row[3]:,}" for row in rows)]
-    return "\n".join(
-        line + f"{size:>{len(head[3])}}" for line, size in zip(lines, sizes, strict=True)
-    )
+        shape = "×".join(map(str, leaf.shape)) or "scalar"
+        rows.append((path_name(path), shape, split, f"{size:,}"))
+    return text_table([header, *rows, ("all", "", "", f"{total:,}")], align="lllr")
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

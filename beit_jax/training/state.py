@@ -7,7 +7,7 @@ from typing import TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from beit_jax.config import OptimizerConfig
 from beit_jax.training import optim, sharding
@@ -156,7 +156,11 @@ def state_from_params(
 
 
 def state_shapes(
-    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, *, average: bool = False
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    *,
+    average: bool = False,
 ) -> TrainState:
     """The train state's shapes, dtypes and shardings; nothing is materialised."""
     shapes = jax.eval_shape(

@@ -161,12 +161,12 @@ def test_eight_devices_equal_one():
 
 def test_auto_takes_the_kernel_on_tpus_where_it_fits():
     def chosen(**kwargs):
-        return attention.implementation("auto", **kwargs)
+        return attention.resolve_implementation("auto", **kwargs)
 
     assert chosen(head_width=64, platform="tpu") == "fused"
     assert chosen(head_width=32, platform="tpu") == "xla"
     assert chosen(head_width=64, platform="cpu") == chosen(head_width=64, platform="gpu") == "xla"
-    assert attention.implementation("cudnn", head_width=64, platform="gpu") == "cudnn"
+    assert attention.resolve_implementation("cudnn", head_width=64, platform="gpu") == "cudnn"
 
 
 def test_cost_counts_the_padding():

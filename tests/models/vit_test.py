@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from beit_jax.config import ConfigError, ModelConfig
-from beit_jax.models import heads, vit
-from beit_jax.models.flops import matmul_flops
+from beit_jax.models import flops, heads, vit
 from beit_jax.models.functional import flatten
 
 TINY = ModelConfig(
@@ -204,11 +203,11 @@ def test_blocks_after_the_last_one_asked_for_do_not_run(batch):
         lambda rngs: vit.Encoder(TINY, mask_token=True, final_norm=True, rngs=rngs)
     )
 
-    def flops(block):
+    def cost(block):
         apply = functools.partial(encoder.apply, blocks=(block,), method="block_outputs")
-        return matmul_flops(apply, encoder.shapes(), images)
+        return flops.matmul_flops(apply, encoder.shapes(), images)
 
-    assert flops(2) - flops(1) == flops(3) - flops(2) > 0
+    assert cost(2) - cost(1) == cost(3) - cost(2) > 0
 
 
 def test_drop_path_drops_whole_samples_at_the_linear_rate():
@@ -275,6 +274,6 @@ def test_flops_of_base_and_large():
     """By hand: 35.13 and 123.11 GFLOP forward at 224."""
     base = ModelConfig(layers=12, width=768, heads=12, mlp_width=3072)
     large = ModelConfig(layers=24, width=1024, heads=16, mlp_width=4096)
-    assert abs(vit.encoder_flops(base) / 1e9 - 35.13) < 0.01
-    assert abs(vit.encoder_flops(large) / 1e9 - 123.11) < 0.01
-    assert abs(heads.mim_head_flops(base, vocabulary=8192, slots=75) / 1e9 - 0.94) < 0.01
+    assert abs(flops.encoder_flops(base) / 1e9 - 35.13) < 0.01
+    assert abs(flops.encoder_flops(large) / 1e9 - 123.11) < 0.01
+    assert abs(flops.mim_head_flops(base, vocabulary=8192, slots=75) / 1e9 - 0.94) < 0.01

@@ -13,7 +13,7 @@ import pytest
 
 from beit_jax import jobs
 from beit_jax.config import ConfigError
-from beit_jax.planning import ahead_of_time, hlo, plan, slices
+from beit_jax.planning import ahead_of_time, estimate, hlo, plan, report, slices
 from beit_jax.tasks import pretrain
 from beit_jax.tokenizers.loading import open_tokenizer
 from beit_jax.training import sharding
@@ -41,7 +41,7 @@ def tiny_config(**settings):
     [(beit_base, 91_965_776, 35.13, 107.98), (beit_large, 311_534_016, 123.11, 372.8)],
 )
 def test_parameters_and_flops_of_the_recipes(recipe, parameters, encoder, student):
-    work = plan.workload(config_of(recipe.get_config()))
+    work = estimate.workload(config_of(recipe.get_config()))
     assert work.parameters["encoder"] + work.parameters["head"] == parameters
     assert work.flops["encoder"] / 1e9 == pytest.approx(encoder, abs=0.01)
     assert work.flops["student"] / 1e9 == pytest.approx(student, abs=0.05)
@@ -54,7 +54,7 @@ def test_flops_are_those_that_the_run_measures_itself_with():
     config = config_of(beit_base.get_config())
     tokenizer = open_tokenizer(config.tokenizer)
     logged = pretrain.flops_per_image(tokenizer, config=config, slots=75)
-    assert plan.workload(config).flops["step"] == logged
+    assert estimate.workload(config).flops["step"] == logged
 
 
 def test_days_and_input_follow_from_the_speed():
@@ -71,19 +71,19 @@ def test_days_and_input_follow_from_the_speed():
     assert made.host_bytes_per_second == pytest.approx(high / 8 * 188_356)
     assert made.time is None
     assert made.memory.needed is None
-    assert "libtpu is not installed" in plan.table(made)
+    assert "libtpu is not installed" in report.table(made)
 
 
 def test_state_on_a_chip():
     """Float32 parameters and two moments; the fsdp axis splits the matrices."""
     config = config_of(beit_large.get_config())
     place = slices.parse_slice("v4-128")
-    whole = plan.memory_of_state(config, place)
+    whole = estimate.memory_of_state(config, place)
     assert whole.parameters == 4 * 311_534_016
     assert whole.optimizer == pytest.approx(8 * 311_534_016, rel=1e-6)
     assert whole.tokenizer == 4 * 53_786_240
     assert whole.batch == 32 * 188_356
-    split = plan.memory_of_state(
+    split = estimate.memory_of_state(
         dataclasses.replace(config, run=dataclasses.replace(config.run, fsdp=8)), place
     )
     assert whole.parameters / 8 < split.parameters < whole.parameters / 7
@@ -167,10 +167,10 @@ def program(**fields):
 def test_time_is_cycles_over_the_clock_and_bytes_over_the_links():
     place = slices.parse_slice("v4-128")  # 1050 MHz, 6 links of 45 GB/s
     gradients = collective("all-reduce", 368e6)
-    assert plan.collective_seconds(gradients, place) == pytest.approx(
+    assert estimate.collective_seconds(gradients, place) == pytest.approx(
         2 * 368e6 * 63 / 64 / (6 * 45e9)
     )
-    time = plan.step_time(
+    time = estimate.step_time(
         program(collectives=(gradients,)), place, flops_per_chip=2.75e12, hbm_bytes=12e9
     )
     assert time.cycles == pytest.approx(0.1)
@@ -185,7 +185,7 @@ def test_what_overlaps_is_hidden_until_it_is_longer_than_the_work():
 
     def seconds(size):
         gather = collective("all-gather", size, overlapped=True)
-        made = plan.step_time(
+        made = estimate.step_time(
             program(collectives=(gather,)), place, flops_per_chip=1, hbm_bytes=None
         )
         return made.seconds
@@ -199,8 +199,8 @@ def test_a_kernel_costs_what_it_declares_or_is_reported():
     kernel = hlo.Uncosted(
         name="attention", kernel=True, runs=12, bytes=1.2e9, flops=0, declared=True
     )
-    time = plan.step_time(program(uncosted=(kernel,)), place, flops_per_chip=1, hbm_bytes=None)
-    assert time.cycles == pytest.approx(0.1 + 1e-3 / plan.KERNEL_EFFICIENCY)
+    time = estimate.step_time(program(uncosted=(kernel,)), place, flops_per_chip=1, hbm_bytes=None)
+    assert time.cycles == pytest.approx(0.1 + 1e-3 / estimate.KERNEL_EFFICIENCY)
     silent = dataclasses.replace(kernel, declared=False)
     config = tiny_config(**{"run.batch_size": 64})
     compiled = ahead_of_time.Compiled(needed=1e9, program=program(uncosted=(silent,)))
@@ -226,7 +226,7 @@ def test_advice(needed, words):
     for each in words:
         assert each in advice
     assert made.memory.fits is (needed < 30.75 * 2**30)
-    assert ("DOES NOT FIT" in plan.table(made)) is (needed > 30.75 * 2**30)
+    assert ("DOES NOT FIT" in report.table(made)) is (needed > 30.75 * 2**30)
 
 
 def shallow(monkeypatch, compiled, *, layers=12):
@@ -355,12 +355,12 @@ def test_without_the_programs_text_memory_is_still_known(monkeypatch, lowered, p
     assert made.memory.fits
     assert made.time is None
     assert made.images_per_second[0] < made.images_per_second[1]
-    printed = plan.table(made)
+    printed = report.table(made)
     assert "4.00 GiB  activations" in printed
     assert "no cycles, no collectives: the compiled program's text can't be had" in printed
     assert "RET_CHECK failure async-update" in printed
     assert "stack trace" not in printed
-    assert "v5p-8" in plan.comparison([made])
+    assert "v5p-8" in report.comparison([made])
 
 
 @needs_libtpu
@@ -460,9 +460,9 @@ def test_too_big_says_by_how_much():
 
 def test_auto_dtype_is_that_of_the_slice_not_of_this_machine():
     assert jax.default_backend() == "cpu"
-    config = plan.for_tpu(tiny_config())
+    config = ahead_of_time.for_tpu(tiny_config())
     assert config.model.dtype == "bfloat16"
     assert config.tokenizer.dtype == "bfloat16"
     settings = {"model.dtype": "float32", "tokenizer.dtype": "float32"}
-    config = plan.for_tpu(tiny_config(**settings))
+    config = ahead_of_time.for_tpu(tiny_config(**settings))
     assert config.model.dtype == config.tokenizer.dtype == "float32"

@@ -15,9 +15,8 @@ import pytest
 from PIL import Image
 
 from beit_jax import jobs
-from beit_jax.models.flops import matmul_flops
+from beit_jax.models.flops import encoder_flops, matmul_flops
 from beit_jax.models.heads import masked_image_model
-from beit_jax.models.vit import encoder_flops
 from beit_jax.tasks import pretrain
 from beit_jax.tokenizers.loading import open_tokenizer
 from beit_jax.training import checkpoint, metrics
