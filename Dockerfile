@@ -1,13 +1,14 @@
-# main.py and what it needs on TPU hosts, for GKE (launch/gke.sh). Cloud TPU VMs do without: launch/tpu.sh.
+# An image with main.py and its packages for TPU hosts on GKE (launch/gke.sh). Cloud TPU VMs need no image:
+# see launch/tpu.sh.
 #
 #   docker build --build-arg=REVISION="$(git rev-parse HEAD)" --tag=REGION-docker.pkg.dev/P/R/beit_jax .
 #
-# Not built where it was written: no Docker engine there.
+# This file has not been built: there was no Docker engine where it was written.
 FROM python:3.12-slim
 
 WORKDIR /opt/beit_jax
 
-# Before the code, so that a change of code does not install everything again.
+# The packages come before the code, so that a change of code does not install them again.
 COPY requirements.txt ./
 COPY requirements requirements
 COPY launch/requirements-tpu.txt launch/
@@ -15,7 +16,7 @@ RUN pip install --no-cache-dir -r requirements.txt -r launch/requirements-tpu.tx
 
 COPY . .
 
-# As launch/worker.sh sets them; jax's own coordinator port is open between pods.
+# The variables that launch/worker.sh sets. JAX's own coordinator port is open between pods.
 ARG REVISION=unknown
 ENV BEIT_JAX_REVISION=$REVISION \
     JAX_PLATFORMS=tpu,cpu \

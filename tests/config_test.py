@@ -1,4 +1,4 @@
-"""Settings that are wrong are named in full, in one line, before anything starts."""
+"""A wrong setting is one line with the setting's full name, before anything starts."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from beit_jax.config import ConfigError
 from tests.tasks import tiny
 
 
-def test_round_trip_through_plain_dicts():
+def test_settings_survive_a_round_trip_through_plain_dicts():
     parsed = jobs.parse_job(tiny.pretrain().to_dict())
     assert jobs.parse_job(config.to_dict(parsed)) == parsed
     assert dataclasses.is_dataclass(parsed.data.mask)
@@ -38,7 +38,7 @@ def test_round_trip_through_plain_dicts():
         ("run.keep_checkpoints", 1, r"^config\.run\.keep_checkpoints: keep at least 2"),
     ],
 )
-def test_one_clear_line(key, value, message):
+def test_a_wrong_setting_is_one_line_that_names_it(key, value, message):
     values = tiny.pretrain().to_dict()
     *sections, last = key.split(".")
     section = values
@@ -50,7 +50,7 @@ def test_one_clear_line(key, value, message):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_unknown_jobs():
+def test_a_missing_or_unknown_task_is_an_error():
     values = tiny.pretrain().to_dict()
     del values["optimizer"]["learning_rate"]
     with pytest.raises(ConfigError, match=r"^config\.optimizer\.learning_rate: missing"):
@@ -59,7 +59,7 @@ def test_missing_and_unknown_jobs():
         jobs.parse_job({"task": "dance"})
 
 
-def test_ints_pass_as_floats_and_lists_as_tuples():
+def test_integers_pass_as_floats_and_lists_as_tuples():
     @dataclasses.dataclass(frozen=True)
     class Numbers:
         rate: float

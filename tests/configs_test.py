@@ -1,4 +1,4 @@
-"""Every published recipe: it parses, and its model has exactly the published size."""
+"""Every recipe parses, and its model has exactly the published number of parameters."""
 
 import dataclasses
 import importlib
@@ -53,13 +53,13 @@ def count(shapes):
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
 
 
-def test_every_config_is_in_the_table():
+def test_every_recipe_is_in_the_table():
     names = {path.stem for path in CONFIGS.glob("*.py")} - {"__init__"}
     assert names == set(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters(name):
+def test_models_have_the_published_number_of_parameters(name):
     config = load(name)
     if config.task == "tokenizer":
         assert count(discrete_vae(config.tokenizer).shapes()) == PARAMETERS[name]
@@ -78,7 +78,7 @@ def test_parameters(name):
 
 
 def test_every_setting_can_be_overridden_on_the_command_line():
-    """`--config.a.b=c` works for keys the file has: so the files have them all."""
+    """`--config.a.b=c` works only for keys that the file has, so each file has all of them."""
 
     def missing(settings, section, path):
         for field in dataclasses.fields(settings):
@@ -93,15 +93,15 @@ def test_every_setting_can_be_overridden_on_the_command_line():
         assert not list(missing(load(name), section, name))
 
 
-def test_encoder_alone():
-    """What is left for fine-tuning: no mask token, no head."""
+def test_an_encoder_alone_has_the_published_number_of_parameters():
+    """Without a mask token and a head, as fine-tuning starts from it."""
     for name, encoder in (("beit_base", 85_665_360), ("beit_large", 303_136_192)):
         shapes = masked_image_model(load(name).model, vocabulary=8192).shapes()["encoder"]
         assert count({k: v for k, v in shapes.items() if k != "mask_token"}) == encoder
 
 
-def test_the_recipes_numbers():
-    """Paper table 12 and the README's commands, where they differ."""
+def test_pre_training_recipes_have_the_published_settings():
+    """Paper table 12, and the official README's commands where they differ from it."""
     base, large = load("beit_base"), load("beit_large")
     assert base.run.steps == large.run.steps == 500_000
     assert base.optimizer.warmup_steps == 6250
@@ -136,7 +136,7 @@ FINE_TUNING = {
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
-def test_fine_tuning_recipes(name):
+def test_fine_tuning_recipes_have_the_published_settings(name):
     config = load(name)
     images = {21_841: 14_197_122, 1000: 1_281_167, 100: 50_000}[config.classes]
     epoch = images // config.run.batch_size

@@ -1,4 +1,4 @@
-"""Imports go one way, and name only packages that the requirements of their room name."""
+"""Packages import only from below, and only what their requirements name."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import pytest
 from tests.absent import run_without
 
 PACKAGE = Path(__file__).parent.parent / "beit_jax"
-# From the top of the house to the ground; a package imports from itself and from below.
+# From top to bottom; a package imports from itself and from the rows below it.
 ORDER = [
     ("jobs", "cli"),
     ("planning",),
@@ -51,7 +51,7 @@ def test_imports_go_one_way():
 
 @pytest.mark.parametrize("absent", ["tensorflow", "torch"])
 def test_a_step_needs_neither_tensorflow_nor_pytorch(absent):
-    """In a process where importing either fails."""
+    """The modules are imported in a process where importing either fails."""
     program = f"""
 import beit_jax.models.heads, beit_jax.tokenizers.loading, beit_jax.tasks.pretrain
 import beit_jax.training.loop, beit_jax.training.checkpoint, beit_jax.weights, beit_jax.pictures

@@ -1,4 +1,4 @@
-"""The command line: bad input is one clear line and exit code 2, before anything is written."""
+"""Bad input on the command line is one line and exit code 2, before anything is written."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def call(*arguments, workdir):
         (["--config=configs/beit_base.py", "--config.run.batch_size=8"], "dalle.safetensors"),
     ],
 )
-def test_one_line(tmp_path, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):
     workdir = tmp_path / "run"
     result = call(*arguments, workdir=workdir)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -56,7 +56,7 @@ def test_one_line(tmp_path, arguments, message):
         (["--platform=tpu"], {"JAX_PLATFORMS": "tpu,cpu"}, False),
     ],
 )
-def test_only_what_is_certainly_a_cpu_run_counts_as_one(tmp_path, flags, environment, expected):
+def test_a_run_counts_as_cpu_only_if_it_is_certain(tmp_path, flags, environment, expected):
     (tmp_path / "libtpu").mkdir()
     (tmp_path / "libtpu/__init__.py").touch()
     code = f"import main; main.flags.FLAGS(['main.py', *{flags}]); print(main._only_cpu())"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up what the tests need in .venv and runs them. Arguments go to pytest, e.g. -m "not slow".
-# Real photographs: BEIT_JAX_IMAGES=/path/to/a/folder tests/run.sh
+# BEIT_JAX_IMAGES=/path/to/a/folder tests/run.sh also tries real photographs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
