@@ -324,8 +324,10 @@ def open_side(problem: Problem, name: str, *, naming: bool) -> Side:
 
 
 def no_tokenizer(problem: Problem) -> str:
-    """Why PyTorch can't name the tokens; "": it can."""
-    if problem.config.tokenizer.kind != "dalle":
+    """Why PyTorch cannot compute the token ids; "" where it can."""
+    from beit_jax.tokenizers.dalle import DalleConfig
+
+    if not isinstance(problem.config.tokenizer, DalleConfig):
         return "its tokenizer is DALL-E's, and the recipe's is another"
     try:
         importlib.import_module("dall_e")

@@ -57,19 +57,18 @@ def open_config(flags: argparse.Namespace) -> Any:
     """The tokenizer that the weights' file describes, or DALL-E's with random weights."""
     from safetensors import safe_open
 
-    from beit_jax.config import TokenizerConfig
-    from beit_jax.tokenizers.loading import METADATA_KEY, SETTINGS
+    from beit_jax.config import fixed_settings
+    from beit_jax.tokenizers.dalle import DalleConfig
+    from beit_jax.tokenizers.kinds import KINDS
+    from beit_jax.tokenizers.loading import METADATA_KEY
 
     if not flags.weights:
-        return TokenizerConfig(
-            kind="dalle", random_weights=True, image_size=flags.size, width=flags.width
-        )
+        return DalleConfig(random_weights=True, image_size=flags.size, width=flags.width)
     with safe_open(flags.weights, "numpy") as file:
         settings = json.loads(file.metadata()[METADATA_KEY])
-    names = SETTINGS[settings["kind"]]
-    return TokenizerConfig(
-        path=flags.weights, image_size=flags.size, **{name: settings[name] for name in names}
-    )
+    config = KINDS[settings["kind"]].config
+    fixed = {name: settings[name] for name in fixed_settings(config)}
+    return config(path=flags.weights, image_size=flags.size, **fixed)
 
 
 def photographs(flags: argparse.Namespace) -> list[Any]:
@@ -173,9 +172,9 @@ def stages(config: Any, params: Any, images: Any) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from beit_jax.tokenizers.dalle import dalle_networks, map_pixels
+    from beit_jax.tokenizers.dalle import DalleConfig, dalle_networks, map_pixels
 
-    if config.kind != "dalle":
+    if not isinstance(config, DalleConfig):
         return {}
 
     @jax.jit

@@ -1,11 +1,14 @@
 """A wrong setting is one line with the setting's full name, before anything starts."""
 
+import copy
 import dataclasses
 
 import pytest
 
 from beit_jax import config, jobs
 from beit_jax.config import ConfigError
+from beit_jax.tokenizers.dalle import DalleConfig
+from configs import beit_base
 from tests.tasks import tiny
 
 
@@ -35,6 +38,14 @@ def test_settings_survive_a_round_trip_through_plain_dicts():
         ("data.image_size", 16, r"^config\.data\.image_size: 16, but the consumer takes 32"),
         ("data.augment.min_crop_scale", 2.0, r"^config\.data\.augment\.min_crop_scale: need 0 <"),
         ("tokenizer.image_size", 32, r"^config\.tokenizer\.image_size: 32 gives 8 × 8 tokens"),
+        ("tokenizer.kind", "vqgan", r"^config\.tokenizer\.kind: must be one of dalle, dvae; got"),
+        ("tokenizer.kind", None, r"^config\.tokenizer\.kind: must be one of dalle, dvae; got"),
+        (
+            "tokenizer.kind",
+            "dalle",
+            r"^config\.tokenizer\.(levels|code\w+): . has no effect",
+        ),
+        ("tokenizer.depth", 3, r"^config\.tokenizer\.depth: unknown key; .* codebook_width, dtype"),
         ("run.keep_checkpoints", 1, r"^config\.run\.keep_checkpoints: keep at least 2"),
     ],
 )
@@ -71,3 +82,25 @@ def test_integers_pass_as_floats_and_lists_as_tuples():
     assert isinstance(parsed.rate, float)
     with pytest.raises(ConfigError, match=r"config\.sizes\[1\]: expected int, got 'x'"):
         config.parse(Numbers, {"rate": 1, "sizes": [1, "x"]})
+
+
+def test_keys_of_other_kinds_stand_at_their_defaults_or_are_refused():
+    """Config files hold every kind's keys; what the chosen kind has not must change nothing."""
+    values = beit_base.get_config().to_dict()
+    assert jobs.parse_job(values).tokenizer == DalleConfig(path="dalle.safetensors")
+    for key, value in (("levels", 2), ("codebook_width", 256), ("levels", "three")):
+        changed = copy.deepcopy(values)
+        changed["tokenizer"][key] = value
+        message = rf"^config\.tokenizer\.{key}: {value!r} has no effect with kind 'dalle', only"
+        with pytest.raises(ConfigError, match=message):
+            jobs.parse_job(changed)
+
+
+def test_which_settings_the_checkpoints_of_a_run_fix():
+    """In pre-training the tokenizer is frozen: only its vocabulary is the size of something."""
+    fixed = config.fixed_settings(jobs.parse_job(tiny.pretrain().to_dict()))
+    assert [name for name in fixed if name.startswith("tokenizer")] == ["tokenizer.vocabulary"]
+    trained = config.fixed_settings(jobs.parse_job(tiny.tokenizer().to_dict()))
+    assert {name for name in trained if name.startswith("tokenizer")} == {
+        f"tokenizer.{name}" for name in ("kind", "vocabulary", "width", "levels", "codebook_width")
+    }

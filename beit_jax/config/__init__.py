@@ -11,12 +11,25 @@ from beit_jax.config.data import (
 )
 from beit_jax.config.model import ModelConfig
 from beit_jax.config.optimizer import OptimizerConfig
-from beit_jax.config.parse import ConfigError, RunError, check, one_of, parse, to_dict
+from beit_jax.config.parse import (
+    Choice,
+    ConfigError,
+    RunError,
+    check,
+    fixed_settings,
+    fixes,
+    one_of,
+    parse,
+    presence_setting,
+    shape_setting,
+    to_dict,
+)
 from beit_jax.config.run import RunConfig
 from beit_jax.config.tokenizer import TokenizerConfig
 
 __all__ = [
     "AugmentConfig",
+    "Choice",
     "ClassifyAugmentConfig",
     "ConfigError",
     "DataConfig",
@@ -30,7 +43,11 @@ __all__ = [
     "SourceConfig",
     "TokenizerConfig",
     "check",
+    "fixed_settings",
+    "fixes",
     "one_of",
     "parse",
+    "presence_setting",
+    "shape_setting",
     "to_dict",
 ]

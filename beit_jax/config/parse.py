@@ -5,7 +5,8 @@ the dataclass of the job it names, and rejects unknown keys, missing keys, wrong
 values by the key's full name, before anything is compiled. Below this edge the code sees only
 frozen dataclasses: no `config.get(key, default)`.
 
-This file imports nothing from the package, so that every other part may import it.
+This file imports nothing of the package but the names of types, so that every other part may import
+it.
 
     config = parse(DataConfig, {"source": "embedded", "image_size": 224, ...}, path="config.data")
 """
@@ -14,10 +15,16 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+from beit_jax.types import JsonObject
 
 T = TypeVar("T")
+
+# Values of a field's metadata under this key, see `shape_setting`, `presence_setting`, `fixes`.
+_FIXES = "fixes"
+SHAPES, PRESENCE = "shapes", "presence"
 
 
 class ConfigError(ValueError):
@@ -38,12 +45,89 @@ def check(condition: bool, name: str, message: str) -> None:
         raise ConfigError(f"{name}: {message}")
 
 
+class HasConfig(Protocol):
+    """An option of a `Choice`: anything that names the dataclass of its settings."""
+
+    @property
+    def config(self) -> type: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Marks a section whose dataclass is chosen by one of its own keys.
+
+        tokenizer: Annotated[TokenizerConfig, Choice("kind", KINDS)]
+
+    A config file may hold the keys of all options, so that each can be overridden on the command
+    line. A key that only other options have must stand at its default there: a setting that would
+    have no effect is refused, not ignored.
+
+    Attributes:
+      key: the key that chooses.
+      options: by that key's value. Looked up when a config is parsed, so that an option may be
+        added after the annotation was made.
+    """
+
+    key: str
+    options: Mapping[str, HasConfig]
+
+
+def shape_setting(default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that fixes the shapes of what is trained, or what those arrays mean.
+
+    A run's checkpoints fit only the value they were written with.
+
+        width: int = shape_setting(256)
+    """
+    return dataclasses.field(default=default, metadata={_FIXES: SHAPES})
+
+
+def presence_setting(default: Any = None) -> Any:
+    """A dataclass field whose value may change in a run, but not from or to None."""
+    return dataclasses.field(default=default, metadata={_FIXES: PRESENCE})
+
+
+def fixes(*names: str) -> dict[str, frozenset[str]]:
+    """Metadata of a section of which only these shape settings concern what is trained.
+
+    # A frozen part: only the head's size depends on it.
+    tokenizer: TokenizerConfig = dataclasses.field(metadata=fixes("vocabulary"))
+    """
+    return {_FIXES: frozenset(names)}
+
+
+def fixed_settings(config: Any, path: str = "") -> dict[str, str]:
+    """Which settings a run's checkpoints fix.
+
+    Args:
+      config: a parsed config, an instance or (without what a `Choice` adds) a class.
+      path: what names start with.
+
+    Returns:
+      Full name → `SHAPES` or `PRESENCE`.
+    """
+    return dict(_fixed_settings(config, path))
+
+
+def _fixed_settings(config: Any, path: str) -> Iterator[tuple[str, str]]:
+    for field in dataclasses.fields(config):
+        name = f"{path}.{field.name}" if path else field.name
+        fixed = field.metadata.get(_FIXES)
+        value = getattr(config, field.name, None)
+        if isinstance(fixed, str):
+            yield name, fixed
+        elif dataclasses.is_dataclass(value):
+            for inner, how in _fixed_settings(value, name):
+                if fixed is None or inner.removeprefix(f"{name}.") in fixed:
+                    yield inner, how
+
+
 def parse(cls: type[T], values: Mapping[str, Any], *, path: str = "config") -> T:
     """Turns nested mappings into the frozen dataclass `cls`.
 
     Args:
       cls: a dataclass whose fields are int, float, bool, str, tuples of these, other such
-        dataclasses, or `X | None`.
+        dataclasses (one of several by `Choice`), or `X | None`.
       values: mapping from field name to value (a `ConfigDict` or a dict from JSON).
       path: the section's full name, for messages.
 
@@ -53,14 +137,12 @@ def parse(cls: type[T], values: Mapping[str, Any], *, path: str = "config") -> T
     Raises:
       ConfigError: an unknown key, a missing key, a wrong type, or a value `cls` rejects.
     """
-    if not isinstance(values, Mapping) and not hasattr(values, "keys"):
-        raise ConfigError(f"{path}: expected a section with keys, got {values!r}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    _check_section(values, path)
+    fields = _fields(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in values:
         if key not in fields:
-            known = ", ".join(sorted(fields))
-            raise ConfigError(f"{path}.{key}: unknown key; the keys of {path} are: {known}")
+            raise _unknown_key(key, path, fields)
     parsed = {}
     for name, field in fields.items():
         if name in values:
@@ -73,8 +155,65 @@ def parse(cls: type[T], values: Mapping[str, Any], *, path: str = "config") -> T
         raise ConfigError(f"{path}.{error}") from None
 
 
+def _parse_choice(choice: Choice, values: Any, path: str) -> Any:
+    """The section as the dataclass that its own key names."""
+    _check_section(values, path)
+    if choice.key not in values:
+        raise ConfigError(f"{path}.{choice.key}: missing")
+    chosen = values[choice.key]
+    try:
+        one_of(chosen, choice.key, *choice.options)
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}") from None
+    cls = choice.options[chosen].config
+    own = _fields(cls)
+    others = {name: option.config for name, option in choice.options.items() if name != chosen}
+    for key in [key for key in values if key not in own]:
+        owners = {name: other for name, other in others.items() if key in _fields(other)}
+        if not owners:
+            known = set(own).union(*map(_fields, others.values()))
+            raise _unknown_key(key, path, known)
+        if not any(_is_default(other, key, values[key]) for other in owners.values()):
+            raise ConfigError(
+                f"{path}.{key}: {values[key]!r} has no effect with {choice.key} {chosen!r}, only"
+                f" with {' or '.join(map(repr, owners))}; leave it at its default"
+            )
+    settings = {key: values[key] for key in values if key in own}
+    return parse(typing.cast(type[Any], cls), settings, path=path)
+
+
+def _is_default(cls: type, key: str, value: Any) -> bool:
+    field = _fields(cls)[key]
+    if field.default_factory is not dataclasses.MISSING:
+        return bool(value == field.default_factory())
+    try:
+        return bool(_value(typing.get_type_hints(cls)[key], value, key) == field.default)
+    except ConfigError:
+        return False
+
+
+def _check_section(values: Any, path: str) -> None:
+    if not isinstance(values, Mapping) and not hasattr(values, "keys"):
+        raise ConfigError(f"{path}: expected a section with keys, got {values!r}")
+
+
+def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+def _unknown_key(key: str, path: str, known: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        f"{path}.{key}: unknown key; the keys of {path} are: {', '.join(sorted(known))}"
+    )
+
+
 def _value(hint: Any, value: Any, name: str) -> Any:
     """Checks one value against a type hint; ints pass as floats, lists as tuples."""
+    if hasattr(hint, "__metadata__"):  # Annotated[...]
+        for extra in hint.__metadata__:
+            if isinstance(extra, Choice):
+                return _parse_choice(extra, value, name)
+        return _value(hint.__origin__, value, name)
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         options = typing.get_args(hint)
@@ -88,7 +227,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         item, *_ = typing.get_args(hint)
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise ConfigError(f"{name}: expected a list, got {value!r}")
-        return tuple(_value(item, each, f"{name}[{i}]") for i, each in enumerate(value))
+        return tuple(_value(item, part, f"{name}[{i}]") for i, part in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -100,7 +239,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     return value
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> JsonObject:
     """The dataclass as plain nested dicts and lists that `parse` and JSON take."""
     plain = dataclasses.asdict(config)
 
@@ -109,7 +248,7 @@ def to_dict(config: Any) -> dict[str, Any]:
             return {key: listify(item) for key, item in value.items()}
         return [listify(item) for item in value] if isinstance(value, tuple) else value
 
-    return listify(plain)
+    return {key: listify(value) for key, value in plain.items()}
 
 
 def one_of(value: str, name: str, *options: str) -> None:

@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from beit_jax.config import (
     RunConfig,
     TokenizerConfig,
     check,
+    fixes,
     to_dict,
 )
 from beit_jax.models.flops import matmul_flops, student_flops
@@ -39,6 +40,7 @@ from beit_jax.preprocessing import normalize
 from beit_jax.tasks import token_cache
 from beit_jax.tasks.feed import first_images, image_feed, image_sources, with_first
 from beit_jax.tasks.summary import write_summary
+from beit_jax.tokenizers.kinds import BY_KIND
 from beit_jax.tokenizers.loading import load_params, open_tokenizer
 from beit_jax.tokenizers.tokenizer import Tokenizer
 from beit_jax.training import device_jitter, loop, sharding, startup
@@ -57,7 +59,9 @@ class PretrainConfig:
     task: str = "pretrain"
     run: RunConfig
     model: ModelConfig
-    tokenizer: TokenizerConfig
+    tokenizer: Annotated[TokenizerConfig, BY_KIND] = dataclasses.field(
+        metadata=fixes("vocabulary")  # it is frozen: only the head's size depends on it
+    )
     data: DataConfig
     optimizer: OptimizerConfig
     reference: str = ""  # what the published run reached, printed at the start
@@ -423,7 +427,7 @@ def reconstructions(
         "original": sample["image"],
         "masked": pictures.hide_patches(sample["image"], sample["mask"]),
     }
-    if "decoder" in tokenizer_params:
+    if tokenizer.paints(tokenizer_params):
         decode = jax.jit(tokenizer.decode)
         side = config.model.image_size
         columns["predicted"] = pictures.to_uint8(decode(tokenizer_params, filled), side=side)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,12 @@ from beit_jax.models.flops import matmul_flops
 from beit_jax.tasks.feed import first_images, image_feed
 from beit_jax.tasks.summary import write_summary
 from beit_jax.tokenizers import dvae
-from beit_jax.tokenizers.loading import save_params
+from beit_jax.tokenizers.kinds import BY_KIND, trainable, training
+from beit_jax.tokenizers.loading import open_tokenizer, save_params
+from beit_jax.tokenizers.tokenizer import join
 from beit_jax.training import device_jitter, loop, sharding, startup
 from beit_jax.training.state import Batch, Sums, Task, TrainState
+from beit_jax.types import Params, Variables
 
 PICTURES = 8
 COLLAPSED = 0.05  # a perplexity under this share of the vocabulary is shouted about
@@ -73,22 +76,21 @@ class TokenizerTaskConfig:
 
     task: str = "tokenizer"
     run: RunConfig
-    tokenizer: TokenizerConfig
+    tokenizer: Annotated[TokenizerConfig, BY_KIND]
     vae: VaeConfig
     data: DataConfig
     optimizer: OptimizerConfig
 
     def __post_init__(self):
-        check(self.tokenizer.kind == "dvae", "tokenizer.kind", "only a dvae can be trained")
+        check(
+            self.tokenizer.kind in trainable(),
+            "tokenizer.kind",
+            f"{self.tokenizer.kind!r} cannot be trained, only {', '.join(trainable())}",
+        )
         check(
             self.data.token_image_size == self.tokenizer.image_size,
             "data.token_image_size",
             f"{self.data.token_image_size}, but the tokenizer takes {self.tokenizer.image_size}",
-        )
-        check(
-            self.data.mask.count <= self.tokenizer.grid**2,
-            "data.mask.count",
-            f"{self.data.mask.count} of {self.tokenizer.grid**2}",
         )
 
 
@@ -107,7 +109,8 @@ def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
     begun.done("data")
 
     def draw(train_state: TrainState) -> np.ndarray | None:
-        params = sharding.to_host(train_state.params)  # of all hosts, together
+        # Of all hosts, together.
+        params = sharding.to_host(join(train_state.params, train_state.variables))
         if jax.process_index() != 0:
             return None
         return reconstructions(params, sample, config=config)
@@ -123,7 +126,7 @@ def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
         begun=begun,
     )
     shout_if_collapsed(trained.evaluation, vocabulary=config.tokenizer.vocabulary)
-    params = sharding.to_host(trained.state.params)
+    params = sharding.to_host(join(trained.state.params, trained.state.variables))
     picture = draw(trained.state) if sample else None
     weights = f"{workdir}/tokenizer.safetensors"
     if jax.process_index() == 0:
@@ -145,13 +148,14 @@ def temperature(config: VaeConfig, *, steps: int, step: jax.Array) -> jax.Array:
 
 def tokenizer_task(config: TokenizerTaskConfig) -> Task:
     """The job as the train loop wants it; sums are over images, code counts over positions."""
-    vae = dvae.discrete_vae(config.tokenizer)
+    trained = training(config.tokenizer)
+    network = trained.network(config.tokenizer)
     vocabulary = config.tokenizer.vocabulary
 
     def prepare(frozen: Any, batch: Batch, key: jax.Array | None) -> Batch:
         del frozen, key
         batch = device_jitter.jitter_batch(batch)
-        pixels = dvae.normalize(batch["token_image"].astype(jnp.float32) / 255.0)
+        pixels = trained.normalize(batch["token_image"].astype(jnp.float32) / 255.0)
         valid = batch.get("valid", jnp.ones(pixels.shape[0], bool))
         return {"pixels": pixels, "valid": valid.astype(jnp.float32)}
 
@@ -173,9 +177,12 @@ def tokenizer_task(config: TokenizerTaskConfig) -> Task:
             "weight": valid.sum(),
         }
 
-    def loss(params: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Sums]:
-        output = vae.apply(
+    def loss(
+        params: Params, variables: Variables, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, Sums, Variables]:
+        output, variables = network.apply_and_update(
             params,
+            variables,
             batch["pixels"],
             key=key,
             temperature=temperature(config.vae, steps=config.run.steps, step=step),
@@ -184,13 +191,14 @@ def tokenizer_task(config: TokenizerTaskConfig) -> Task:
         )
         result = sums(output.reconstruction, output.logits, batch)
         result["objective"] = result["objective"] + config.vae.kl_weight * result["kl"]
-        return result["objective"], result
+        return result["objective"], result, variables
 
-    def evaluate(params: Any, frozen: Any, batch: Batch) -> Sums:
+    def evaluate(params: Params, variables: Variables, frozen: Params, batch: Batch) -> Sums:
         """With hard tokens, as the tokenizer is used."""
         batch = prepare(frozen, batch, None)
-        logits = vae.apply(params, batch["pixels"], method="logits")
-        decoded = vae.apply(params, jnp.argmax(logits, axis=-1), method="decode")
+        apply = functools.partial(network.apply, params, variables=variables)
+        logits = apply(batch["pixels"], method="logits")
+        decoded = apply(jnp.argmax(logits, axis=-1), method="decode")
         return sums(decoded, logits, batch)
 
     def metrics(totals: Sums) -> dict[str, jax.Array]:
@@ -208,18 +216,20 @@ def tokenizer_task(config: TokenizerTaskConfig) -> Task:
 
     size = config.tokenizer.image_size
     forward = matmul_flops(
-        lambda params, image: vae.apply(
-            params,
+        lambda arrays, image: network.apply(
+            arrays[0],
             image,
+            variables=arrays[1],
             key=jax.random.key(0),
             temperature=1.0,
             method="gumbel_forward",
         ),
-        vae.shapes(),
+        (network.shapes(), network.variables_shapes()),
         jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
     )
     return Task(
-        init=vae.init,
+        init=network.init,
+        init_variables=network.init_variables,
         prepare=prepare,
         loss=loss,
         evaluate=evaluate,
@@ -248,7 +258,7 @@ def reconstructions(
     params: Any, sample: dict[str, np.ndarray], *, config: TokenizerTaskConfig
 ) -> np.ndarray:
     """A picture: originals and what is left of them after the tokens."""
-    tokenizer = dvae.dvae_tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer)
     ids = jax.jit(tokenizer.encode)(params, sample["token_image"])
     decoded = pictures.to_uint8(jax.jit(tokenizer.decode)(params, ids))
     rows = [list(row) for row in zip(sample["token_image"], decoded, strict=True)]

@@ -11,25 +11,50 @@ channels-last layout. Parameters are named after the original's:
 Kernels are `[height, width, in, out]`: an original weight `[out, in, height, width]` transposed by
 (2, 3, 1, 0).
 
-    tokenizer = dalle_tokenizer(TokenizerConfig(kind="dalle", random_weights=True))
+    tokenizer = dalle_tokenizer(DalleConfig(random_weights=True))
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from beit_jax.config import TokenizerConfig
-from beit_jax.models.functional import Functional, Params, functional
+from beit_jax.config import TokenizerConfig, check, shape_setting
+from beit_jax.models.functional import Functional, functional
 from beit_jax.models.vit import compute_dtype
 from beit_jax.tokenizers.tokenizer import Tokenizer, scores
+from beit_jax.types import Params
 
 GROUPS = 4
 BLOCKS_PER_GROUP = 2
 LAST_BLOCK = f"group_{GROUPS}/block_{BLOCKS_PER_GROUP}"
 POST_GAIN = 1 / (GROUPS * BLOCKS_PER_GROUP) ** 2  # original: 1 / n_layers ** 2
 LOGIT_LAPLACE_EPSILON = 0.1
+HOW_TO_GET = (
+    "get DALL-E's weights with `wget -O encoder.pkl https://cdn.openai.com/dall-e/encoder.pkl` "
+    "and `wget -O decoder.pkl https://cdn.openai.com/dall-e/decoder.pkl`, and convert them "
+    "with `python -m beit_jax.weights convert-tokenizer`; or train a tokenizer of your own "
+    "with configs/dvae.py"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DalleConfig(TokenizerConfig):
+    """The DALL-E discrete VAE (openai/DALL-E): stride 8, and 8192 tokens as published."""
+
+    kind: str = shape_setting("dalle")
+    width: int = shape_setting(256)  # hidden channels; dall_e/encoder.py: n_hid
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.width > 0 and self.width % 4 == 0, "width", "must be a multiple of 4")
+
+    @property
+    def stride(self) -> int:
+        """Three poolings by 2."""
+        return 8
 
 
 def _kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
@@ -256,7 +281,7 @@ class Decoder(nnx.Module):
 
 
 def dalle_networks(
-    config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = None
+    config: DalleConfig, *, precision: jax.lax.PrecisionLike = None
 ) -> dict[str, Functional]:
     """The networks named by `config`.
 
@@ -279,13 +304,11 @@ def dalle_networks(
     }
 
 
-def dalle_tokenizer(
-    config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = None
-) -> Tokenizer:
+def dalle_tokenizer(config: DalleConfig, *, precision: jax.lax.PrecisionLike = None) -> Tokenizer:
     """The DALL-E discrete VAE as a tokenizer.
 
     Args:
-      config: of kind "dalle".
+      config: the settings.
       precision: of the convolutions, as for `dalle_networks`.
 
     Returns:
@@ -316,4 +339,6 @@ def dalle_tokenizer(
         pixel_features=pixel_features,
         feature_logits=feature_logits,
         pixel_decode=pixel_decode,
+        decoding_parts=("decoder",),
+        cannot_decode="convert decoder.pkl together with encoder.pkl to get pictures",
     )

@@ -1,4 +1,4 @@
-"""A discrete VAE of one's own: the tokenizer for images DALL-E's was not made for.
+"""A discrete VAE to train on one's own images, where DALL-E's tokenizer does not fit them.
 
 Architecture and losses: unilm `beit/modeling_discrete_vae.py`, "customized", which
 follows lucidrains/DALLE-pytorch; no weights were released. Parameters:
@@ -19,6 +19,7 @@ A training step:
 The same params serve `dvae_tokenizer(config)`.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -27,10 +28,35 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from beit_jax.config import TokenizerConfig, one_of
-from beit_jax.models.functional import Functional, Params, functional
+from beit_jax.config import TokenizerConfig, check, one_of, shape_setting
+from beit_jax.models.functional import Functional, functional
 from beit_jax.models.vit import compute_dtype
 from beit_jax.tokenizers.tokenizer import Tokenizer, scores
+from beit_jax.types import Params
+
+HOW_TO_GET = "train one with `python main.py --config=configs/dvae.py`"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DvaeConfig(TokenizerConfig):
+    """The discrete VAE of `modeling_discrete_vae.py`, trained with `tasks/tokenizer.py`.
+
+    Defaults: unilm's `utils.get_d_vae` (8192 tokens of 112 pixels, 3 levels).
+    """
+
+    kind: str = shape_setting("dvae")
+    width: int = shape_setting(256)  # hidden channels
+    levels: int = shape_setting(3)  # halvings of the resolution
+    codebook_width: int = shape_setting(512)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.width > 0 and self.width % 4 == 0, "width", "must be a multiple of 4")
+
+    @property
+    def stride(self) -> int:
+        """Every level halves the resolution."""
+        return int(2**self.levels)
 
 
 class GumbelOutput(NamedTuple):
@@ -322,8 +348,8 @@ class DiscreteVAE(nnx.Module):
         return GumbelOutput(reconstruction=self.decode_soft(weights), logits=logits)
 
 
-def discrete_vae(config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = None) -> Functional:
-    """The discrete VAE named by `config`, for training.
+def discrete_vae(config: DvaeConfig, *, precision: jax.lax.PrecisionLike = None) -> Functional:
+    """The discrete VAE that `config` describes, for training.
 
     Args:
       config: its `width`, `levels`, `vocabulary`, `codebook_width` and `dtype` are used.
@@ -346,13 +372,11 @@ def discrete_vae(config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = 
     )
 
 
-def dvae_tokenizer(
-    config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = None
-) -> Tokenizer:
+def dvae_tokenizer(config: DvaeConfig, *, precision: jax.lax.PrecisionLike = None) -> Tokenizer:
     """The discrete VAE as a tokenizer.
 
     Args:
-      config: of kind "dvae".
+      config: the settings.
       precision: of the convolutions, as for `discrete_vae`.
 
     Returns:
@@ -378,4 +402,5 @@ def dvae_tokenizer(
         pixel_features=pixel_features,
         feature_logits=feature_logits,
         pixel_decode=pixel_decode,
+        decoding_parts=("codebook", "decoder"),
     )

@@ -1,8 +1,8 @@
-"""Opens the tokenizer a config names, and reads and writes its weights.
+"""Opens the tokenizer that a config describes, and reads and writes its weights.
 
 A tokenizer file is a safetensors file (no pickle, no PyTorch): float tensors named by their path in
 the parameter tree ("encoder/input/kernel"), and under the metadata key "tokenizer" a JSON object
-with the settings they fit.
+with the settings they fit. `kinds.KINDS` says what differs between kinds.
 
     tokenizer = open_tokenizer(config)
     params = load_params(config)
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import struct
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -22,28 +22,14 @@ import safetensors.numpy
 from absl import logging
 from etils import epath
 
-from beit_jax.config import ConfigError, TokenizerConfig
+from beit_jax.config import ConfigError, TokenizerConfig, fixed_settings
 from beit_jax.files import write_whole
-from beit_jax.models.functional import Params, flatten, unflatten
-from beit_jax.tokenizers.dalle import dalle_tokenizer
-from beit_jax.tokenizers.dvae import dvae_tokenizer
+from beit_jax.models.functional import flatten, unflatten
+from beit_jax.tokenizers.kinds import KINDS
 from beit_jax.tokenizers.tokenizer import Tokenizer
+from beit_jax.types import JsonObject, Params
 
 METADATA_KEY = "tokenizer"
-# What a file must agree on with the config. Not image_size: the networks are convolutional.
-SETTINGS = {
-    "dalle": ("kind", "vocabulary", "width"),
-    "dvae": ("kind", "vocabulary", "width", "levels", "codebook_width"),
-}
-HOW_TO_GET = {
-    "dalle": (
-        "get DALL-E's weights with `wget -O encoder.pkl https://cdn.openai.com/dall-e/encoder.pkl` "
-        "and `wget -O decoder.pkl https://cdn.openai.com/dall-e/decoder.pkl`, and convert them "
-        "with `python -m beit_jax.weights convert-tokenizer`; or train a tokenizer of your own "
-        "with configs/dvae.py"
-    ),
-    "dvae": "train one with `python main.py --config=configs/dvae.py`",
-}
 
 
 class TokenizerFileError(ValueError):
@@ -53,19 +39,17 @@ class TokenizerFileError(ValueError):
 def open_tokenizer(
     config: TokenizerConfig, *, precision: jax.lax.PrecisionLike = None
 ) -> Tokenizer:
-    """The pure functions of the tokenizer `config` names. Reads no file.
+    """The pure functions of the tokenizer that `config` describes. Reads no file.
 
     Args:
-      config: the tokenizer's settings.
+      config: the tokenizer's settings, of the class that its kind names.
       precision: of the convolutions. None on TPU means one bfloat16 pass, even for float32 inputs.
     """
-    if config.kind == "dalle":
-        return dalle_tokenizer(config, precision=precision)
-    return dvae_tokenizer(config, precision=precision)
+    return KINDS[config.kind].open(config, precision=precision)
 
 
 def load_params(config: TokenizerConfig, *, name: str = "config.tokenizer") -> Params:
-    """Reads the weights of the tokenizer `config` names.
+    """Reads the weights of the tokenizer that `config` describes.
 
     Args:
       config: `path` is local or `gs://`. With `random_weights`, no file is read and the weights
@@ -73,8 +57,8 @@ def load_params(config: TokenizerConfig, *, name: str = "config.tokenizer") -> P
       name: the section's full name, for messages.
 
     Returns:
-      A plain nested dict of float32 arrays, as `open_tokenizer(config).init` gives it. A "dalle"
-      file may lack the decoder.
+      A plain nested dict of float32 arrays, as `open_tokenizer(config).init` gives it. What its
+      kind calls optional (DALL-E's decoder) may be missing.
 
     Raises:
       ConfigError: neither `path` nor `random_weights` is set.
@@ -92,20 +76,18 @@ def load_params(config: TokenizerConfig, *, name: str = "config.tokenizer") -> P
         )
         return jax.jit(tokenizer.init)(jax.random.key(0))
     if not config.path:
-        raise ConfigError(f"{name}.path: empty; {HOW_TO_GET[config.kind]}")
+        raise ConfigError(f"{name}.path: empty; {KINDS[config.kind].how_to_get}")
 
     content = _read(config, name=name)
     tensors, settings = _parse(content, path=config.path)
     del content
-    for key in SETTINGS[config.kind]:
+    for key in fixed_settings(config):
         if settings.get(key) != getattr(config, key):
             raise TokenizerFileError(
                 f"{name}.{key}: {getattr(config, key)!r}, but {config.path} was made with "
                 f"{settings.get(key)!r}"
             )
-    expected = flatten(jax.eval_shape(tokenizer.init, jax.random.key(0)))
-    if config.kind == "dalle" and not any(key.startswith("decoder/") for key in tensors):
-        expected = {key: leaf for key, leaf in expected.items() if key.startswith("encoder/")}
+    expected = _expected_tensors(config, tensors)
     _check_tensors(tensors, expected, path=config.path)
     return unflatten({key: np.asarray(tensors[key], np.float32) for key in expected})
 
@@ -115,23 +97,32 @@ def save_params(path: str | os.PathLike, params: Params, *, config: TokenizerCon
 
     Args:
       path: local or `gs://`; the folder is made, an existing file is replaced.
-      params: as `open_tokenizer(config).init` gives them; for "dalle", "decoder" may be missing.
+      params: as `open_tokenizer(config).init` gives them; what its kind calls optional
+        may be missing.
       config: the settings they fit, written into the file.
 
     Raises:
       TokenizerFileError: `params` do not fit `config`.
     """
     path = epath.Path(path)
-    expected = flatten(jax.eval_shape(open_tokenizer(config).init, jax.random.key(0)))
-    if config.kind == "dalle" and "decoder" not in params:
-        expected = {key: leaf for key, leaf in expected.items() if key.startswith("encoder/")}
     tensors = {key: np.asarray(leaf) for key, leaf in flatten(params).items()}
+    expected = _expected_tensors(config, tensors)
     _check_tensors(tensors, expected, path=str(path))
     tensors = {key: np.ascontiguousarray(leaf, np.float32) for key, leaf in tensors.items()}
     # image_size says what the weights were made for; nothing checks it.
-    settings = {key: getattr(config, key) for key in (*SETTINGS[config.kind], "image_size")}
+    settings = {key: getattr(config, key) for key in (*fixed_settings(config), "image_size")}
     content = safetensors.numpy.save(tensors, metadata={METADATA_KEY: json.dumps(settings)})
     write_whole(path, content)
+
+
+def _expected_tensors(
+    config: TokenizerConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names and shapes a file must have, without the optional parts of which it has nothing."""
+    parts = {key.split("/")[0] for key in tensors}
+    absent = set(KINDS[config.kind].optional) - parts
+    shapes = flatten(jax.eval_shape(open_tokenizer(config).init, jax.random.key(0)))
+    return {key: leaf for key, leaf in shapes.items() if key.split("/")[0] not in absent}
 
 
 def _read(config: TokenizerConfig, *, name: str) -> bytes:
@@ -139,7 +130,7 @@ def _read(config: TokenizerConfig, *, name: str) -> bytes:
     path = epath.Path(config.path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{name}.path: {config.path} does not exist; {HOW_TO_GET[config.kind]}"
+            f"{name}.path: {config.path} does not exist; {KINDS[config.kind].how_to_get}"
         )
     if path.is_dir():
         raise TokenizerFileError(f"{name}.path: {config.path} is a folder, not a safetensors file")
@@ -153,7 +144,7 @@ def _read(config: TokenizerConfig, *, name: str) -> bytes:
     return content
 
 
-def _parse(content: bytes, *, path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _parse(content: bytes, *, path: str) -> tuple[dict[str, np.ndarray], JsonObject]:
     """A tokenizer file's tensors by "/"-joined name, and its settings."""
     try:
         tensors = safetensors.numpy.load(content)

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from beit_jax.config import TokenizerConfig
 from beit_jax.models.functional import flatten, unflatten
-from beit_jax.tokenizers.dalle import BLOCKS_PER_GROUP, GROUPS, dalle_networks
+from beit_jax.tokenizers.dalle import BLOCKS_PER_GROUP, GROUPS, DalleConfig, dalle_networks
 from beit_jax.tokenizers.loading import save_params
 from beit_jax.weights import foreign, keys, pickles
 from beit_jax.weights.keys import CONV, Table, row
@@ -62,7 +61,7 @@ class ConvertedTokenizer:
     sha256: str
     sources: dict[str, str]
     reports: dict[str, Report]
-    config: TokenizerConfig
+    config: DalleConfig
 
 
 def original_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -104,7 +103,7 @@ def convert_tokenizer(
     """
     if not output.endswith(".safetensors"):
         raise WeightsError(f"--output: {output} must end in .safetensors")
-    config = TokenizerConfig(kind="dalle", path=output, vocabulary=vocabulary, width=width)
+    config = DalleConfig(path=output, vocabulary=vocabulary, width=width)
     files = {"encoder": (encoder, encoder_sha256), "decoder": (decoder, decoder_sha256)}
     params, sources, reports = {}, {}, {}
     for part, (path, sha256) in files.items():
@@ -128,7 +127,7 @@ def convert_tokenizer(
 
 
 def to_params(
-    state: Mapping[str, np.ndarray], *, part: str, config: TokenizerConfig, source: str
+    state: Mapping[str, np.ndarray], *, part: str, config: DalleConfig, source: str
 ) -> tuple[dict[str, Any], Report]:
     """One network's state dict → nested parameters, strictly.
 

@@ -7,18 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax.config import TokenizerConfig
 from beit_jax.models.functional import flatten, unflatten
 from beit_jax.models.vit import compute_dtype
 from beit_jax.tokenizers.dalle import (
+    DalleConfig,
     dalle_networks,
     dalle_tokenizer,
     map_pixels,
     unmap_pixels,
 )
 
-SMALL = TokenizerConfig(
-    kind="dalle",
+SMALL = DalleConfig(
     width=16,
     vocabulary=512,
     image_size=48,
@@ -153,7 +152,7 @@ def test_tokenizer_matches_the_original_from_bytes_to_ids_and_back(torch, origin
 
 
 def test_parameter_counts_at_full_size():
-    networks = dalle_networks(TokenizerConfig(kind="dalle", random_weights=True))
+    networks = dalle_networks(DalleConfig(random_weights=True))
 
     def count(name):
         return sum(leaf.size for leaf in jax.tree.leaves(networks[name].shapes()))
@@ -165,7 +164,7 @@ def test_parameter_counts_at_full_size():
 
 
 def test_full_size_kernels_have_the_released_shapes():
-    networks = dalle_networks(TokenizerConfig(kind="dalle", random_weights=True))
+    networks = dalle_networks(DalleConfig(random_weights=True))
     encoder = flatten(networks["encoder"].shapes())
     decoder = flatten(networks["decoder"].shapes())
     assert encoder["input/kernel"].shape == (7, 7, 3, 256)
@@ -249,6 +248,6 @@ def test_some_positions_have_the_ids_that_all_have(params):
 def test_auto_is_float32_on_cpu():
     assert jax.default_backend() == "cpu"
     auto = dataclasses.replace(SMALL, dtype="auto")
-    assert TokenizerConfig(kind="dalle", random_weights=True).dtype == "auto"
+    assert DalleConfig(random_weights=True).dtype == "auto"
     assert compute_dtype(auto) == compute_dtype(SMALL) == jnp.float32
     assert compute_dtype(HALF) == jnp.bfloat16

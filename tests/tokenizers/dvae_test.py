@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from beit_jax.config import ConfigError, TokenizerConfig
+from beit_jax.config import ConfigError
 from beit_jax.models.functional import unflatten
 from beit_jax.tokenizers.dvae import (
+    DvaeConfig,
     denormalize,
     discrete_vae,
     dvae_tokenizer,
@@ -19,9 +20,7 @@ from beit_jax.tokenizers.dvae import (
     reconstruction_loss,
 )
 
-SMALL = TokenizerConfig(
-    kind="dvae", width=12, vocabulary=40, codebook_width=20, levels=2, image_size=16
-)
+SMALL = DvaeConfig(width=12, vocabulary=40, codebook_width=20, levels=2, image_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -155,15 +154,13 @@ def test_initialisation_is_pytorchs(torch, params):
 
 
 def test_parameter_count_at_the_official_size():
-    vae = discrete_vae(TokenizerConfig(kind="dvae"))
+    vae = discrete_vae(DvaeConfig())
     assert sum(leaf.size for leaf in jax.tree.leaves(vae.shapes())) == 20_081_411
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
 def test_each_level_halves_the_resolution(levels):
-    config = TokenizerConfig(
-        kind="dvae", width=8, vocabulary=16, codebook_width=8, levels=levels, image_size=64
-    )
+    config = DvaeConfig(width=8, vocabulary=16, codebook_width=8, levels=levels, image_size=64)
     tokenizer = dvae_tokenizer(config)
     params = jax.eval_shape(tokenizer.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
@@ -289,9 +286,7 @@ def test_normalisation():
 @pytest.mark.slow
 def test_it_learns_to_reconstruct_flat_colours():
     """Two hundred steps of gradient descent on the training loss beat predicting the mean."""
-    config = TokenizerConfig(
-        kind="dvae", width=16, vocabulary=16, codebook_width=16, levels=1, image_size=4
-    )
+    config = DvaeConfig(width=16, vocabulary=16, codebook_width=16, levels=1, image_size=4)
     vae = discrete_vae(config)
     colours = np.random.default_rng(5).uniform(-1, 1, (16, 1, 1, 3)).astype(np.float32)
     inputs = jnp.broadcast_to(colours, (16, 4, 4, 3))

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from beit_jax.config import ConfigError, TokenizerConfig
+from beit_jax.config import ConfigError
 from beit_jax.models.functional import flatten
+from beit_jax.tokenizers.dalle import DalleConfig
+from beit_jax.tokenizers.dvae import DvaeConfig
 from beit_jax.tokenizers.loading import (
     TokenizerFileError,
     load_params,
@@ -24,10 +26,8 @@ from beit_jax.tokenizers.loading import (
     save_params,
 )
 
-DALLE = TokenizerConfig(kind="dalle", width=8, vocabulary=32, image_size=32)
-DVAE = TokenizerConfig(
-    kind="dvae", width=8, vocabulary=32, image_size=32, levels=2, codebook_width=12
-)
+DALLE = DalleConfig(width=8, vocabulary=32, image_size=32)
+DVAE = DvaeConfig(width=8, vocabulary=32, image_size=32, levels=2, codebook_width=12)
 METADATA = {"kind": "dvae", "vocabulary": 32, "width": 8, "levels": 2, "codebook_width": 12}
 
 
@@ -194,9 +194,7 @@ def test_a_dalle_file_without_decoder_encodes_only(tmp_path):
 
 
 def test_random_weights_are_always_the_same_and_warned_of(caplog):
-    config = TokenizerConfig(
-        kind="dvae", width=4, vocabulary=8, codebook_width=4, levels=1, random_weights=True
-    )
+    config = DvaeConfig(width=4, vocabulary=8, codebook_width=4, levels=1, random_weights=True)
     with caplog.at_level("WARNING"):
         first = load_params(config, name="config.tokenizer")
     assert "config.tokenizer.random_weights is set" in caplog.text

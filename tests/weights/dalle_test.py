@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from beit_jax.config import TokenizerConfig
 from beit_jax.models.functional import flatten
+from beit_jax.tokenizers.dalle import DalleConfig
 from beit_jax.tokenizers.loading import TokenizerFileError, load_params, open_tokenizer
 from beit_jax.weights import dalle
 from beit_jax.weights.report import WeightsError
@@ -107,9 +107,7 @@ def test_converted_modules_give_the_packages_tokens(torch, modules, files, tmp_p
 
     output = str(tmp_path / "dalle.safetensors")
     done = dalle.convert_tokenizer(output=output, **files("legacy"), **SETTINGS)
-    config = TokenizerConfig(
-        kind="dalle", path=output, image_size=SIZE, sha256=done.sha256, **SETTINGS
-    )
+    config = DalleConfig(path=output, image_size=SIZE, sha256=done.sha256, **SETTINGS)
     tokenizer, params = open_tokenizer(config), load_params(config)
     images = photographs(16)
     ids = np.asarray(jax.jit(tokenizer.encode)(params, images))
@@ -130,7 +128,7 @@ def test_converted_modules_give_the_packages_tokens(torch, modules, files, tmp_p
 
 def test_both_directions_are_exact(torch, modules):
     for part, module in modules.items():
-        config = TokenizerConfig(kind="dalle", **SETTINGS)
+        config = DalleConfig(**SETTINGS)
         state = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
         params, _ = dalle.to_params(state, part=part, config=config, source="x")
         back = dalle.to_state(params)
@@ -171,7 +169,7 @@ def test_the_encoder_as_others_pass_it_on(torch, modules, source, tmp_path):
     done = dalle.convert_tokenizer(
         output=str(tmp_path / "out.safetensors"), encoder=path, **SETTINGS
     )
-    params = load_params(TokenizerConfig(kind="dalle", path=done.output, **SETTINGS))
+    params = load_params(DalleConfig(path=done.output, **SETTINGS))
     assert set(params) == {"encoder"}
     np.testing.assert_array_equal(
         flatten(params)["encoder/group_2/block_1/identity/kernel"],
@@ -186,9 +184,7 @@ def test_flavas_own_class_has_the_names_we_expect(torch):
         flava = transformers.FlavaImageCodebook(transformers.FlavaImageCodebookConfig())
     shapes = {key: tuple(tensor.shape) for key, tensor in flava.state_dict().items()}
     arrays = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
-    _, report = dalle.to_params(
-        arrays, part="encoder", config=TokenizerConfig(kind="dalle"), source="flava"
-    )
+    _, report = dalle.to_params(arrays, part="encoder", config=DalleConfig(), source="flava")
     assert len(report.used) == len(shapes) == 74
 
 
@@ -205,7 +201,7 @@ def test_checksums_are_printed_and_checked(files, tmp_path):
         dalle.convert_tokenizer(
             output=output, encoder=paths["encoder"], encoder_sha256="00" * 32, **SETTINGS
         )
-    config = TokenizerConfig(kind="dalle", path=output, sha256="00" * 32, **SETTINGS)
+    config = DalleConfig(path=output, sha256="00" * 32, **SETTINGS)
     with pytest.raises(TokenizerFileError, match="sha256"):
         load_params(config)
 
@@ -240,7 +236,7 @@ def test_half_precision_is_cast_and_said(torch, modules, tmp_path):
         output=str(tmp_path / "out.safetensors"), encoder=str(tmp_path / "half.pth"), **SETTINGS
     )
     assert len(done.reports["encoder"].cast) == 74
-    params = load_params(TokenizerConfig(kind="dalle", path=done.output, **SETTINGS))
+    params = load_params(DalleConfig(path=done.output, **SETTINGS))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
 
 
@@ -258,7 +254,7 @@ def test_full_size_encoder_from_its_pickle(torch, tmp_path):
     torch.save(module, tmp_path / "encoder.pkl", _use_new_zipfile_serialization=False)
     output = str(tmp_path / "dalle.safetensors")
     dalle.convert_tokenizer(output=output, encoder=str(tmp_path / "encoder.pkl"))
-    config = TokenizerConfig(kind="dalle", path=output)
+    config = DalleConfig(path=output)
     ids = jax.jit(open_tokenizer(config).encode)(load_params(config), photographs(4))
     assert (np.asarray(ids) == theirs).mean() >= 0.999
     assert len(np.unique(theirs)) > 50

@@ -275,15 +275,14 @@ def test_a_checkpoint_of_eight_devices_is_exported_on_one(tmp_path):
 
 def test_export_of_a_run_takes_the_newest_checkpoint_and_its_numbers(tmp_path):
     """A run's directory as the train loop leaves it: `checkpoints/<step>`, summary, metrics."""
-    from beit_jax.config import DataConfig, MaskConfig, TokenizerConfig, to_dict
+    from beit_jax.config import DataConfig, MaskConfig, to_dict
     from beit_jax.tasks.pretrain import PretrainConfig
+    from beit_jax.tokenizers.dalle import DalleConfig
 
     config = PretrainConfig(
         run=RunConfig(steps=20, batch_size=4),
         model=PRETRAINED.model,
-        tokenizer=TokenizerConfig(
-            kind="dalle", random_weights=True, vocabulary=40, image_size=40, width=8
-        ),
+        tokenizer=DalleConfig(random_weights=True, vocabulary=40, image_size=40, width=8),
         data=DataConfig(
             source="folder:/pictures",
             image_size=40,
