@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from beit_jax.weights.description import to_config
 from tests.absent import run_without
 from tests.weights import examples
 from tests.weights.examples import relative_error
+from tests.weights.hub_server import HubServer
 
 TOLERANCE = 1e-4
 LABELLED = dataclasses.replace(examples.FINE_TUNED["mean"], labels=("a", "b", "c", "d", "e"))
@@ -190,6 +192,31 @@ def test_classifier_gives_logits_features_and_class_names(sources):
     scaled = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-6)
     norm = classifier.params["fc_norm"]
     assert relative_error(scaled * norm["scale"] + norm["bias"], features) < TOLERANCE
+
+
+def test_class_names_come_from_a_hugging_face_folder_too(sources, tmp_path):
+    output = str(tmp_path / "hf")
+    convert.export_checkpoint(sources["classifier"], format="hugging_face", output=output)
+    assert beit_jax.load_classifier(output).classes == LABELLED.labels
+
+
+def test_a_model_is_loaded_by_its_name_on_the_hub(sources, tmp_path):
+    pytest.importorskip("huggingface_hub", reason="the extra [hub] is not installed")
+    files = {path.name: path.read_bytes() for path in Path(sources["hugging_face"]).iterdir()}
+    program = """
+import numpy as np
+import beit_jax
+print(beit_jax.load_encoder("hf:owner/name@main")(np.zeros((1, 40, 40, 3), np.uint8)).cls.shape)
+"""
+    with HubServer() as server:
+        server.add("owner/name", files)
+        settings = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_XET": "1",  # the server has no Xet storage
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        assert run_without(("tensorflow", "torch"), program, environment=settings) == "(1, 32)\n"
 
 
 def test_a_mean_pooled_encoder_has_no_final_norm(sources):
