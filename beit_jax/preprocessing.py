@@ -10,6 +10,7 @@ This module imports nothing else from the package, and never TensorFlow.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Official mean and standard deviation of [0, 1] pixels, RGB (datasets.py:42-44). One row per value
 # of `config.data.normalization`; a new row is known everywhere.
@@ -27,7 +28,7 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)
 JITTER_FIELDS = ("factors", "order")
 
 
-def normalize(images: jax.Array, *, kind: str) -> jax.Array:
+def normalize(images: jax.Array | np.ndarray, *, kind: str) -> jax.Array:
     """Normalises pixels to about zero mean and unit variance, on the device.
 
     Args:
@@ -41,7 +42,7 @@ def normalize(images: jax.Array, *, kind: str) -> jax.Array:
       KeyError: there is no normalisation of that name.
     """
     mean, std = (jnp.asarray(values, jnp.float32) for values in NORMALIZATIONS[kind])
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
+    return jnp.asarray((images.astype(jnp.float32) / 255.0 - mean) / std)
 
 
 def fill_color(kind: str) -> tuple[int, int, int]:

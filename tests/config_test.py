@@ -34,7 +34,12 @@ def test_settings_survive_a_round_trip_through_plain_dicts():
         ),
         ("optimizer.clip_norm", -1.0, r"^config\.optimizer\.clip_norm: must be positive"),
         ("optimizer.warmup_steps", 99, r"^config\.optimizer\.warmup_steps: 99 is more than"),
-        ("data.mask.count", 17, r"^config\.data\.mask\.count: 17 patches of 16"),
+        ("data.mask.count", 17, r"^config\.data\.mask\.count: 17 patches .* of 16"),
+        (
+            "data.mask.kind",
+            "stripes",
+            r"^config\.data\.mask\.kind: must be one of block, .*stripes",
+        ),
         ("data.image_size", 16, r"^config\.data\.image_size: 16, but the consumer takes 32"),
         ("data.augment.min_crop_scale", 2.0, r"^config\.data\.augment\.min_crop_scale: need 0 <"),
         ("tokenizer.image_size", 32, r"^config\.tokenizer\.image_size: 32 gives 8 × 8 tokens"),

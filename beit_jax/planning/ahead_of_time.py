@@ -25,6 +25,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
 from beit_jax.config import RunError
+from beit_jax.data import masking
 from beit_jax.models.attention import resolve_implementation
 from beit_jax.models.heads import masked_image_model
 from beit_jax.planning import hlo
@@ -110,9 +111,6 @@ def task_of_shapes(config: PretrainConfig) -> Task:
 
 def slots(config: PretrainConfig) -> int:
     """Masked positions that are scored per image."""
-    # Here and not above: `data` imports TensorFlow.
-    from beit_jax.data import masking
-
     return masking.max_masked(config.data.mask, grid=config.model.grid)
 
 

@@ -33,6 +33,7 @@ from beit_jax.config import (
     fixes,
     to_dict,
 )
+from beit_jax.data import masking
 from beit_jax.models.flops import matmul_flops, student_flops
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import masked_image_model, masked_positions
@@ -79,11 +80,10 @@ class PretrainConfig:
             ("token_image_size", self.data.token_image_size, self.tokenizer.image_size),
         ):
             check(value == wanted, f"data.{name}", f"{value}, but the consumer takes {wanted}")
-        check(
-            self.data.mask.count <= grid * grid,
-            "data.mask.count",
-            f"{self.data.mask.count} patches of {grid * grid}",
-        )
+        try:
+            masking.check_masks(self.data.mask, grid=grid)
+        except ConfigError as error:
+            raise ConfigError(f"data.mask.{error}") from None
         check(
             not self.data.augmentation_cycle or self.tokenizer.vocabulary <= token_cache.VOCABULARY,
             "data.augmentation_cycle",
@@ -119,9 +119,6 @@ class TokenStatistics:
 
 def run(config: PretrainConfig, *, workdir: str) -> dict[str, Any]:
     """Pre-trains, writes `summary.json` and `reconstruction.png`, and returns the summary."""
-    # Here and not above: the step is measured where TensorFlow is not installed.
-    from beit_jax.data import masking
-
     began, begun = time.perf_counter(), startup.Startup()
     token_folder = token_cache.folder(config.data, workdir=workdir)
     loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)

@@ -1,6 +1,7 @@
 """Masks: the official distribution, a replay in plain Python, and purity in the key."""
 
 import functools
+import hashlib
 import math
 import random
 
@@ -9,8 +10,7 @@ import pytest
 import tensorflow as tf
 
 from beit_jax.config import ConfigError, MaskConfig
-from beit_jax.data import masking
-from beit_jax.data.masking import check_masks, draw_masks, max_masked
+from beit_jax.data.masking import blocks, bounds, check_masks, draw_masks, max_masked, random_bits
 
 OFFICIAL = MaskConfig()  # 75 of 14 x 14 patches
 PAPER = MaskConfig(kind="block_paper")
@@ -174,16 +174,16 @@ class TestOfficialDistribution:
 )
 def test_replayed_in_plain_python_every_mask_is_identical(config, grid, n):
     tries = 1 if config.kind == "block_paper" else 10
-    streams = masking._streams(tf.constant(keys_of(range(n), seed=3, epoch=5)))
-    blocks = []
+    streams = random_bits.streams(tf.constant(keys_of(range(n), seed=3, epoch=5)))
+    drawn = []
 
     def next_try(image, block, attempt):
-        if block == len(blocks):
-            area, aspect, corner = masking._try_uniforms(
+        if block == len(drawn):
+            area, aspect, corner = blocks.try_uniforms(
                 streams, tf.constant(block, tf.uint64), tries=tries
             )
-            blocks.append(np.stack([area, aspect, *corner]))
-        return blocks[block][:, attempt, image].tolist()
+            drawn.append(np.stack([area, aspect, *corner]))
+        return drawn[block][:, attempt, image].tolist()
 
     expected = [
         reference(functools.partial(next_try, image), config=config, grid=grid)
@@ -192,11 +192,30 @@ def test_replayed_in_plain_python_every_mask_is_identical(config, grid, n):
     np.testing.assert_array_equal(draws(config, grid=grid, n=n, seed=3, epoch=5), expected)
 
 
+@pytest.mark.parametrize(
+    ("config", "grid", "n", "expected"),
+    [
+        (OFFICIAL, 14, 1000, "75fc04bd60983d5a"),
+        (MaskConfig(kind="block_exact"), 14, 1000, "86ec55cf78c78cb2"),
+        (PAPER, 14, 1000, "9f9c6becf2c73aa2"),
+        (MaskConfig(kind="random"), 14, 1000, "6aa5c7fd050a7906"),
+        (MaskConfig(max_block=24), 14, 500, "e45674027e1cd8c9"),
+        (MaskConfig(count=230), 24, 500, "cd9c579f90435e90"),
+        (MaskConfig(kind="block_paper", max_block=20), 24, 200, "f8e0c74882f0f8a7"),
+    ],
+    ids=str,
+)
+def test_masks_are_those_of_version_0_1(config, grid, n, expected):
+    """A resumed run goes on with the masks that it began with: hashes from that version's code."""
+    masks = draws(config, grid=grid, n=n, seed=11, epoch=4)
+    assert hashlib.blake2b(np.packbits(masks).tobytes(), digest_size=8).hexdigest() == expected
+
+
 class TestRandomNumbers:
     def test_splitmix64(self):
         """The first outputs of the published generator for the seed 0."""
         counters = tf.constant(np.arange(1, 4, dtype=np.uint64))
-        words = masking._mix(counters * masking._uint64(masking._GOLDEN))
+        words = random_bits.mix(counters * random_bits.uint64(random_bits.GOLDEN))
         assert [hex(word) for word in words.numpy().tolist()] == [
             "0xe220a8397b1dcdaf",
             "0x6e789e6aa1b965f4",
@@ -208,8 +227,8 @@ class TestRandomNumbers:
         n = 20_000
         keys = np.zeros((n, 3), np.int64)
         keys[:, column] = np.arange(n)
-        area, aspect, corner = masking._try_uniforms(
-            masking._streams(tf.constant(keys)), tf.constant(1, tf.uint64), tries=3
+        area, aspect, corner = blocks.try_uniforms(
+            random_bits.streams(tf.constant(keys)), tf.constant(1, tf.uint64), tries=3
         )
         numbers = np.stack([area, aspect, *corner]).reshape(12, n)
         assert numbers.min() >= 0
@@ -328,7 +347,7 @@ class TestBlockPaper:
         seen = np.zeros((13, 13), bool)
         seen[height, width] = True
         sides = np.arange(1, 13)
-        reachable = masking._reachable(sides - 0.5, sides + 0.5, low=5, high=30, aspect=0.3)
+        reachable = bounds.reachable(sides - 0.5, sides + 0.5, low=5, high=30, aspect=0.3)
         np.testing.assert_array_equal(reachable, seen[1:, 1:])
 
 
@@ -395,6 +414,11 @@ class TestErrors:
         ("config", "grid", "message"),
         [
             (MaskConfig(), 0, "grid: must be at least 1, got 0"),
+            (
+                MaskConfig(kind="stripes"),
+                14,
+                "kind: must be one of block, block_exact, block_paper",
+            ),
             (MaskConfig(), 8, "count: 75 patches cannot be hidden on a 8 x 8 grid of 64"),
             (MaskConfig(kind="random"), 8, "count: 75 patches"),
             (MaskConfig(count=12), 14, "min_block: 16 is more than the 12 patches that count"),
