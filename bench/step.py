@@ -342,7 +342,7 @@ def our_side(problem: Problem, *, naming: bool) -> Side:
     import jax.numpy as jnp
 
     from beit_jax.models.attention import resolve_implementation
-    from beit_jax.models.vit import compute_dtype
+    from beit_jax.models.blocks import compute_dtype
     from beit_jax.training import optim, state
 
     config, task, batch = problem.config, problem.task, problem.views

@@ -44,8 +44,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from beit_jax.models import vit
+from beit_jax.models.blocks import Block
 from beit_jax.models.flops import encoder_flops, matmul_flops, patch_embedding_flops
+from beit_jax.models.initialization import PRETRAINING
 from beit_jax.models.kernels import fused_attention
 from beit_jax.planning import ahead_of_time, estimate, hlo, slices
 from beit_jax.tokenizers.loading import open_tokenizer
@@ -232,7 +233,7 @@ def _print_instructions(text: str, count: int) -> None:
 
 def our_blocks(config: Any, *, layers: int, batch: int) -> tuple[Any, tuple]:
     """`layers` of our blocks with one bias: output and all gradients."""
-    build = functools.partial(vit.Block, config, init=vit.PRETRAINING)
+    build = functools.partial(Block, config, init=PRETRAINING)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
     stacked = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape), leaf.dtype),

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from beit_jax.config import ModelConfig, one_of
+from beit_jax.models.blocks import bias_of, compute_dtype, layer_norm
 from beit_jax.models.functional import Functional, functional
-from beit_jax.models.vit import FINE_TUNING, Encoder, compute_dtype, layer_norm, pretraining_init
+from beit_jax.models.initialization import FINE_TUNING, pretraining_init
+from beit_jax.models.vit import Encoder
 
 
 class MaskedImageModel(nnx.Module):
@@ -51,7 +53,7 @@ class MaskedImageModel(nnx.Module):
             kernel,
             preferred_element_type=jnp.float32,
         )
-        return logits + self.lm_head.bias[...]
+        return logits + bias_of(self.lm_head)
 
 
 def masked_image_model(config: ModelConfig, *, vocabulary: int) -> Functional:
@@ -117,7 +119,7 @@ class Classifier(nnx.Module):
             self.head.kernel.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
-        return logits + self.head.bias[...]
+        return logits + bias_of(self.head)
 
 
 def classifier(

@@ -47,8 +47,8 @@ from beit_jax.config import (
 )
 from beit_jax.distributed import cluster
 from beit_jax.files import write_whole
+from beit_jax.models.blocks import compute_dtype
 from beit_jax.models.functional import Params, flatten
-from beit_jax.models.vit import compute_dtype
 from beit_jax.preprocessing import JITTER_FIELDS
 from beit_jax.tokenizers.tokenizer import Tokenizer
 from beit_jax.training import loop

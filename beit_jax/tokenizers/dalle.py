@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from beit_jax.config import TokenizerConfig, check, shape_setting
+from beit_jax.models.blocks import compute_dtype
 from beit_jax.models.functional import Functional, functional
-from beit_jax.models.vit import compute_dtype
 from beit_jax.tokenizers.tokenizer import Tokenizer, scores
 from beit_jax.types import Params
 

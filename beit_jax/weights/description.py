@@ -8,9 +8,10 @@ import jax
 from flax import nnx
 
 from beit_jax.config import ModelConfig, check, one_of, parse, to_dict
+from beit_jax.models.blocks import layer_norm
 from beit_jax.models.functional import flatten, functional
 from beit_jax.models.heads import classifier, masked_image_model
-from beit_jax.models.vit import Encoder, layer_norm
+from beit_jax.models.vit import Encoder
 from beit_jax.preprocessing import NORMALIZATIONS
 
 

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from beit_jax.models.vit import EXTRA_TABLE_ROWS, table_rows
+from beit_jax.models.relative_positions import EXTRA_TABLE_ROWS, table_rows
 
 
 def grid_of_table(rows: int) -> int:

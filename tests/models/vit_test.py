@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from beit_jax.config import ConfigError, ModelConfig
-from beit_jax.models import flops, heads, vit
+from beit_jax.models import flops, heads, relative_positions, vit
+from beit_jax.models.blocks import drop_path_factors
 from beit_jax.models.functional import flatten
 
 TINY = ModelConfig(
@@ -98,8 +99,8 @@ def test_relative_position_index_literally():
         [10, 7, 6, 4, 3],
         [10, 8, 7, 5, 4],
     ]
-    np.testing.assert_array_equal(vit.relative_position_index(2), expected)
-    assert [vit.table_rows(g) for g in (14, 24, 32, 40)] == [732, 2212, 3972, 6244]
+    np.testing.assert_array_equal(relative_positions.relative_position_index(2), expected)
+    assert [relative_positions.table_rows(g) for g in (14, 24, 32, 40)] == [732, 2212, 3972, 6244]
 
 
 def test_initialisation_is_the_pre_training_one():
@@ -212,7 +213,7 @@ def test_blocks_after_the_last_one_asked_for_do_not_run(batch):
 
 def test_drop_path_drops_whole_samples_at_the_linear_rate():
     """A branch is there, scaled by 1 / (1 - p), or not at all; block 0 always is."""
-    factors = np.asarray(vit.drop_path_factors(jax.random.key(0), rate=0.3, layers=3, batch=20_000))
+    factors = np.asarray(drop_path_factors(jax.random.key(0), rate=0.3, layers=3, batch=20_000))
     assert factors.shape == (3, 2, 20_000)
     np.testing.assert_array_equal(factors[0], 1)
     for layer, rate in ((1, np.float32(0.15)), (2, np.float32(0.3))):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from beit_jax.models.blocks import compute_dtype
 from beit_jax.models.functional import flatten, unflatten
-from beit_jax.models.vit import compute_dtype
 from beit_jax.tokenizers.dalle import (
     DalleConfig,
     dalle_networks,

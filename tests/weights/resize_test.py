@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from beit_jax.models.vit import table_rows
+from beit_jax.models.relative_positions import table_rows
 from beit_jax.weights import resize
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
-from beit_jax.models.vit import relative_position_index
+from beit_jax.models.relative_positions import relative_position_index
 from beit_jax.weights.description import Description
 from beit_jax.weights.keys import CONV, FUSED_QKV, LINEAR, Table, norm, row, weight_and_bias
 from beit_jax.weights.report import WeightsError
