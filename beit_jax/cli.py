@@ -41,6 +41,10 @@ COMMANDS = {
     "import": _weights("import", "read such a file or folder into a checkpoint of this project"),
     "convert-tokenizer": _weights("convert-tokenizer", "DALL-E's weights → one safetensors file"),
     "inspect": _weights("inspect", "print what a checkpoint or a file of weights holds"),
+    "features": Command(
+        module="beit_jax.features",
+        summary="write the features of a folder of images to .npz or Parquet",
+    ),
     "prepare": Command(
         module="beit_jax.data.prepare",
         summary="store a data set as smaller JPEGs, read at random",

@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and the files under a folder."""
 
 import os
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -20,3 +21,27 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def visible_files(root: str) -> Iterator[str]:
+    """All files under a local folder except hidden ones, at any depth, in no particular order.
+
+    Follows links, but visits each folder once: a link to a folder above would never end.
+
+    Yields:
+      Paths relative to `root`, with "/" between folders.
+    """
+    seen = {os.path.realpath(root)}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        kept = []
+        for name in folders:
+            real = os.path.realpath(os.path.join(folder, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        relative = os.path.relpath(folder, root)
+        prefix = "" if relative == "." else relative.replace(os.sep, "/") + "/"
+        for name in files:
+            if not name.startswith("."):
+                yield prefix + name

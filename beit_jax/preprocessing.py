@@ -22,6 +22,10 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
 # ITU-R 601 luma as Pillow's convert("L") computes it: integers over 2**16.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 
+# Official evaluation: below 384 pixels the view is 224/256 of the resized shorter side, from there
+# on all of it (datasets.py:151-156).
+_SMALL_CROP, _SMALL_BELOW = 224 / 256, 384
+
 # Colour jitter: a batch's `factors`, float32 [b, 3], are indexed by these constants, and its
 # `order`, int32 [b, 3], holds them in the order in which the operations are applied.
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -49,3 +53,16 @@ def fill_color(kind: str) -> tuple[int, int, int]:
     """RGB levels of a normalisation's mean, which becomes about zero: timm's fill for gaps."""
     red, green, blue = (round(255 * channel) for channel in NORMALIZATIONS[kind][0])
     return red, green, blue
+
+
+def eval_shorter_side(image_size: int, *, crop: float | None = None) -> int:
+    """What an image's shorter side is resized to before the centre is cut out, in pixels.
+
+    Args:
+      image_size: side of the view that is cut out, in pixels.
+      crop: the view's share of the resized shorter side, in (0, 1]; None: the official one, 224/256
+        for views under 384 pixels, 1 for others.
+    """
+    if crop is None:
+        crop = _SMALL_CROP if image_size < _SMALL_BELOW else 1.0
+    return int(image_size / crop)

@@ -16,11 +16,7 @@ import tensorflow as tf
 
 from beit_jax.config import ClassifyAugmentConfig
 from beit_jax.data import augment, rand_augment
-from beit_jax.preprocessing import fill_color
-
-# Official evaluation: below 384 pixels the view is 224/256 of the resized shorter side, from there
-# on all of it (datasets.py:151-156).
-SMALL_CROP, SMALL_BELOW = 224 / 256, 384
+from beit_jax.preprocessing import eval_shorter_side, fill_color
 
 Parameters = dict[str, tf.Tensor | rand_augment.Parameters]
 
@@ -130,15 +126,12 @@ def eval_view(image: tf.Tensor, *, image_size: int, crop: float | None = None) -
     Args:
       image: uint8 [h, w, 3].
       image_size: s, side of the view in pixels.
-      crop: share of the resized shorter side that the view is, in (0, 1]; None: the official one,
-        224/256 for views under 384 pixels, 1 for others.
+      crop: the view's share of the resized shorter side, as for `eval_shorter_side`.
 
     Returns:
       uint8 [s, s, 3].
     """
-    if crop is None:
-        crop = SMALL_CROP if image_size < SMALL_BELOW else 1.0
-    shorter = int(image_size / crop)
+    shorter = eval_shorter_side(image_size, crop=crop)
     size = tf.shape(image)[:2]
     # Torchvision's rule for the longer side; int64, since a side times `shorter` may be large.
     size = tf.cast(size, tf.int64)

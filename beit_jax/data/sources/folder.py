@@ -9,6 +9,7 @@ from absl import logging
 from beit_jax.config import ConfigError
 from beit_jax.data.decode import EXTENSIONS, Window, decode_window
 from beit_jax.data.sources.source import Element, Request, Source, select_split
+from beit_jax.files import visible_files
 
 
 def open_folder(request: Request) -> Source:
@@ -82,20 +83,7 @@ def _walk(root: str) -> Iterator[str]:
     if "://" in root:
         yield from _walk_remote(root, "")
         return
-    seen = {os.path.realpath(root)}  # a link to a folder above would never end
-    for folder, folders, files in os.walk(root, followlinks=True):
-        kept = []
-        for name in folders:
-            real = os.path.realpath(os.path.join(folder, name))
-            if not name.startswith(".") and real not in seen:
-                seen.add(real)
-                kept.append(name)
-        folders[:] = kept
-        relative = os.path.relpath(folder, root)
-        prefix = "" if relative == "." else relative.replace(os.sep, "/") + "/"
-        for name in files:
-            if not name.startswith("."):
-                yield prefix + name
+    yield from visible_files(root)
 
 
 def _walk_remote(root: str, prefix: str) -> Iterator[str]:

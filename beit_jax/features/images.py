@@ -1,0 +1,152 @@
+"""Image files as an encoder takes them: found in a folder, decoded by threads, resized.
+
+found = find_images("photos")
+for name, image in read_images("photos", found.names, size=224, resize="crop", threads=8):
+    ...  # uint8 [224, 224, 3], or why the file could not be read
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from beit_jax.files import visible_files
+from beit_jax.preprocessing import eval_shorter_side
+
+# What is looked for: files with these suffixes, and others that start with these bytes. The header
+# of a file with such a suffix is Pillow's to judge: a PNG named .jpg is read as the PNG it is.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+
+RESIZES = ("crop", "squash")
+# Images decoded ahead of the batch that is being made, for each thread.
+_AHEAD = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """Files under a folder.
+
+    Attributes:
+      names: of image files, relative to the folder, with "/" between folders; sorted.
+      others: how many files are no images by name and header.
+    """
+
+    names: list[str]
+    others: int
+
+
+def find_images(folder: str) -> Found:
+    """Lists image files at any depth, except hidden ones. Links are followed."""
+    names, others = [], 0
+    for name in visible_files(folder):
+        if name.lower().endswith(SUFFIXES) or _starts_as_image(os.path.join(folder, name)):
+            names.append(name)
+        else:
+            others += 1
+    return Found(names=sorted(names), others=others)
+
+
+def _starts_as_image(path: str) -> bool:
+    try:
+        if not os.path.isfile(path):  # opening a pipe would wait for a writer
+            return False
+        with open(path, "rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start.startswith(_STARTS) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
+
+
+def read_image(path: str, *, size: int, resize: str) -> np.ndarray:
+    """Decodes an image file, upright by its EXIF orientation, and makes it square.
+
+    Args:
+      path: of a JPEG, PNG, BMP, WebP or GIF (its first frame).
+      size: s, side of the result in pixels.
+      resize: "crop", the shorter side resized to `eval_shorter_side(size)` and the centre cut out,
+        as evaluation does in training; or "squash", both sides resized to `size`, as
+        transformers' BeitImageProcessor does. Both bicubic, antialiased.
+
+    Returns:
+      uint8 `[s, s, 3]`, RGB.
+
+    Raises:
+      Exception: whatever Pillow raises for a damaged file, which is not only OSError.
+    """
+    with Image.open(path, formats=_FORMATS) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip to 255
+            image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
+        image = image.convert("RGB")
+    box = None if resize == "squash" else _centre(image.size, size=size)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _centre(image_size: tuple[int, int], *, size: int) -> tuple[float, float, float, float]:
+    """The part of the image that a centre crop of the resized image shows, in its own pixels.
+
+    Resizing this part alone gives the pixels of the crop, however long the image's longer side is.
+    Sizes are rounded as torchvision's Resize and CenterCrop do.
+    """
+    shorter, least = eval_shorter_side(size), min(image_size)
+    resized = [side * shorter // least for side in image_size]
+    corner = [round((side - size) / 2) for side in resized]
+    scale = [side / new for side, new in zip(image_size, resized, strict=True)]
+    left, top = (start * factor for start, factor in zip(corner, scale, strict=True))
+    right, bottom = (
+        min((start + size) * factor, float(side))  # a rounding error beyond the edge is refused
+        for start, factor, side in zip(corner, scale, image_size, strict=True)
+    )
+    return left, top, right, bottom
+
+
+def read_images(
+    folder: str, names: Sequence[str], *, size: int, resize: str, threads: int
+) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Reads images in order while threads decode the next ones; a bounded number is in memory.
+
+    Args:
+      folder: that names are relative to.
+      names: as `find_images` lists them.
+      size, resize: as for `read_image`.
+      threads: that decode.
+
+    Yields:
+      The name, and the image, uint8 `[s, s, 3]`, or one line that says why it can't be read.
+    """
+
+    def read(name: str) -> np.ndarray | str:
+        try:
+            return read_image(os.path.join(folder, name), size=size, resize=resize)
+        except Exception as error:  # decoders raise nearly anything on a damaged file
+            return _reason(error)
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting: collections.deque[tuple[str, concurrent.futures.Future[np.ndarray | str]]]
+        waiting = collections.deque()
+        try:
+            for name in names:
+                waiting.append((name, pool.submit(read, name)))
+                if len(waiting) > threads * _AHEAD:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:  # where the reader has left, nothing more is decoded
+            for _, future in waiting:
+                future.cancel()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"no {', '.join(_FORMATS)} by its content"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
