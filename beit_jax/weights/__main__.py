@@ -3,80 +3,130 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
-from beit_jax.preprocessing import NORMALIZATIONS
-
-_FORMATS = """\
-formats:
-  hugging_face  a folder that transformers' from_pretrained loads
-  timm          a .safetensors file that timm.create_model loads strictly
-  unilm         a .pth file that the official BEiT scripts load (writing it takes PyTorch)
-"""
 _ALLOWED = "NAME is a name, a module (lm_head) or a glob; may be given several times"
 
 
+class _Command(NamedTuple):
+    """One command: its name, its line in the overview, its options, and what runs it."""
+
+    name: str
+    help: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line; formats are those in `formats.FORMATS` now."""
     whole = argparse.ArgumentParser(
         prog="python -m beit_jax.weights",
-        description="Weights in and out: Hugging Face, timm, unilm, and DALL-E's tokenizer.",
+        description=f"Weights in and out: {', '.join(_formats())}, and DALL-E's tokenizer.",
         epilog="Each command has its own --help.",
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shared = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
+    for command in _COMMANDS:
+        added = commands.add_parser(
+            command.name,
+            help=command.help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add(added)
+    return whole
 
-    command = commands.add_parser(
-        "export",
-        help="a checkpoint → Hugging Face, timm or unilm",
-        description="Writes a checkpoint in a foreign format. Only the checkpoint and the config"
-        " saved\nin it are needed, whatever number of devices wrote it.",
-        epilog=f"{_FORMATS}\nexample:\n  python -m beit_jax.weights export runs/beit_base"
-        " --format hugging_face --output beit_base_hf",
-        **shared,
+
+def _formats(*, only_readable: bool = False) -> dict[str, str]:
+    """Name → line of help."""
+    from beit_jax.weights.formats import FORMATS
+
+    rows = FORMATS.items()
+    return {name: row.help for name, row in rows if row.reader or not only_readable}
+
+
+def _format_table(formats: dict[str, str]) -> str:
+    from beit_jax.text_table import text_table
+
+    return text_table([("", name, line) for name, line in formats.items()])
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Writes a checkpoint in a foreign format. Only the checkpoint and the config saved\nin it"
+        " are needed, whatever number of devices wrote it."
+    )
+    command.epilog = (
+        f"formats:\n{_format_table(_formats())}\n\nexample:\n"
+        "  python -m beit_jax.weights export runs/beit_base --format hugging_face"
+        " --output beit_base_hf"
     )
     command.add_argument(
-        "source", help="a run's workdir, one checkpoint in it, or a foreign checkpoint"
+        "source",
+        help="a run's workdir, one checkpoint in it, a foreign checkpoint or hf:OWNER/NAME",
     )
-    command.add_argument("--format", required=True, choices=("hugging_face", "timm", "unilm"))
+    command.add_argument("--format", required=True, choices=tuple(_formats()))
     command.add_argument("--output", required=True, help="folder or file to write")
-    command.add_argument("--image-size", type=int, help="resize positions to this image size")
-    _allow(command, "unused", "leave our parameter NAME out")
-
-    command = commands.add_parser(
-        "import",
-        help="Hugging Face, timm or unilm → a checkpoint for config.run.init_from",
-        description="Writes a foreign checkpoint, pre-trained or fine-tuned, as one of ours. The"
-        " result\nis good for config.run.init_from and for export. (config.run.init_from takes a"
-        " foreign\ncheckpoint directly, too.)",
-        epilog="example:\n  python -m beit_jax.weights import beit_base_patch16_224_pt22k.pth"
-        " --output imported",
-        **shared,
+    _add_image_size(command)
+    _add_allow(command, "unused", "leave parameter NAME out")
+    command.add_argument(
+        "--push",
+        default="",
+        metavar="OWNER/NAME",
+        help="upload the result to this repository on the hub, made where it is missing",
     )
-    command.add_argument("source", help="Hugging Face folder, .safetensors or .pth")
+    command.add_argument("--private", action="store_true", help="make that repository private")
+
+
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Writes a foreign checkpoint, pre-trained or fine-tuned, as one of this project's. The"
+        "\nresult is good for config.run.init_from and for export. (config.run.init_from takes a"
+        "\nforeign checkpoint directly, too.)"
+    )
+    command.epilog = (
+        f"formats:\n{_format_table(_formats(only_readable=True))}\n\nexample:\n"
+        "  python -m beit_jax.weights import beit_base_patch16_224_pt22k.pth --output imported"
+    )
+    command.add_argument(
+        "source", help="a file or folder in one of the formats below, or hf:OWNER/NAME[@REVISION]"
+    )
     command.add_argument("--output", required=True, help="folder to write")
-    command.add_argument("--image-size", type=int, help="resize positions to this image size")
+    _add_image_size(command)
     command.add_argument(
         "--per-block",
         action="store_true",
         help="copy a shared relative-position table to every block, as fine-tuning has it",
     )
-    _source_options(command)
-    _allow(command, "missing", "go on without foreign key NAME")
-    _allow(command, "unused", "ignore foreign key NAME")
+    command.add_argument("--sha256", default="", metavar="HEX", help="check the file")
+    command.add_argument(
+        "--normalization",
+        default="",
+        choices=_normalizations(),
+        help="of the pixels, where the format doesn't say (default: half)",
+    )
+    command.add_argument(
+        "--heads",
+        type=int,
+        default=0,
+        help="attention heads, where the format doesn't say (default: width / 64)",
+    )
+    _add_allow(command, "missing", "go on without foreign key NAME")
+    _add_allow(command, "unused", "ignore foreign key NAME")
 
-    command = commands.add_parser(
-        "convert-tokenizer",
-        help="DALL-E's encoder.pkl and decoder.pkl, FLAVA's codebook → one safetensors file",
-        description="Writes DALL-E's weights as the file config.tokenizer.path names. Pickles are"
-        " read\nwithout running code from them.",
-        epilog="example:\n"
+
+def _add_convert_tokenizer(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Writes DALL-E's weights as the file that config.tokenizer.path names. Pickles are read\n"
+        "without running code from them."
+    )
+    command.epilog = (
+        "example:\n"
         "  wget -O encoder.pkl https://cdn.openai.com/dall-e/encoder.pkl   # capital O\n"
         "  wget -O decoder.pkl https://cdn.openai.com/dall-e/decoder.pkl\n"
         "  python -m beit_jax.weights convert-tokenizer --encoder encoder.pkl"
         " --decoder decoder.pkl \\\n      --output dalle.safetensors\n\n"
         "The encoder may also be FLAVA's image codebook (facebook/flava-image-codebook) or\n"
-        "OpenMMLab's dalle_encoder.pth.",
-        **shared,
+        "OpenMMLab's dalle_encoder.pth."
     )
     command.add_argument("--encoder", required=True, help=".pkl, .pth, .bin or .safetensors")
     command.add_argument("--decoder", default="", help="likewise; only pictures need it")
@@ -86,34 +136,20 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--vocabulary", type=int, default=8192, help="tokens (default 8192)")
     command.add_argument("--width", type=int, default=256, help="channels (default 256)")
 
-    command = commands.add_parser(
-        "inspect",
-        help="what a checkpoint holds, in any format",
-        description="Prints what a checkpoint or tokenizer file holds: format, architecture, names,"
-        " shapes,\nSHA-256. Runs nothing from it.",
-        **shared,
+
+def _add_inspect(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Prints what a checkpoint or tokenizer file holds: format, architecture, names,"
+        " shapes,\nSHA-256. Runs nothing from it."
     )
-    command.add_argument("source", help="any checkpoint or file of weights")
-    return whole
+    command.add_argument("source", help="any checkpoint or file of weights, or hf:OWNER/NAME")
 
 
-def _source_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--sha256", default="", metavar="HEX", help="check the file")
-    command.add_argument(
-        "--normalization",
-        default="",
-        choices=tuple(NORMALIZATIONS),
-        help="of the pixels, where the format doesn't say (default: half)",
-    )
-    command.add_argument(
-        "--heads",
-        type=int,
-        default=0,
-        help="attention heads, where the format doesn't say (default: width / 64)",
-    )
+def _add_image_size(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--image-size", type=int, help="resize positions to this image size")
 
 
-def _allow(command: argparse.ArgumentParser, what: str, effect: str) -> None:
+def _add_allow(command: argparse.ArgumentParser, what: str, effect: str) -> None:
     command.add_argument(
         f"--allow-{what}",
         action="append",
@@ -123,32 +159,10 @@ def _allow(command: argparse.ArgumentParser, what: str, effect: str) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; what goes wrong is one line on stderr and exit code 2."""
-    options = parser().parse_args(arguments)
-    # Converting needs no accelerator, and must not take one from a running job.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from absl import logging
+def _normalizations() -> tuple[str, ...]:
+    from beit_jax.preprocessing import NORMALIZATIONS
 
-    from beit_jax.config import ConfigError
-    from beit_jax.tokenizers.loading import TokenizerFileError
-
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of metadata that it then finds elsewhere
-    run = {
-        "export": _export,
-        "import": _import,
-        "convert-tokenizer": _convert_tokenizer,
-        "inspect": _inspect,
-    }[options.command]
-    try:
-        run(options)
-    except BrokenPipeError:  # the reader has seen enough: `inspect x | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ConfigError, TokenizerFileError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return tuple(NORMALIZATIONS)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -160,13 +174,18 @@ def _export(options: argparse.Namespace) -> None:
         output=options.output,
         image_size=options.image_size,
         allow_unused=options.allow_unused,
+        push=options.push,
+        private=options.private,
     )
     print(done.report)
     print(f"wrote {done.output}; load it with\n  {done.load}")
+    if done.commit:
+        print(f"pushed to {done.commit}")
 
 
 def _import(options: argparse.Namespace) -> None:
     from beit_jax.weights.convert import import_checkpoint
+    from beit_jax.weights.description import sentence
 
     report, description, sha256 = import_checkpoint(
         options.source,
@@ -181,7 +200,7 @@ def _import(options: argparse.Namespace) -> None:
     )
     print(f"SHA-256 {sha256}")
     print(report)
-    print(_sentence(description))
+    print(sentence(description))
     print(f"wrote {options.output}; start from it with --config.run.init_from={options.output}")
 
 
@@ -209,10 +228,53 @@ def _inspect(options: argparse.Namespace) -> None:
     print(inspect(options.source))
 
 
-def _sentence(description) -> str:
-    from beit_jax.weights.inspection import sentence
+_COMMANDS = (
+    _Command("export", "write a checkpoint in a foreign format", _add_export, _export),
+    _Command(
+        "import",
+        "a foreign checkpoint → one of this project's, for config.run.init_from",
+        _add_import,
+        _import,
+    ),
+    _Command(
+        "convert-tokenizer",
+        "DALL-E's encoder.pkl and decoder.pkl, FLAVA's codebook → one safetensors file",
+        _add_convert_tokenizer,
+        _convert_tokenizer,
+    ),
+    _Command("inspect", "list what a checkpoint holds, in any format", _add_inspect, _inspect),
+)
 
-    return sentence(description)
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: without the program's name; None takes the process'.
+
+    Returns:
+      The exit code: 2 where something went wrong, said in one line on stderr.
+    """
+    # Converting needs no accelerator and must not take one from a running job. JAX reads this when
+    # it is first imported, which the parser's formats do.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    options = parser().parse_args(arguments)
+    from absl import logging
+
+    from beit_jax.config import ConfigError
+    from beit_jax.tokenizers.loading import TokenizerFileError
+
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of metadata that it then finds elsewhere
+    run = {command.name: command.run for command in _COMMANDS}[options.command]
+    try:
+        run(options)
+    except BrokenPipeError:  # the reader has seen enough: `inspect x | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ConfigError, TokenizerFileError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,47 +1,45 @@
-"""Whole conversions: a run's checkpoint to a foreign format, a foreign file to a checkpoint.
+"""Whole conversions: a checkpoint to a foreign format, a foreign file to a checkpoint.
 
     export_checkpoint("runs/quickstart/pretrain", format="hugging_face", output="exported")
     import_checkpoint("beit_base_patch16_224_pt22k.pth", output="imported")
+    restore_params("hf:microsoft/beit-base-patch16-224", shapes=shapes)  # config.run.init_from
 
-Either way the report says what became of every name, and a name that is missing or left over is an
-error unless it was allowed.
+The report of every conversion lists what became of each name, and a name that is missing or left
+over is an error unless it was allowed.
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
-import safetensors.numpy
 from absl import logging
-from etils import epath
 
-from beit_jax.config import one_of
-from beit_jax.files import write_whole
-from beit_jax.models.functional import Params, flatten, unflatten
-from beit_jax.weights import adapt, foreign, keys, native
+from beit_jax.config import check, one_of
+from beit_jax.models.functional import flatten, unflatten
+from beit_jax.types import FlatParams, JsonObject, Params
+from beit_jax.weights import adapt, foreign, hub, native
 from beit_jax.weights.description import Description, describe, to_config
-from beit_jax.weights.formats import hugging_face, timm, unilm
+from beit_jax.weights.formats import FORMATS, Export
 from beit_jax.weights.report import Report, WeightsError, check_names
-
-FORMATS = ("hugging_face", "timm", "unilm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes:
       output: the folder or file.
-      report: of our names.
+      report: of this project's names.
       load: the Python that loads it.
+      commit: the address of the commit on the hub; "" where nothing was pushed.
     """
 
     output: str
     report: Report
     load: str
+    commit: str = ""
 
 
 def export_checkpoint(
@@ -51,23 +49,33 @@ def export_checkpoint(
     output: str,
     image_size: int | None = None,
     allow_unused: Iterable[str] = (),
+    push: str = "",
+    private: bool = False,
 ) -> Exported:
     """Writes a checkpoint in a foreign format.
 
-    Needs only the checkpoint and the config saved in it, on one CPU, whatever wrote it. PyTorch is
-    needed for "unilm" alone.
+    Needs only the checkpoint and the config saved in it, on one CPU, on whatever devices it was
+    written.
 
     Args:
-      source: a checkpoint, a run's directory, or a foreign checkpoint.
-      format: "hugging_face" (a folder), "timm" (a .safetensors file) or "unilm" (a .pth file).
-      output: what to write; replaced if it is there.
+      source: a checkpoint, a run's directory, a foreign checkpoint or "hf:OWNER/NAME".
+      format: a key of `formats.FORMATS`.
+      output: the folder or file to write; replaced if it is there.
       image_size: another resolution to resize positions to.
-      allow_unused: our names that may be left out.
+      allow_unused: parameters that may be left out.
+      push: "OWNER/NAME", a repository on the hub to upload the result to; "" for none.
+      private: whether a repository that the push creates is private.
 
     Raises:
-      ConfigError: the source can't be read or does not fit its config.
+      ConfigError: the source can't be read or does not fit its config, the output has another
+        suffix than the format's, or the push fails.
     """
     one_of(format, "format", *FORMATS)
+    check(bool(push) or not private, "--private", "only with --push")
+    target = FORMATS[format]
+    target.check_output(output)
+    if push:
+        hub.check(push)  # before minutes of converting
     params, description, config = read_any(source)
     shapes = {name: leaf.shape for name, leaf in description.shapes().items()}
     _, unused = check_names(
@@ -78,33 +86,28 @@ def export_checkpoint(
     )
     params = {name: array for name, array in params.items() if name not in unused}
     params, description, reshaped = resized(params, description, image_size=image_size)
-    left_out: list[str] = []
-    if format == "timm":
-        shared = description.model.positions == "relative_shared"
-        params, description, left_out = timm.reduce(params, description)
-        if shared:
-            reshaped = [*reshaped, f"{adapt.SHARED_TABLE} → {adapt.BLOCK_TABLE}, copies"]
-    state = keys.to_foreign(params, foreign.table_of(format, description))
-    rebuilt: list[str] = []
-    if format == "hugging_face":
-        _write_hugging_face(output, state, description=description, config=config, source=source)
-        name = hugging_face.CLASSES[description.task]
-        load = f"transformers.{name}.from_pretrained({output!r})"
-    elif format == "timm":
-        _require_suffix(output, ".safetensors")
-        write_safetensors(output, state, metadata=timm.metadata(description))
-        load = timm.create_model_call(description, path=output)
-    else:
-        _require_suffix(output, ".pth")
-        rebuilt = unilm.write(output, state, description=description)
-        load = f"torch.load({output!r}, weights_only=True)['model']"
-    report = Report(
-        used=tuple(params),
-        unused=(*unused, *left_out),
-        rebuilt=tuple(rebuilt),
-        reshaped=tuple(reshaped),
+    written = target.write(
+        Export(
+            output=output,
+            params=params,
+            description=description,
+            config=config,
+            metrics=native.saved_metrics(source),
+            source=source,
+        )
     )
-    return Exported(output=output, report=report, load=load)
+    commit = ""
+    if push:
+        files = written.files or {os.path.basename(output): output}
+        message = f"Export as {format} by beit_jax"
+        commit = hub.push(files, repository=push, private=private, message=message)
+    report = Report(
+        used=written.used,
+        unused=(*unused, *written.left_out),
+        rebuilt=written.rebuilt,
+        reshaped=(*reshaped, *written.reshaped),
+    )
+    return Exported(output=output, report=report, load=written.load, commit=commit)
 
 
 def import_checkpoint(
@@ -119,14 +122,14 @@ def import_checkpoint(
     allow_missing: Iterable[str] = (),
     allow_unused: Iterable[str] = (),
 ) -> tuple[Report, Description, str]:
-    """Writes a foreign checkpoint as one of ours, good for `config.run.init_from` and `export`.
+    """Writes a foreign checkpoint as one of this project's, for `config.run.init_from` and export.
 
     Args:
-      source: a Hugging Face folder, a `.safetensors` of timm or a `.pth` of unilm.
+      source: a file or folder that `foreign.read` takes, or "hf:OWNER/NAME".
       output: the folder to write.
       image_size: another resolution to resize positions to.
       per_block: copy a shared relative-position table to every block.
-      sha256: what the file must have; "": not checked.
+      sha256: what the file must have; "" skips the check.
       normalization: see `foreign.read`.
       heads: see `foreign.read`.
       allow_missing: foreign keys that may be missing.
@@ -170,23 +173,24 @@ def restore_params(
     allow_unused: Iterable[str] = (),
     name: str = "config.run.init_from",
 ) -> Params:
-    """Parameters for a warm start, from a checkpoint of ours or a foreign one.
+    """Reads parameters for a warm start, from a native checkpoint or a foreign one.
 
     Where names and shapes are the stored ones, every device reads its own part. Otherwise the whole
     is read into memory and made to fit: another resolution, per-block copies of a shared table,
-    and only what is allowed may be missing or left over.
+    and only what is allowed may be missing or left over. Every process reads or downloads the
+    source itself.
 
     Args:
       source: a run's directory, a checkpoint, a Hugging Face folder, `.safetensors`, `.pth` or
         "hf:OWNER/NAME".
       shapes: the wanted parameters, `ShapeDtypeStruct`s with shardings.
-      fresh: gives newly drawn parameters, for the missing ones; placed as `shapes`.
-      allow_missing: our names that may be missing: a path, a module ("fc_norm") or a glob.
-      allow_unused: names that may be left over; foreign keys that we have no name for too.
+      fresh: gives newly drawn parameters, for the missing ones; sharded as `shapes`.
+      allow_missing: parameters that may be missing: a path, a module ("fc_norm") or a glob.
+      allow_unused: parameters that may be left over, and foreign keys without a parameter.
       name: the setting `source` came from, for messages.
 
     Returns:
-      A nested dict of arrays, placed as `shapes`.
+      A nested dict of arrays, sharded as `shapes`.
 
     Raises:
       ConfigError: nothing there, or it does not fit; everything that does not is named.
@@ -226,7 +230,7 @@ def restore_params(
 
 
 def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A host array, the same on every process, as a global array sharded as `like`."""
+    """Puts a host array, the same on every process, on devices, sharded as `like`."""
     array = np.asarray(array, like.dtype)
     if like.sharding is None:
         return jax.numpy.asarray(array)
@@ -235,10 +239,19 @@ def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 def read_any(
     source: str, *, normalization: str = "", heads: int = 0
-) -> tuple[dict[str, np.ndarray], Description, dict[str, Any]]:
-    """Parameters (flat, float32), description and saved config of any checkpoint we can read.
+) -> tuple[dict[str, np.ndarray], Description, JsonObject]:
+    """Reads a checkpoint, native or in any format that can be read, or "hf:OWNER/NAME".
 
-    `normalization` and `heads` are for formats that don't say: see `foreign.read`.
+    Args:
+      source: its path or name.
+      normalization: see `foreign.read`; ignored for a native checkpoint, whose config says.
+      heads: likewise.
+
+    Returns:
+      Parameters (flat, float32), their description, and the config saved with them.
+
+    Raises:
+      ConfigError: nothing there, or it can't be read.
     """
     if not native.is_checkpoint(source) and foreign.is_foreign(source):
         checkpoint = foreign.read(source, normalization=normalization, heads=heads)
@@ -252,9 +265,16 @@ def read_any(
 
 
 def resized(
-    params: Mapping[str, np.ndarray], description: Description, *, image_size: int | None
+    params: FlatParams, description: Description, *, image_size: int | None
 ) -> tuple[dict[str, np.ndarray], Description, list[str]]:
-    """Parameters and description for another image size, and what was reshaped."""
+    """Resizes tables and positions to another image size.
+
+    Returns:
+      Parameters, their description, and what was reshaped, for a `Report`.
+
+    Raises:
+      WeightsError: the stored grid is too small to interpolate from.
+    """
     if image_size is None or image_size == description.model.image_size:
         return dict(params), description, []
     model = dataclasses.replace(description.model, image_size=image_size)
@@ -263,58 +283,3 @@ def resized(
     except ValueError as error:
         raise WeightsError(str(error)) from None
     return result, dataclasses.replace(description, model=model), reshaped
-
-
-def write_safetensors(
-    path: str, state: Mapping[str, np.ndarray], *, metadata: dict[str, str]
-) -> None:
-    """Writes float32 tensors; readers see the old file or the whole new one."""
-    # safetensors writes the bytes as they lie in memory: a transposed view would come out wrong.
-    tensors = {key: np.array(array, np.float32, order="C") for key, array in state.items()}
-    write_whole(path, safetensors.numpy.save(tensors, metadata=metadata))
-
-
-def _write_hugging_face(
-    folder: str,
-    state: Mapping[str, np.ndarray],
-    *,
-    description: Description,
-    config: Mapping[str, Any],
-    source: str,
-) -> None:
-    path = epath.Path(folder)
-    if path.exists() and not path.is_dir():
-        raise WeightsError(f"{folder} is a file; a Hugging Face export is a folder")
-    card = hugging_face.model_card(
-        description, config=config, summary=_summary(source), source=source, name=path.name
-    )
-    for name, value in (
-        ("config.json", hugging_face.config_json(description)),
-        ("preprocessor_config.json", hugging_face.preprocessor_json(description)),
-    ):
-        write_whole(path / name, (json.dumps(value, indent=2) + "\n").encode())
-    write_whole(path / "README.md", card.encode())
-    # "format" is what transformers looks for first.
-    write_safetensors(str(path / "model.safetensors"), state, metadata={"format": "pt"})
-
-
-def _summary(source: str) -> dict[str, Any]:
-    """The run's `summary.json`; else the last numbers in `metrics.jsonl`; else nothing."""
-    here = epath.Path(source)
-    for folder in (here, here.parent.parent):  # a workdir, or <workdir>/checkpoints/<step>
-        if (folder / "summary.json").exists():
-            return json.loads((folder / "summary.json").read_text())
-        if (folder / "metrics.jsonl").exists():
-            numbers: dict[str, Any] = {}
-            for line in (folder / "metrics.jsonl").read_text().splitlines():
-                try:
-                    numbers |= json.loads(line)
-                except ValueError:  # cut off by a kill
-                    continue
-            return numbers
-    return {}
-
-
-def _require_suffix(output: str, suffix: str) -> None:
-    if not output.endswith(suffix):
-        raise WeightsError(f"--output: {output} must end in {suffix}")

@@ -7,47 +7,43 @@ the encoder under other names (transformers `convert_dalle_to_flava_codebook.py`
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from beit_jax.models.functional import flatten, unflatten
 from beit_jax.tokenizers.dalle import BLOCKS_PER_GROUP, GROUPS, DalleConfig, dalle_networks
 from beit_jax.tokenizers.loading import save_params
-from beit_jax.weights import foreign, keys, pickles
+from beit_jax.types import FlatParams, Params
+from beit_jax.weights import containers, keys
 from beit_jax.weights.keys import CONV, Table, row
 from beit_jax.weights.report import Report, WeightsError, check_names
 
 
-def _conv(foreign_prefix: str, ours: str) -> Table:
-    return (
-        row(f"{foreign_prefix}.w", f"{ours}/kernel", CONV),
-        row(f"{foreign_prefix}.b", f"{ours}/bias"),
-    )
+def _conv(foreign: str, native: str) -> Table:
+    return row(f"{foreign}.w", f"{native}/kernel", CONV), row(f"{foreign}.b", f"{native}/bias")
 
 
 def _table() -> Table:
     rows = [*_conv("blocks.input", "input")]
     for group in range(1, GROUPS + 1):
         for block in range(1, BLOCKS_PER_GROUP + 1):
-            theirs = f"blocks.group_{group}.block_{block}"
-            ours = f"group_{group}/block_{block}"
-            rows += _conv(f"{theirs}.id_path", f"{ours}/identity")
+            foreign = f"blocks.group_{group}.block_{block}"
+            native = f"group_{group}/block_{block}"
+            rows += _conv(f"{foreign}.id_path", f"{native}/identity")
             for conv in range(1, 5):
-                rows += _conv(f"{theirs}.res_path.conv_{conv}", f"{ours}/conv_{conv}")
+                rows += _conv(f"{foreign}.res_path.conv_{conv}", f"{native}/conv_{conv}")
     return (*rows, *_conv("blocks.output.conv", "output"))
 
 
 # The same for encoder and decoder; a block without an identity convolution skips that row.
 TABLE: Table = _table()
-# Put before the names by training code that holds the tokenizer as a part.
+# Prefixes that training code adds where the tokenizer is a part of a larger module.
 _PREFIXES = ("module.", "image_codebook.", "target_generator.", "encoder.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertedTokenizer:
-    """What `convert_tokenizer` did.
+    """The result of `convert_tokenizer`.
 
     Attributes:
       output: the file written.
@@ -64,8 +60,8 @@ class ConvertedTokenizer:
     config: DalleConfig
 
 
-def original_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """FLAVA's and prefixed names → the original ones; others stay."""
+def original_names(state: FlatParams) -> dict[str, np.ndarray]:
+    """Renames FLAVA's and prefixed keys to the original ones; others stay."""
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): array for key, array in state.items()}
@@ -92,8 +88,8 @@ def convert_tokenizer(
     Args:
       output: the safetensors file.
       encoder: a pickled module, a state dict (.pth, .bin, .safetensors), or FLAVA's codebook.
-      decoder: the same; "": none. Only pictures of tokens need it.
-      encoder_sha256: what the file must have; "": not checked.
+      decoder: the same; "" for none. Only pictures of tokens need it.
+      encoder_sha256: what the file must have; "" skips the check.
       decoder_sha256: likewise.
       vocabulary: tokens the codebook must have.
       width: hidden channels, 256 in the published weights.
@@ -109,17 +105,14 @@ def convert_tokenizer(
     for part, (path, sha256) in files.items():
         if not path:
             continue
-        content = pickles.read_bytes(path)
-        sources[part] = foreign.check_sha256(content, sha256, source=path)
-        if path.endswith(".safetensors"):
-            state, _ = foreign.load_safetensors(content, source=path)
-        else:
-            state = foreign.state_dict(pickles.loads(content, source=path), source=path)
+        content = containers.read_bytes(path)
+        sources[part] = containers.check_sha256(content, sha256, source=path)
+        state, _ = containers.load(content, source=path)
         params[part], reports[part] = to_params(state, part=part, config=config, source=path)
     save_params(output, params, config=config)
     return ConvertedTokenizer(
         output=output,
-        sha256=foreign.check_sha256(pickles.read_bytes(output), "", source=output),
+        sha256=containers.check_sha256(containers.read_bytes(output), "", source=output),
         sources=sources,
         reports=reports,
         config=config,
@@ -127,9 +120,9 @@ def convert_tokenizer(
 
 
 def to_params(
-    state: Mapping[str, np.ndarray], *, part: str, config: DalleConfig, source: str
-) -> tuple[dict[str, Any], Report]:
-    """One network's state dict → nested parameters, strictly.
+    state: FlatParams, *, part: str, config: DalleConfig, source: str
+) -> tuple[Params, Report]:
+    """Converts one network's state dict to nested parameters, strictly.
 
     Args:
       state: original or FLAVA names.
@@ -157,10 +150,10 @@ def to_params(
     wanted = keys.foreign_shapes(shapes, TABLE)
     check_names(wanted, {key: a.shape for key, a in state.items()}, source=source)
     cast = tuple(f"{k} ({a.dtype})" for k, a in state.items() if a.dtype != np.float32)
-    params = unflatten(keys.to_ours(state, TABLE, layers=0))
+    params = unflatten(keys.to_native(state, TABLE, layers=0))
     return params, Report(used=tuple(wanted), cast=cast)
 
 
-def to_state(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """One network's nested parameters → a state dict that the original module loads."""
+def to_state(params: Params) -> dict[str, np.ndarray]:
+    """Converts one network's nested parameters to a state dict that the original module loads."""
     return keys.to_foreign({k: np.asarray(a) for k, a in flatten(params).items()}, TABLE)

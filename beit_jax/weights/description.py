@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
+import numpy as np
 from flax import nnx
 
 from beit_jax.config import ModelConfig, check, one_of, parse, to_dict
@@ -13,6 +14,8 @@ from beit_jax.models.functional import flatten, functional
 from beit_jax.models.heads import classifier, masked_image_model
 from beit_jax.models.vit import Encoder
 from beit_jax.preprocessing import NORMALIZATIONS
+from beit_jax.types import JsonObject
+from beit_jax.weights.report import WeightsError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,8 @@ class Description:
       outputs: vocabulary ("pretrain") or classes ("classify"); 0 for "encoder".
       pooling: "classify": "mean" or "cls". "encoder": "mean" where there is an `fc_norm`, "cls"
         where the encoder ends in its norm, "none" where there is neither.
-      mask_token: whether the encoder has one; "encoder" only, the other tasks say.
+      mask_token: whether the encoder has one; read for "encoder" only, since the other tasks
+        determine it.
       normalization: of the pixels, a key of `preprocessing.NORMALIZATIONS`.
       labels: names of the classes; empty where they are unknown.
     """
@@ -39,13 +43,13 @@ class Description:
     normalization: str = "half"
     labels: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of(self.task, "task", "pretrain", "classify", "encoder")
         one_of(self.pooling, "pooling", "mean", "cls", "none")
         one_of(self.normalization, "normalization", *NORMALIZATIONS)
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The parameters' names ("encoder/cls_token") and shapes."""
+        """The parameters' names ("encoder/cls_token"), shapes and dtypes."""
         return dict(_shapes(self))
 
 
@@ -73,18 +77,18 @@ class _Headless(nnx.Module):
             self.fc_norm = layer_norm(description.model, rngs=rngs)
 
 
-def describe(config: dict[str, Any]) -> Description:
+def describe(config: JsonObject) -> Description:
     """Reads the description from the config saved beside a checkpoint.
 
     Args:
-      config: of a pre-training run, its `to_dict(PretrainConfig)`. Else a dict with `task`,
+      config: `to_dict(PretrainConfig)` for a pre-training run; otherwise a dict with `task`,
         `model`, `data: {"normalization"}` and, for "classify", `classes`, `pooling` and perhaps
-        `labels`; `to_config` writes one.
+        `labels`, as `to_config` writes it.
 
     Raises:
       ConfigError: a key is missing or wrong, or this kind of run has no foreign format.
     """
-    task = config.get("task")
+    task = str(config.get("task"))
     one_of(task, "task", "pretrain", "classify", "encoder")
     required = {
         "pretrain": ("model", "data", "tokenizer"),
@@ -109,9 +113,9 @@ def describe(config: dict[str, Any]) -> Description:
     )
 
 
-def to_config(description: Description) -> dict[str, Any]:
+def to_config(description: Description) -> JsonObject:
     """The inverse of `describe`, as plain dicts and lists."""
-    config: dict[str, Any] = {
+    config: JsonObject = {
         "task": description.task,
         "model": to_dict(description.model),
         "data": {"normalization": description.normalization},
@@ -125,3 +129,39 @@ def to_config(description: Description) -> dict[str, Any]:
     if description.task != "pretrain":
         config["pooling"] = description.pooling
     return config
+
+
+def sentence(description: Description) -> str:
+    """Describes the task and the sizes in one line."""
+    model = description.model
+    head = {
+        "pretrain": f"masked image modelling, {description.outputs} tokens",
+        "classify": f"classification, {description.outputs} classes, pooling {description.pooling}",
+        "encoder": "encoder without a head",
+    }[description.task]
+    return (
+        f"{head}; {model.layers} layers, width {model.width}, {model.heads} heads, MLP"
+        f" {model.mlp_width}; image {model.image_size}, patch {model.patch_size}; positions"
+        f" {model.positions}, LayerScale {'yes' if model.layer_scale_init else 'no'};"
+        f" normalization {description.normalization}"
+    )
+
+
+def normalization_of(mean: Sequence[float], std: Sequence[float], *, source: str) -> str:
+    """The name of a normalisation given by its numbers.
+
+    Args:
+      mean: of [0, 1] pixels, RGB.
+      std: likewise.
+      source: for the message.
+
+    Raises:
+      WeightsError: there is no normalisation with these numbers.
+    """
+    for name, values in NORMALIZATIONS.items():
+        if np.shape(mean) == np.shape(std) == (3,) and np.allclose([mean, std], values):
+            return name
+    raise WeightsError(
+        f"{source} has a mean and deviation that are none of {', '.join(NORMALIZATIONS)};"
+        " say which to take: --normalization"
+    )

@@ -85,13 +85,20 @@ def resolve(source: str) -> str:
     raise WeightsError(f"{source} holds none of {', '.join(_WEIGHTS)}")
 
 
-def push(files: Mapping[str, str], *, repository: str, private: bool = False, message: str) -> str:
+def check(repository: str) -> None:
+    """Raises WeightsError where a push cannot work: a malformed name, no `huggingface_hub`."""
+    _hub(f"{PREFIX}{parse(PREFIX + repository.removeprefix(PREFIX)).name}")
+
+
+def push(
+    files: Mapping[str, str | bytes], *, repository: str, private: bool = False, message: str
+) -> str:
     """Uploads files in one commit, and creates the repository where it does not exist.
 
     Progress is shown on stderr.
 
     Args:
-      files: path in the repository → local path.
+      files: path in the repository → local path or content.
       repository: "OWNER/NAME".
       private: whether a repository that is created is private; one that exists stays as it is.
       message: the commit's.
@@ -102,7 +109,7 @@ def push(files: Mapping[str, str], *, repository: str, private: bool = False, me
     Raises:
       WeightsError: `huggingface_hub` is not installed, or the hub refuses. The message is one line.
     """
-    target = parse(f"{PREFIX}{repository.removeprefix(PREFIX)}")
+    target = parse(PREFIX + repository.removeprefix(PREFIX))
     hub = _hub(f"{PREFIX}{target.name}")
     api = hub.HfApi()
     try:

@@ -1,17 +1,20 @@
-"""Key tables: how a foreign format names and lays out our parameters, in both directions.
+"""Key tables: how a foreign format names and lays out the parameters, in both directions.
 
-A table is a tuple of rows, foreign key ↔ (our paths, transform). "{}" in a foreign key is the
-block's number; ours has those blocks stacked on a leading axis. A row applies where the model has
-all of its paths, so one table serves every variant.
+A table is a tuple of rows, foreign key ↔ (native paths, transform). "{}" in a foreign key is the
+block's number; the native tree has the blocks stacked on a leading axis. A row applies where the
+model has all of its paths, so one table serves every variant.
 
     state = to_foreign(params, TABLE)        # {"blocks.0.attn.qkv.weight": array, ...}
-    params = to_ours(state, TABLE, layers=12)  # {"encoder/blocks/attention/query/kernel": ...}
+    params = to_native(state, TABLE, layers=12)  # {"encoder/blocks/attention/query/kernel": ...}
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
+from beit_jax.types import FlatParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,28 +22,23 @@ class Transform:
     """A change of layout and its inverse.
 
     Attributes:
-      to_ours: foreign array → our arrays, one per path.
-      to_foreign: our arrays → foreign array.
-      axes: the foreign array's number of axes; None: any.
+      to_native: foreign array → native arrays, one per path.
+      to_foreign: native arrays → foreign array.
     """
 
-    to_ours: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    to_native: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     to_foreign: Callable[..., np.ndarray]
-    axes: int | None = None
 
 
 SAME = Transform(lambda x: (x,), lambda x: x)
 # Linear layers: (out, in) ↔ (in, out).
-LINEAR = Transform(lambda w: (w.T,), lambda kernel: kernel.T, axes=2)
+LINEAR = Transform(lambda w: (w.T,), lambda kernel: kernel.T)
 # Convolutions: (out, in, height, width) ↔ (height, width, in, out).
-CONV = Transform(
-    lambda w: (w.transpose(2, 3, 1, 0),), lambda kernel: kernel.transpose(3, 2, 0, 1), axes=4
-)
+CONV = Transform(lambda w: (w.transpose(2, 3, 1, 0),), lambda kernel: kernel.transpose(3, 2, 0, 1))
 # Query, key and value in one matrix (3 · out, in), rows in this order (modeling_finetune.py).
 FUSED_QKV = Transform(
     lambda w: tuple(part.T for part in np.split(w, 3)),
     lambda *kernels: np.concatenate([kernel.T for kernel in kernels]),
-    axes=2,
 )
 
 
@@ -50,12 +48,12 @@ class Row:
 
     Attributes:
       foreign: the foreign key, "{}" for the block's number.
-      ours: our path, or the paths that the transform makes.
+      native: the paths of what the transform makes, "encoder/cls_token".
       transform: the change of layout.
     """
 
     foreign: str
-    ours: tuple[str, ...]
+    native: tuple[str, ...]
     transform: Transform
 
     @property
@@ -71,26 +69,26 @@ class Row:
 Table = tuple[Row, ...]
 
 
-def row(foreign: str, ours: str | tuple[str, ...], transform: Transform = SAME) -> Row:
-    """A row; `ours` may be one path."""
-    return Row(foreign, (ours,) if isinstance(ours, str) else ours, transform)
+def row(foreign: str, native: str | tuple[str, ...], transform: Transform = SAME) -> Row:
+    """Makes a row; `native` may be a single path."""
+    return Row(foreign, (native,) if isinstance(native, str) else native, transform)
 
 
-def weight_and_bias(foreign: str, ours: str, transform: Transform) -> Table:
+def weight_and_bias(foreign: str, native: str, transform: Transform) -> Table:
     """Rows for `foreign`.weight and .bias of a linear layer or convolution."""
     return (
-        row(f"{foreign}.weight", f"{ours}/kernel", transform),
-        row(f"{foreign}.bias", f"{ours}/bias"),
+        row(f"{foreign}.weight", f"{native}/kernel", transform),
+        row(f"{foreign}.bias", f"{native}/bias"),
     )
 
 
-def norm(foreign: str, ours: str) -> Table:
+def norm(foreign: str, native: str) -> Table:
     """Rows for `foreign`.weight and .bias of a LayerNorm."""
-    return row(f"{foreign}.weight", f"{ours}/scale"), row(f"{foreign}.bias", f"{ours}/bias")
+    return row(f"{foreign}.weight", f"{native}/scale"), row(f"{foreign}.bias", f"{native}/bias")
 
 
-def to_foreign(params: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
-    """Our parameters under foreign names, in the order of the table, block after block.
+def to_foreign(params: FlatParams, table: Table) -> dict[str, np.ndarray]:
+    """Renames parameters to foreign keys, in the order of the table, block after block.
 
     Args:
       params: flat, "a/b/c" → array.
@@ -99,26 +97,18 @@ def to_foreign(params: Mapping[str, np.ndarray], table: Table) -> dict[str, np.n
     Raises:
       ValueError: a parameter that no row covers.
     """
-    rows = [each for each in table if all(path in params for path in each.ours)]
-    covered = {path for each in rows for path in each.ours}
-    if params.keys() - covered:
-        raise ValueError(f"no key for {', '.join(sorted(params.keys() - covered))}")
-    state = {}
-    for group in _groups(rows):
+    state: dict[str, np.ndarray] = {}
+    for group in _groups(_applicable(params, table)):
         if not group[0].per_block:
-            state |= {
-                r.foreign: r.transform.to_foreign(*(params[p] for p in r.ours)) for r in group
-            }
+            state |= {row.foreign: _foreign_array(row, params) for row in group}
             continue
-        for i in range(params[group[0].ours[0]].shape[0]):
-            for each in group:
-                parts = (params[path][i] for path in each.ours)
-                state[each.foreign.format(i)] = each.transform.to_foreign(*parts)
+        for i in range(_layers(group, params)):
+            state |= {row.foreign.format(i): _foreign_array(row, params, block=i) for row in group}
     return state
 
 
-def to_ours(state: Mapping[str, np.ndarray], table: Table, *, layers: int) -> dict[str, np.ndarray]:
-    """Foreign arrays under our names; rows that the state has no or not all keys for are left out.
+def to_native(state: FlatParams, table: Table, *, layers: int) -> dict[str, np.ndarray]:
+    """Renames foreign arrays to parameters; rows whose keys are not all there are left out.
 
     Args:
       state: foreign key → array; shapes are known to be right.
@@ -126,13 +116,13 @@ def to_ours(state: Mapping[str, np.ndarray], table: Table, *, layers: int) -> di
       layers: blocks.
     """
     params = {}
-    for each in table:
-        keys = each.keys(layers)
+    for row in table:
+        keys = row.keys(layers)
         if not keys or not all(key in state for key in keys):
             continue
-        parts = [each.transform.to_ours(state[key]) for key in keys]
-        for path, arrays in zip(each.ours, zip(*parts, strict=True), strict=True):
-            whole = np.stack(arrays) if each.per_block else np.ascontiguousarray(arrays[0])
+        parts = [row.transform.to_native(state[key]) for key in keys]
+        for path, arrays in zip(row.native, zip(*parts, strict=True), strict=True):
+            whole = np.stack(arrays) if row.per_block else np.ascontiguousarray(arrays[0])
             params[path] = whole.astype(np.float32, copy=False)
     return params
 
@@ -140,30 +130,48 @@ def to_ours(state: Mapping[str, np.ndarray], table: Table, *, layers: int) -> di
 def foreign_shapes(
     shapes: Mapping[str, tuple[int, ...]], table: Table
 ) -> dict[str, tuple[int, ...]]:
-    """The foreign keys and shapes of a model with these parameters; takes no memory to speak of.
+    """The foreign keys and shapes of a model with these parameters.
+
+    No parameter is allocated, and a block's transforms run for the first block only.
 
     Args:
       shapes: flat, "a/b/c" → shape.
       table: rows.
+
+    Raises:
+      ValueError: a parameter that no row covers.
     """
     zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
-    first = {p: z[:1] if "encoder/blocks/" in p else z for p, z in zeros.items()}
-    one_block = {key: array.shape for key, array in to_foreign(first, table).items()}
-    layers = next((z.shape[0] for p, z in zeros.items() if "encoder/blocks/" in p), 0)
     result: dict[str, tuple[int, ...]] = {}
-    rows = [each for each in table if all(path in shapes for path in each.ours)]
-    for group in _groups(rows):
-        for i in range(layers if group[0].per_block else 1):
-            result |= {r.foreign.format(i): one_block[r.foreign.format(0)] for r in group}
+    for group in _groups(_applicable(zeros, table)):
+        if not group[0].per_block:
+            result |= {row.foreign: _foreign_array(row, zeros).shape for row in group}
+            continue
+        first = {row.foreign: _foreign_array(row, zeros, block=0).shape for row in group}
+        for i in range(_layers(group, zeros)):
+            result |= {foreign.format(i): shape for foreign, shape in first.items()}
     return result
+
+
+def _applicable(params: FlatParams, table: Table) -> list[Row]:
+    """The rows that a model with these parameters has; ValueError where one has no row."""
+    rows = [row for row in table if all(path in params for path in row.native)]
+    covered = {path for row in rows for path in row.native}
+    if params.keys() - covered:
+        raise ValueError(f"no key for {', '.join(sorted(params.keys() - covered))}")
+    return rows
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:
     """Splits rows where per-block ones begin and end."""
-    groups: list[list[Row]] = []
-    for each in rows:
-        if groups and groups[-1][0].per_block == each.per_block:
-            groups[-1].append(each)
-        else:
-            groups.append([each])
-    return groups
+    return [list(group) for _, group in itertools.groupby(rows, lambda row: row.per_block)]
+
+
+def _layers(group: list[Row], params: FlatParams) -> int:
+    return params[group[0].native[0]].shape[0]
+
+
+def _foreign_array(row: Row, params: FlatParams, *, block: int | None = None) -> np.ndarray:
+    """One row's foreign array, of one block for a per-block row."""
+    arrays = (params[path] for path in row.native)
+    return row.transform.to_foreign(*(a if block is None else a[block] for a in arrays))

@@ -1,22 +1,21 @@
-"""This project's own checkpoints, as far as only parameters and the saved config matter.
+"""This project's own ("native") checkpoints: their parameters and saved config.
 
 A checkpoint is a folder `{state, config}` that Orbax wrote: `<workdir>/checkpoints/<step>` of a
 run, with the whole train state; or one written here, with nothing but parameters. Either is read on
-any number of devices, whatever it was written on.
+any number of devices, whatever number wrote it.
 """
 
 import json
 from types import ModuleType
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from beit_jax.config import ConfigError
-from beit_jax.models.functional import Params
+from beit_jax.types import JsonObject, Params
 
-# Of a checkpoint's folder, Orbax' marks included.
+# Names in a checkpoint's folder, Orbax' marks included.
 _CONTENT = ("state", "config", "_CHECKPOINT_METADATA", "commit_success.txt")
 
 
@@ -33,7 +32,7 @@ def _orbax() -> ModuleType:
 
 
 def is_checkpoint(source: str) -> bool:
-    """Whether `source` is a checkpoint of this project or the directory of a run that has one."""
+    """Whether `source` is a native checkpoint or the directory of a run that has one."""
     try:
         state_folder(source, name="checkpoint")
     except ConfigError:
@@ -53,14 +52,16 @@ def state_folder(source: str, *, name: str) -> epath.Path:
         return path / "state"
     steps = []
     if (path / "checkpoints").exists():
-        steps = [int(each.name) for each in (path / "checkpoints").iterdir() if each.name.isdigit()]
+        steps = [
+            int(entry.name) for entry in (path / "checkpoints").iterdir() if entry.name.isdigit()
+        ]
     if not steps:
         raise ConfigError(f"{name}: no checkpoint in {source}")
     return path / "checkpoints" / str(max(steps)) / "state"
 
 
-def saved_params_shapes(source: str, *, name: str = "checkpoint", part: str = "params") -> Any:
-    """Names and shapes of a checkpoint's parameters, without reading them.
+def saved_params_shapes(source: str, *, name: str = "checkpoint", part: str = "params") -> Params:
+    """Names, shapes and dtypes of a checkpoint's parameters; the numbers stay on disk.
 
     With `part="variables"`, those of the state that no gradient trains; {} where there is none.
     """
@@ -70,23 +71,44 @@ def saved_params_shapes(source: str, *, name: str = "checkpoint", part: str = "p
     return metadata.item_metadata.tree.get(part, {})
 
 
-def saved_config(source: str, *, name: str = "checkpoint") -> dict[str, Any]:
-    """The resolved config a checkpoint was written with."""
+def saved_config(source: str, *, name: str = "checkpoint") -> JsonObject:
+    """The resolved config that a checkpoint was written with."""
     folder = state_folder(source, name=name).parent / "config"
     (path,) = [path for path in folder.iterdir() if path.name == "metadata"]
     return json.loads(path.read_text())
 
 
+def saved_metrics(source: str) -> JsonObject:
+    """The run's `summary.json`; else the last numbers in `metrics.jsonl`; else nothing."""
+    here = epath.Path(source)
+    for folder in (here, here.parent.parent):  # a workdir, or <workdir>/checkpoints/<step>
+        if (folder / "summary.json").exists():
+            return json.loads((folder / "summary.json").read_text())
+        if (folder / "metrics.jsonl").exists():
+            numbers: JsonObject = {}
+            for line in (folder / "metrics.jsonl").read_text().splitlines():
+                try:
+                    numbers |= json.loads(line)
+                except ValueError:  # cut off by a kill
+                    continue
+            return numbers
+    return {}
+
+
 def read_params(
-    source: str, *, shapes: Any = None, name: str = "checkpoint", part: str = "params"
+    source: str,
+    *,
+    shapes: Params | None = None,
+    name: str = "checkpoint",
+    part: str = "params",
 ) -> Params:
-    """Reads the parameters and nothing else; an optimizer's moments stay on disk.
+    """Reads the parameters alone; an optimizer's moments stay on disk.
 
     Args:
       source: a checkpoint or a run's directory (its newest checkpoint is taken).
-      shapes: `ShapeDtypeStruct`s with shardings, exactly the stored names and shapes: the result is
-        placed so. None: NumPy arrays in this process' memory.
-      name: what messages start with.
+      shapes: `ShapeDtypeStruct`s with shardings, exactly the stored names and shapes, that the
+        result gets. None gives NumPy arrays in this process' memory.
+      name: the prefix of messages.
       part: "params", or "variables" for the state that no gradient trains.
 
     Raises:
@@ -114,7 +136,7 @@ def read_params(
     return restored[part]
 
 
-def write_params(path: str, params: Params, *, config: dict[str, Any]) -> None:
+def write_params(path: str, params: Params, *, config: JsonObject) -> None:
     """Writes a checkpoint of parameters alone, good for `config.run.init_from` and `export`.
 
     Args:
@@ -128,7 +150,7 @@ def write_params(path: str, params: Params, *, config: dict[str, Any]) -> None:
     ocp = _orbax()
     target = epath.Path(path) if "://" in path else epath.Path(path).absolute()
     if target.exists():
-        others = [each.name for each in target.iterdir() if each.name not in _CONTENT]
+        others = [entry.name for entry in target.iterdir() if entry.name not in _CONTENT]
         if others:
             raise ConfigError(f"{path}: holds other files ({others[0]}, ...); choose a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)

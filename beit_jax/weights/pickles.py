@@ -1,8 +1,9 @@
 """Reads what `torch.save` wrote without running code from it, and without PyTorch.
 
-A pickle is a program: it may name any importable function and call it. Here the names on a list
-stand for inert stand-ins and everything else is refused with its name, before anything is called.
-Tensors become NumPy arrays. Both containers are read: zip (PyTorch ≥ 1.6) and the older stream.
+A pickle is a program: it may name any importable function and call it. Here allow-listed classes
+become inert placeholders, and any other name is an error that says the name, before anything is
+called. Tensors become NumPy arrays. Both containers are read: zip (PyTorch ≥ 1.6) and the older
+stream.
 
     state = pickles.load("beit_base.pth")["model"]          # {"cls_token": array, ...}
     module = pickles.load("encoder.pkl")                    # a Record
@@ -15,15 +16,16 @@ import pickle
 import struct
 import sys
 import zipfile
-from typing import Any
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
+from beit_jax.types import PyTree
 from beit_jax.weights.report import WeightsError
 
-# What a stream of the older container starts with (torch/serialization.py).
+# The first object in a stream of the older container (torch/serialization.py).
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _STORAGES = {
@@ -38,8 +40,8 @@ _STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-# Classes whose objects are kept as `Record`s. Training scripts put the second group beside the
-# weights; nothing is read from it.
+# Classes whose objects become `Record`s. Training scripts save those of the second group beside the
+# weights; nothing is read from them.
 _RECORDS = {
     *(("dall_e.encoder", name) for name in ("Encoder", "EncoderBlock")),
     *(("dall_e.decoder", name) for name in ("Decoder", "DecoderBlock")),
@@ -56,7 +58,7 @@ _RECORD_MODULES = ("torch.nn.modules.",)
 
 
 class Record:
-    """An inert stand-in for an object: its class' name and its attributes.
+    """An inert placeholder for an object: the name of its class and its attributes.
 
     Attributes:
       of: the class, "dall_e.encoder.Encoder".
@@ -64,45 +66,46 @@ class Record:
     """
 
     of = ""
+    fields: dict[str, PyTree]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Record":
+    def __new__(cls, *args: object, **kwargs: object) -> "Record":
         record = super().__new__(cls)
         record.fields = {}
         return record
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         if isinstance(state, tuple) and state and isinstance(state[0], dict):
             state = state[0]
         self.fields = dict(state) if isinstance(state, dict) else {}
 
 
 class _Refused(Exception):
-    """A name that is not on the list."""
+    """The pickle names something that is not allow-listed."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles with stand-ins. Fresh ones each time: a pickle can set their attributes."""
+    """Unpickles with placeholders, made anew for every pickle, which can set their attributes."""
 
-    def __init__(self, file: Any, *, storage: Any = None):
+    def __init__(self, file: io.BytesIO, *, storage: Callable[[PyTree], PyTree] | None = None):
         super().__init__(file, encoding="utf-8")
         self._storage = storage
-        self._classes: dict[tuple[str, str], Any] = {}
+        self._classes: dict[tuple[str, str], Callable[..., PyTree]] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Callable[..., PyTree]:
         key = (module, name)
         if key not in self._classes:
-            self._classes[key] = self._stand_in(module, name)
+            self._classes[key] = self._placeholder(module, name)
         return self._classes[key]
 
-    def persistent_load(self, saved_id: Any) -> Any:
+    def persistent_load(self, saved_id: PyTree) -> PyTree:
         if self._storage is None:
             raise pickle.UnpicklingError("a reference outside of the tensors' pickle")
         return self._storage(saved_id)
 
-    def _stand_in(self, module: str, name: str) -> Any:
+    def _placeholder(self, module: str, name: str) -> Callable[..., PyTree]:
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if module in ("builtins", "__builtin__") and name == "set":
@@ -123,22 +126,22 @@ class _Unpickler(pickle.Unpickler):
         raise _Refused(f"{module}.{name}")
 
 
-def load(path: str) -> Any:
-    """What `torch.save` wrote: dicts, lists, numbers, NumPy arrays, and `Record`s.
+def load(path: str) -> PyTree:
+    """Reads what `torch.save` wrote: dicts, lists, numbers, NumPy arrays, and `Record`s.
 
     Args:
       path: local or gs://.
 
     Raises:
       WeightsError: no such file; a text file; a damaged one; or one that names something that is
-        not on the list. Nothing in it has been called then.
+        not allow-listed, in which case nothing in it has been called.
     """
     content = read_bytes(path)
     return loads(content, source=path)
 
 
 def read_bytes(path: str) -> bytes:
-    """A file's bytes; raises WeightsError where there is no file."""
+    """A file's bytes, local or gs://; raises WeightsError where there is no file."""
     file = epath.Path(path)
     if not file.exists():
         raise WeightsError(f"{path} does not exist")
@@ -147,8 +150,8 @@ def read_bytes(path: str) -> bytes:
     return file.read_bytes()
 
 
-def loads(content: bytes, *, source: str) -> Any:
-    """`load` for bytes; `source` is for messages."""
+def loads(content: bytes, *, source: str) -> PyTree:
+    """Does the work of `load` on bytes; `source` is for messages."""
     if not content:
         raise WeightsError(f"{source} is empty")
     refuse_text(content, source=source)
@@ -170,8 +173,8 @@ def loads(content: bytes, *, source: str) -> Any:
         ) from None
 
 
-def module_state(module: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    """The state dict of a pickled `nn.Module`, read from its `Record`s."""
+def module_state(module: PyTree, prefix: str = "") -> dict[str, np.ndarray]:
+    """Collects the state dict of a pickled `nn.Module` from its `Record`s."""
     if not isinstance(module, Record) or "_modules" not in module.fields:
         return {}
     state = {}
@@ -203,7 +206,7 @@ def refuse_text(content: bytes, *, source: str) -> None:
     )
 
 
-def _load_zip(content: bytes, *, source: str) -> Any:
+def _load_zip(content: bytes, *, source: str) -> PyTree:
     try:
         archive = zipfile.ZipFile(io.BytesIO(content))
     except zipfile.BadZipFile as error:
@@ -222,7 +225,7 @@ def _load_zip(content: bytes, *, source: str) -> Any:
         order = archive.read(f"{root}byteorder").decode()
     storages: dict[str, np.ndarray] = {}
 
-    def storage(saved_id: Any) -> np.ndarray:
+    def storage(saved_id: PyTree) -> np.ndarray:
         _, kind, key, _, count = saved_id[:5]
         if key not in storages:
             array = np.frombuffer(archive.read(f"{root}data/{key}"), _dtype(kind))
@@ -232,7 +235,7 @@ def _load_zip(content: bytes, *, source: str) -> Any:
     return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage=storage).load()
 
 
-def _load_stream(content: bytes, *, source: str) -> Any:
+def _load_stream(content: bytes, *, source: str) -> PyTree:
     file = io.BytesIO(content)
     if _Unpickler(file).load() != _MAGIC:
         raise WeightsError(f"{source} is a pickle, but not one of torch.save")
@@ -243,11 +246,11 @@ def _load_stream(content: bytes, *, source: str) -> Any:
     # The numbers come after the pickle: arrays are made empty and filled then.
     storages: dict[str, np.ndarray] = {}
 
-    def storage(saved_id: Any) -> Any:
+    def storage(saved_id: PyTree) -> PyTree:
         if saved_id[0] == "module":  # a class with its source text, which nobody reads
             return saved_id[1]
         _, kind, key, _, count, view = saved_id
-        dtype = np.dtype(_dtype(kind))
+        dtype: np.dtype = np.dtype(_dtype(kind))
         if key not in storages:
             if count * dtype.itemsize > len(content):
                 raise EOFError(f"{count} numbers announced")
@@ -268,7 +271,7 @@ def _load_stream(content: bytes, *, source: str) -> Any:
     return result
 
 
-def _dtype(kind: Any) -> Any:
+def _dtype(kind: object) -> type[np.generic]:
     name = getattr(kind, "of", None)
     if name not in _STORAGES:
         raise pickle.UnpicklingError(f"storage of kind {kind!r}")
@@ -279,8 +282,10 @@ def _native(array: np.ndarray, order: str) -> np.ndarray:
     return array if order == sys.byteorder else array.byteswap()
 
 
-def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *ignored: Any) -> np.ndarray:
-    """A view of a storage, once it is known to lie inside."""
+def _tensor(
+    storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+) -> np.ndarray:
+    """A view of a storage, checked to lie inside it."""
     if not isinstance(storage, np.ndarray) or len(size) != len(stride):
         raise pickle.UnpicklingError("a tensor without a storage")
     if min((offset, *size, *stride)) < 0:

@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from beit_jax.models.relative_positions import EXTRA_TABLE_ROWS, table_rows
+from beit_jax.types import FlatParams
 
 
 def grid_of_table(rows: int) -> int:
@@ -21,6 +22,20 @@ def grid_of_table(rows: int) -> int:
     if rows != table_rows(grid):
         raise ValueError(f"a relative-position table of {rows} rows is of no square grid")
     return grid
+
+
+def grid_of_state(state: FlatParams) -> int | None:
+    """The grid that a foreign state dict's tables or positions are for; None without either.
+
+    Raises:
+      ValueError: no square grid has such a table.
+    """
+    for key, array in state.items():
+        if key.endswith("relative_position_bias_table"):
+            return grid_of_table(array.shape[0])
+        if key.endswith(("position_embeddings", "pos_embed")):
+            return round((array.shape[1] - 1) ** 0.5)
+    return None
 
 
 def resize_table(table: np.ndarray, *, grid: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from beit_jax.models.functional import flatten
-from beit_jax.weights import convert, foreign
+from beit_jax.weights import containers, convert
 from beit_jax.weights.foreign import read
 from beit_jax.weights.report import WeightsError, allowed, compact
 from tests.weights import examples
@@ -36,7 +36,7 @@ def changed(exported, tmp_path):
         target = tmp_path / "changed"
         target.mkdir(exist_ok=True)
         content = (folder / "hf" / "model.safetensors").read_bytes()
-        state, _ = foreign.load_safetensors(content, source="x")
+        state, _ = containers.load_safetensors(content, source="x")
         state = change(dict(state))
         write_any(target / "model.safetensors", state)
         whole = json.loads((folder / "hf" / "config.json").read_text()) | config
@@ -48,7 +48,7 @@ def changed(exported, tmp_path):
 
 def write_any(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:
     """A safetensors file of any dtypes, by the format's own rules."""
-    kinds = {np.dtype(v): k for k, v in foreign._SAFETENSORS_DTYPES.items()}
+    kinds = {np.dtype(v): k for k, v in containers._SAFETENSORS_DTYPES.items()}
     header, data = {}, b""
     for name, array in state.items():
         raw = np.ascontiguousarray(array).tobytes()
@@ -230,7 +230,7 @@ def test_files_that_are_something_else(exported, tmp_path):
 def test_an_ordinary_vit_is_not_taken_for_a_beit(exported, tmp_path):
     """The same names but for the biases: nothing is quietly dropped."""
     folder, _ = exported
-    state, _ = foreign.load_safetensors((folder / "timm.safetensors").read_bytes(), source="x")
+    state, _ = containers.load_safetensors((folder / "timm.safetensors").read_bytes(), source="x")
     state = {k: v for k, v in state.items() if not k.endswith(("q_bias", "v_bias"))}
     for i in range(3):
         state[f"blocks.{i}.attn.qkv.bias"] = np.zeros(96, np.float32)

@@ -114,7 +114,7 @@ def test_bare_model_in_transformers(torch, transformers, tmp_path):
 
 
 @pytest.mark.parametrize("kind", examples.EVERY)
-def test_from_a_random_transformers_model_into_ours(kind, torch, transformers, tmp_path):
+def test_from_a_random_transformers_model_into_native(kind, torch, transformers, tmp_path):
     from tests.models import beit_peer
 
     description = examples.EVERY[kind]
@@ -224,7 +224,7 @@ def test_pre_trained_encoder_in_timm(kind, timm_logits):
     assert relative_error(ours, theirs) < TOLERANCE
 
 
-def test_from_a_random_timm_model_into_ours(timm_logits):
+def test_from_a_random_timm_model_into_native(timm_logits):
     _, weights, theirs = timm_logits["random"]
     # Only timm's own names are in the file: no metadata of ours says how many heads there are.
     checkpoint = foreign.read(weights)

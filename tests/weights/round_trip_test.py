@@ -10,7 +10,7 @@ import pytest
 from beit_jax.config import ModelConfig
 from beit_jax.weights import adapt, convert, foreign, keys
 from beit_jax.weights.description import Description, describe, to_config
-from beit_jax.weights.formats import timm, unilm
+from beit_jax.weights.formats import FORMATS, timm, unilm
 from tests.weights import examples
 
 OUTPUTS = {"hugging_face": "folder", "timm": "file.safetensors", "unilm": "file.pth"}
@@ -136,12 +136,12 @@ def test_every_parameter_of_base_and_large_has_its_own_key(family, format):
         reduced, description, _ = timm.reduce(empty, description)
         shapes = {name: array.shape for name, array in reduced.items()}
         assert shapes == shapes_of(description)
-    table = foreign.table_of(format, description)
+    table = FORMATS[format].reader.table(description)
     theirs = keys.foreign_shapes(shapes, table)
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     assert sum(int(np.prod(shape)) for shape in theirs.values()) == count
-    rows = [each for each in table if all(path in shapes for path in each.ours)]
-    back = [path for each in rows for path in each.ours]
+    rows = [each for each in table if all(path in shapes for path in each.native)]
+    back = [path for each in rows for path in each.native]
     assert sorted(back) == sorted(shapes)
 
 
@@ -163,9 +163,9 @@ def test_base_round_trip_with_every_number_different(format, plain):
     }
     if format == "timm":
         params, description, _ = timm.reduce(params, description)
-    table = foreign.table_of(format, description)
+    table = FORMATS[format].reader.table(description)
     state = keys.to_foreign(params, table)
-    same(params, keys.to_ours(state, table, layers=12))
+    same(params, keys.to_native(state, table, layers=12))
 
 
 def test_a_saved_config_describes_its_checkpoint():
@@ -176,7 +176,7 @@ def test_a_saved_config_describes_its_checkpoint():
 def test_fused_rows_are_query_key_value():
     """Literally: rows of qkv.weight are [Q | K | V], transposed to ours."""
     weight = np.arange(12.0).reshape(6, 2)
-    query, key, value = keys.FUSED_QKV.to_ours(weight)
+    query, key, value = keys.FUSED_QKV.to_native(weight)
     np.testing.assert_array_equal(query, [[0, 2], [1, 3]])
     np.testing.assert_array_equal(key, [[4, 6], [5, 7]])
     np.testing.assert_array_equal(value, [[8, 10], [9, 11]])

@@ -1,0 +1,17 @@
+"""Foreign formats of weights: one module and one row each.
+
+    FORMATS["timm"].write(export)
+    FORMATS["toy"] = Format(...)  # from anywhere, before the command line is parsed
+
+A file is asked for in the order of the rows, so a format whose keys are a special case of another's
+stands before it.
+"""
+
+from beit_jax.weights.formats import hugging_face, timm, unilm
+from beit_jax.weights.formats.format import Export, Format, Opened, Reader, Written
+
+FORMATS: dict[str, Format] = {
+    row.name: row for row in (hugging_face.FORMAT, timm.FORMAT, unilm.FORMAT)
+}
+
+__all__ = ["FORMATS", "Export", "Format", "Opened", "Reader", "Written"]

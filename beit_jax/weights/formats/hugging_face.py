@@ -5,15 +5,18 @@ renames them on loading and writes them again on saving.
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
+from etils import epath
 
 from beit_jax.config import ModelConfig
+from beit_jax.files import write_whole
 from beit_jax.preprocessing import NORMALIZATIONS
-from beit_jax.weights import resize
-from beit_jax.weights.description import Description
+from beit_jax.types import JsonObject
+from beit_jax.weights import containers, keys
+from beit_jax.weights.description import Description, normalization_of
+from beit_jax.weights.formats.format import Export, Format, Opened, Reader, State, Written
+from beit_jax.weights.formats.model_card import model_card
+from beit_jax.weights.formats.unilm import is_index_buffer
 from beit_jax.weights.keys import CONV, LINEAR, Table, norm, row, weight_and_bias
 from beit_jax.weights.report import WeightsError
 
@@ -71,13 +74,14 @@ CLASSES = {
     "classify": "BeitForImageClassification",
     "encoder": "BeitModel",
 }
+FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
 PIL_BICUBIC = 3
 
 
-def config_json(description: Description) -> dict[str, Any]:
-    """`config.json`."""
+def config_json(description: Description) -> JsonObject:
+    """`config.json`: what transformers builds the model from."""
     model = description.model
-    config = {
+    config: JsonObject = {
         "architectures": [CLASSES[description.task]],
         "attention_probs_dropout_prob": 0.0,
         "drop_path_rate": model.drop_path_rate,
@@ -87,7 +91,7 @@ def config_json(description: Description) -> dict[str, Any]:
         "image_size": model.image_size,
         "initializer_range": 0.02,
         "intermediate_size": model.mlp_width,
-        # Published configs say 1e-12 where the official code has 1e-6; ours says what is true.
+        # Published configs say 1e-12 where the official code has 1e-6; the value here is true.
         "layer_norm_eps": model.layer_norm_epsilon,
         "layer_scale_init_value": model.layer_scale_init or 0.0,
         "model_type": "beit",
@@ -111,8 +115,8 @@ def config_json(description: Description) -> dict[str, Any]:
     return config
 
 
-def preprocessor_json(description: Description) -> dict[str, Any]:
-    """`preprocessor_config.json`: straight to the model's size, bicubic; mean and deviation."""
+def preprocessor_json(description: Description) -> JsonObject:
+    """`preprocessor_config.json`: bicubic, straight to the model's size, then normalised."""
     mean, std = NORMALIZATIONS[description.normalization]
     size = {"height": description.model.image_size, "width": description.model.image_size}
     return {
@@ -131,53 +135,78 @@ def preprocessor_json(description: Description) -> dict[str, Any]:
     }
 
 
-def canonical(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A saved `BeitModel` lacks the prefix that the larger models' files have."""
-    if "embeddings.cls_token" in state:
-        return {f"beit.{key}": array for key, array in state.items()}
-    return dict(state)
-
-
-def description_of(
-    state: Mapping[str, np.ndarray], config: Mapping[str, Any], *, normalization: str, source: str
-) -> Description:
-    """What a folder holds, by its `config.json` and, for the head, its keys.
-
-    Args:
-      state: as `canonical` gives it.
-      config: `config.json`.
-      normalization: "half" or "imagenet", from the image processor or the caller.
-      source: for messages.
+def write(export: Export) -> Written:
+    """Writes the folder that transformers' `from_pretrained` loads.
 
     Raises:
-      WeightsError: no BEiT, or a key of the config is missing.
+      WeightsError: the output is a file.
     """
-    if config.get("model_type") not in ("beit", "data2vec-vision"):
-        raise WeightsError(f"{source}: config.json is of a {config.get('model_type')!r}, no BEiT")
-    positions = "absolute"
-    if config.get("use_shared_relative_position_bias"):
-        positions = "relative_shared"
-    elif config.get("use_relative_position_bias"):
-        positions = "relative_per_block"
-    # Published configs say 1e-12; what the official models were trained with is 1e-6.
-    epsilon = config.get("layer_norm_eps", 1e-6)
-    epsilon = 1e-6 if epsilon == 1e-12 else epsilon
-    try:
-        model = ModelConfig(
-            layers=config.get("num_hidden_layers", 12),
-            width=config.get("hidden_size", 768),
-            heads=config.get("num_attention_heads", 12),
-            mlp_width=config.get("intermediate_size", 3072),
-            image_size=config.get("image_size", 224),
-            patch_size=config.get("patch_size", 16),
-            positions=positions,
-            layer_scale_init=config.get("layer_scale_init_value", 0.1) or None,
-            drop_path_rate=config.get("drop_path_rate", 0.1),
-            layer_norm_epsilon=epsilon,
+    folder, description = epath.Path(export.output), export.description
+    if folder.exists() and not folder.is_dir():
+        raise WeightsError(f"{export.output} is a file; a Hugging Face export is a folder")
+    class_name = CLASSES[description.task]
+    for name, value in (
+        ("config.json", config_json(description)),
+        ("preprocessor_config.json", preprocessor_json(description)),
+    ):
+        write_whole(folder / name, (json.dumps(value, indent=2) + "\n").encode())
+    card = model_card(
+        description,
+        class_name=class_name,
+        config=export.config,
+        metrics=export.metrics,
+        source=export.source,
+        name=folder.name,
+    )
+    write_whole(folder / "README.md", card.encode())
+    state = keys.to_foreign(export.params, TABLES[description.task])
+    # "format" is what transformers looks for first.
+    containers.write_safetensors(
+        str(folder / "model.safetensors"), state, metadata={"format": "pt"}
+    )
+    return Written(
+        load=f"transformers.{class_name}.from_pretrained({export.output!r})",
+        used=tuple(export.params),
+        files={name: str(folder / name) for name in FILES},
+    )
+
+
+def detect(opened: Opened) -> bool:
+    """Whether the keys are those of transformers' BEiT, with its prefix or without."""
+    return any(key.startswith("beit.") for key in canonical(opened.state))
+
+
+def canonical(state: State) -> State:
+    """Adds the prefix that the larger models' files have to the keys of a saved `BeitModel`."""
+    if "embeddings.cls_token" in state:
+        return {f"beit.{key}": array for key, array in state.items()}
+    return state
+
+
+def describe(opened: Opened, *, normalization: str, heads: int) -> Description:
+    """Describes a folder by its `config.json` and, for the head, its keys.
+
+    Args:
+      opened: its keys as `canonical` gives them.
+      normalization: of the pixels; "" takes the image processor's, and "half" without one.
+      heads: ignored, since the config says.
+
+    Raises:
+      WeightsError: there is no config, it is not a BEiT's or has an impossible value, or the image
+        processor normalises in another way.
+    """
+    config, state = opened.config, opened.state
+    if not config:
+        raise WeightsError(
+            f"{opened.path} has Hugging Face's keys; give the folder that also has config.json"
         )
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{source}: config.json: {error}") from None
-    outputs, task, labels = 0, "encoder", ()
+    if opened.preprocessor and not normalization:
+        mean, std = (opened.preprocessor.get(key, ()) for key in ("image_mean", "image_std"))
+        normalization = normalization_of(
+            mean, std, source=f"{opened.path}: preprocessor_config.json"
+        )
+    model = _model_config(config, source=opened.path)
+    task, outputs, labels = "encoder", 0, tuple[str, ...]()
     if "lm_head.weight" in state:
         task, outputs = "pretrain", config.get("vocab_size", 8192)
     elif "classifier.weight" in state:
@@ -194,113 +223,49 @@ def description_of(
         outputs=outputs,
         pooling=pooling,
         mask_token=task == "encoder" and "beit.embeddings.mask_token" in state,
-        normalization=normalization,
+        normalization=normalization or "half",
         labels=labels if len(labels) == outputs else (),
     )
 
 
-def normalization_of(preprocessor: Mapping[str, Any]) -> str | None:
-    """Which normalisation a `preprocessor_config.json` has; None where it is another one."""
-    for name, (mean, std) in NORMALIZATIONS.items():
-        given = [preprocessor.get("image_mean", ()), preprocessor.get("image_std", ())]
-        if np.shape(given) == (2, 3) and np.allclose(given, [mean, std]):
-            return name
-    return None
+def _model_config(config: JsonObject, *, source: str) -> ModelConfig:
+    if config.get("model_type") not in ("beit", "data2vec-vision"):
+        raise WeightsError(f"{source}: config.json is of a {config.get('model_type')!r}, no BEiT")
+    positions = "absolute"
+    if config.get("use_shared_relative_position_bias"):
+        positions = "relative_shared"
+    elif config.get("use_relative_position_bias"):
+        positions = "relative_per_block"
+    # Published configs say 1e-12; the official models were trained with 1e-6.
+    epsilon = config.get("layer_norm_eps", 1e-6)
+    epsilon = 1e-6 if epsilon == 1e-12 else epsilon
+    try:
+        return ModelConfig(
+            layers=config.get("num_hidden_layers", 12),
+            width=config.get("hidden_size", 768),
+            heads=config.get("num_attention_heads", 12),
+            mlp_width=config.get("intermediate_size", 3072),
+            image_size=config.get("image_size", 224),
+            patch_size=config.get("patch_size", 16),
+            positions=positions,
+            layer_scale_init=config.get("layer_scale_init_value", 0.1) or None,
+            drop_path_rate=config.get("drop_path_rate", 0.1),
+            layer_norm_epsilon=epsilon,
+        )
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{source}: config.json: {error}") from None
 
 
-def model_card(
-    description: Description,
-    *,
-    config: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    source: str,
-    name: str,
-) -> str:
-    """`README.md`: what it is, how it was made, how to load it.
-
-    Args:
-      description: what it is.
-      config: the run's config.
-      summary: numbers about the run; empty where there are none.
-      source: the checkpoint.
-      name: the folder's name.
-    """
-    model = description.model
-    kind = {
-        "pretrain": "pre-trained by masked image modelling",
-        "classify": f"fine-tuned to tell {description.outputs} classes apart",
-        "encoder": "an encoder without a head",
-    }[description.task]
-    positions = {
-        "relative_shared": "one relative-position-bias table for all blocks",
-        "relative_per_block": "a relative-position-bias table for each block",
-        "absolute": "learned absolute positions",
-    }[model.positions]
-    tag = {
-        "pretrain": "image-feature-extraction",
-        "classify": "image-classification",
-        "encoder": "image-feature-extraction",
-    }[description.task]
-    mean, std = NORMALIZATIONS[description.normalization]
-    lines = [
-        "---",
-        "library_name: transformers",
-        f"pipeline_tag: {tag}",
-        "tags: [beit, vision, beit_jax]",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"BEiT (arXiv 2106.08254), {kind} with beit_jax.",
-        "",
-        f"- {model.layers} layers, width {model.width}, {model.heads} heads, MLP {model.mlp_width}",
-        f"- images {model.image_size} × {model.image_size}, patches of {model.patch_size} pixels",
-        f"- {positions}; LayerScale {'yes' if model.layer_scale_init else 'no'};"
-        f" LayerNorm epsilon {model.layer_norm_epsilon:g}",
-        f"- pixels in [0, 1], mean {mean}, standard deviation {std}",
-        "",
-        "```python",
-        f"from transformers import {CLASSES[description.task]}",
-        "",
-        f"model = {CLASSES[description.task]}.from_pretrained({name!r})",
-        "```",
-    ]
-    data, run = config.get("data", {}), config.get("run", {})
-    optimizer = config.get("optimizer", {})
-    lines += ["", "## Data", ""]
-    lines += [
-        f"- {key.replace('_', ' ')}: {data[key]}"
-        for key in ("source", "eval_source", "image_size", "normalization")
-        if data.get(key)
-    ]
-    if run or optimizer:
-        lines += ["", "## Recipe", ""]
-        lines += [f"- {k.replace('_', ' ')}: {run[k]}" for k in _RUN_KEYS if run.get(k)]
-        lines += [f"- {k.replace('_', ' ')}: {v}" for k, v in optimizer.items() if v is not None]
-    if "tokenizer" in config and config["tokenizer"].get("kind"):
-        tokenizer = config["tokenizer"]
-        meaning = " with RANDOM weights" if tokenizer.get("random_weights") else ""
-        lines.append(f"- tokenizer: {tokenizer['kind']}{meaning}, {tokenizer['vocabulary']} tokens")
-    if summary:
-        lines += ["", "## Metrics", "", "| | |", "|---|---|"]
-        lines += [f"| {k.replace('_', ' ')} | {_number(v)} |" for k, v in summary.items() if v]
-    lines += ["", f"Exported from `{source}`. The whole config:", "", "```json"]
-    lines += [json.dumps(config, indent=2), "```", ""]
-    return "\n".join(lines)
-
-
-_RUN_KEYS = ("steps", "batch_size", "init_from")
-
-
-def _number(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def grid_of(state: Mapping[str, np.ndarray]) -> int | None:
-    """The patch grid that a state dict's tables or positions are for."""
-    for key, array in state.items():
-        if key.endswith("relative_position_bias_table"):
-            return resize.grid_of_table(array.shape[0])
-        if key.endswith(("position_embeddings", "pos_embed")):
-            return round((array.shape[1] - 1) ** 0.5)
-    return None
+FORMAT = Format(
+    name="hugging_face",
+    help="a folder that transformers' from_pretrained loads",
+    suffix="",
+    write=write,
+    reader=Reader(
+        detect=detect,
+        describe=describe,
+        table=lambda description: TABLES[description.task],
+        canonical=canonical,
+        rebuilt=is_index_buffer,
+    ),
+)

@@ -7,13 +7,16 @@ also holds `relative_position_index` buffers: written from the geometry, ignored
 
 import io
 import re
-from collections.abc import Mapping
 
 import numpy as np
-from etils import epath
 
+from beit_jax.config import ModelConfig
+from beit_jax.files import write_whole
 from beit_jax.models.relative_positions import relative_position_index
+from beit_jax.types import FlatParams
+from beit_jax.weights import keys, resize
 from beit_jax.weights.description import Description
+from beit_jax.weights.formats.format import Export, Format, Opened, Reader, State, Written
 from beit_jax.weights.keys import CONV, FUSED_QKV, LINEAR, Table, norm, row, weight_and_bias
 from beit_jax.weights.report import WeightsError
 
@@ -53,7 +56,12 @@ TABLE: Table = (
 INDEX = "relative_position_index"
 
 
-def with_index_buffers(state: Mapping[str, np.ndarray], *, grid: int) -> dict[str, np.ndarray]:
+def is_index_buffer(key: str) -> bool:
+    """Whether a key is an index buffer, which follows from the geometry and is not read."""
+    return key.split(".")[-1] == INDEX
+
+
+def with_index_buffers(state: FlatParams, *, grid: int) -> dict[str, np.ndarray]:
     """Puts an int64 index buffer `[n, n]` behind every relative-position table."""
     index = relative_position_index(grid).astype(np.int64)
     result = {}
@@ -64,16 +72,8 @@ def with_index_buffers(state: Mapping[str, np.ndarray], *, grid: int) -> dict[st
     return result
 
 
-def write(path: str, state: Mapping[str, np.ndarray], *, description: Description) -> list[str]:
+def write(export: Export) -> Written:
     """Writes the `.pth` that the official scripts load.
-
-    Args:
-      path: the file.
-      state: under the names of `TABLE`.
-      description: what it is.
-
-    Returns:
-      The keys of the buffers that were added.
 
     Raises:
       WeightsError: PyTorch is not installed.
@@ -82,27 +82,115 @@ def write(path: str, state: Mapping[str, np.ndarray], *, description: Descriptio
         import torch
     except ImportError:
         raise WeightsError(
-            f"{path}: writing a .pth file takes PyTorch, which is not installed; the formats"
-            " hugging_face and timm don't need it"
+            f"{export.output}: writing a .pth file takes PyTorch, which is not installed; only this"
+            " format needs it"
         ) from None
-    whole = with_index_buffers(state, grid=description.model.grid)
+    state = keys.to_foreign(export.params, TABLE)
+    whole = with_index_buffers(state, grid=export.description.model.grid)
     tensors = {key: torch.from_numpy(np.array(array, order="C")) for key, array in whole.items()}
     buffer = io.BytesIO()
     torch.save({"model": tensors}, buffer)
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(buffer.getvalue())
-    return [key for key in whole if key not in state]
+    write_whole(export.output, buffer.getvalue())
+    return Written(
+        load=f"torch.load({export.output!r}, weights_only=True)['model']",
+        used=tuple(export.params),
+        rebuilt=tuple(key for key in whole if key not in state),
+    )
 
 
-def heads(state: Mapping[str, np.ndarray]) -> int:
+def has_official_keys(state: State) -> bool:
+    """Whether the keys are those of the official models, which timm has too."""
+    return "cls_token" in state and "blocks.0.attn.qkv.weight" in state
+
+
+def describe(opened: Opened, *, normalization: str, heads: int) -> Description:
+    """Describes a state dict by its shapes, since the file says nothing about itself.
+
+    Args:
+      opened: official keys.
+      normalization: of the pixels; "" means "half".
+      heads: attention heads; 0 means a relative-position table's columns or width / 64.
+
+    Raises:
+      WeightsError: a key is missing, or the shapes make no model.
+    """
+    state = opened.state
+    try:
+        model = _model_config(state, heads=heads)
+    except (KeyError, IndexError) as error:
+        raise WeightsError(f"{opened.path}: missing {error}") from None
+    except ValueError as error:
+        raise WeightsError(f"{opened.path}: {error}") from None
+    task, outputs = "encoder", 0
+    if "lm_head.weight" in state:
+        task, outputs = "pretrain", state["lm_head.weight"].shape[0]
+    elif "head.weight" in state:
+        task, outputs = "classify", state["head.weight"].shape[0]
+    pooling = "mean" if task == "pretrain" or "fc_norm.weight" in state else "none"
+    if task != "pretrain" and "norm.weight" in state:
+        pooling = "cls"
+    if task == "classify" and pooling == "none":
+        raise WeightsError(f"{opened.path}: missing fc_norm.weight (or norm.weight)")
+    return Description(
+        task=task,
+        model=model,
+        outputs=outputs,
+        pooling=pooling,
+        mask_token=task == "encoder" and "mask_token" in state,
+        normalization=normalization or "half",
+    )
+
+
+def _model_config(state: State, *, heads: int) -> ModelConfig:
+    """The sizes that shapes tell. Raises KeyError, IndexError or ValueError where they do not."""
+    patch = state["patch_embed.proj.weight"].shape[-1]
+    grid = resize.grid_of_state(state)
+    if grid is None:
+        raise ValueError("there are neither absolute nor relative positions")
+    positions = "relative_per_block"
+    if "pos_embed" in state:
+        positions = "absolute"
+    elif "rel_pos_bias.relative_position_bias_table" in state:
+        positions = "relative_shared"
+    layers = _blocks(state)
+    scale = None
+    if "blocks.0.gamma_1" in state:
+        # The file has gamma but not where it started; the recipes' values keep the config valid.
+        scale = 0.1 if layers <= 12 else 1e-5
+    return ModelConfig(
+        layers=layers,
+        width=state["cls_token"].shape[-1],
+        heads=heads or _heads(state),
+        mlp_width=state["blocks.0.mlp.fc1.weight"].shape[0],
+        image_size=grid * patch,
+        patch_size=patch,
+        positions=positions,
+        layer_scale_init=scale,
+    )
+
+
+def _heads(state: State) -> int:
     """Attention heads: a relative-position table's columns; else the published head width, 64."""
     tables = [a for key, a in state.items() if key.endswith("relative_position_bias_table")]
     width = state["cls_token"].shape[-1]
     return tables[0].shape[-1] if tables else max(width // 64, 1)
 
 
-def blocks(state: Mapping[str, np.ndarray], pattern: str) -> int:
-    """One more than the largest block number; `pattern` has one group, the number."""
-    numbers = [int(m[1]) for m in (re.match(pattern, key) for key in state) if m]
-    return max(numbers, default=-1) + 1
+def _blocks(state: State) -> int:
+    """One more than the largest block number."""
+    matches = (re.match(r"blocks\.(\d+)\.", key) for key in state)
+    return max((int(match[1]) for match in matches if match), default=-1) + 1
+
+
+FORMAT = Format(
+    name="unilm",
+    help="a .pth file that the official BEiT scripts load (writing it takes PyTorch)",
+    suffix=".pth",
+    write=write,
+    reader=Reader(
+        detect=lambda opened: has_official_keys(opened.state),
+        describe=describe,
+        table=lambda description: TABLE,
+        rebuilt=is_index_buffer,
+    ),
+)

@@ -1,0 +1,148 @@
+"""What a foreign format is: one object with functions to recognise, describe, read and write it.
+
+    FORMATS["toy"] = Format(name="toy", help="a NumPy archive", suffix=".npz", write=write)
+
+`formats.FORMATS` has one row per format; commands, their help, detection and error messages all
+come from it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from beit_jax.types import FlatParams, JsonObject
+from beit_jax.weights.description import Description
+from beit_jax.weights.keys import Table
+from beit_jax.weights.report import WeightsError
+
+State = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A foreign file as it is, before any conversion.
+
+    Attributes:
+      path: the file with the weights.
+      state: foreign key → array.
+      metadata: of the file's own header, where its container has one.
+      config: `config.json` beside it, where there is one.
+      preprocessor: `preprocessor_config.json` beside it, where there is one.
+      sha256: of the file with the weights.
+    """
+
+    path: str
+    state: State
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config: JsonObject = dataclasses.field(default_factory=dict)
+    preprocessor: JsonObject = dataclasses.field(default_factory=dict)
+    sha256: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """A checkpoint that is to be written, known to fit its description.
+
+    Attributes:
+      output: the folder or file to write, with the format's suffix.
+      params: flat, "encoder/cls_token" → float32 array.
+      description: what they are.
+      config: as saved with the checkpoint.
+      metrics: the run's last numbers; empty where there are none.
+      source: where the checkpoint came from, for a model card.
+    """
+
+    output: str
+    params: FlatParams
+    description: Description
+    config: JsonObject
+    metrics: JsonObject
+    source: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """What became of an `Export`.
+
+    Attributes:
+      load: the Python that loads the result.
+      used: parameters that were written, under this project's names.
+      left_out: parameters that the format cannot hold.
+      rebuilt: foreign keys that were computed from the sizes.
+      reshaped: descriptions of changed shapes.
+      files: path in a hub repository → local path or content. Empty: the output as it is.
+    """
+
+    load: str
+    used: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    rebuilt: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+    files: Mapping[str, str | bytes] = dataclasses.field(default_factory=dict)
+
+
+class Describe(Protocol):
+    """Finds out what a file holds.
+
+    `normalization` and `heads` are the caller's, for files that do not say; "" and 0 mean that the
+    format's own default applies. Raises WeightsError where the file contradicts itself.
+    """
+
+    def __call__(self, opened: Opened, *, normalization: str, heads: int) -> Description: ...
+
+
+def _unchanged(state: State) -> State:
+    return state
+
+
+def _none(key: str) -> bool:
+    return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reader:
+    """How a format is recognised and read.
+
+    Attributes:
+      detect: whether an opened file is of this format. Formats are asked in the order of `FORMATS`,
+        so a later one may leave to an earlier one what both could read.
+      describe: what the file holds.
+      table: foreign keys ↔ parameters for a description.
+      canonical: renames the keys of a variant of the format before `describe` and `table` see them.
+      rebuilt: whether a foreign key is a buffer that follows from the sizes and is not read.
+      load: `(content, path) -> (state, metadata)` for files with the format's suffix; None where
+        they are safetensors or what `torch.save` writes.
+    """
+
+    detect: Callable[[Opened], bool]
+    describe: Describe
+    table: Callable[[Description], Table]
+    canonical: Callable[[State], State] = _unchanged
+    rebuilt: Callable[[str], bool] = _none
+    load: Callable[[bytes, str], tuple[State, dict[str, str]]] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """A foreign format.
+
+    Attributes:
+      name: its key in `FORMATS` and on the command line.
+      help: one line for the command's help, without a full stop.
+      suffix: of the file it writes, ".pth"; "" for a folder.
+      write: writes a checkpoint.
+      reader: None where the format can only be written.
+    """
+
+    name: str
+    help: str
+    suffix: str
+    write: Callable[[Export], Written]
+    reader: Reader | None = None
+
+    def check_output(self, output: str) -> None:
+        """Raises WeightsError where `output` cannot be what this format writes."""
+        if not output.endswith(self.suffix):
+            raise WeightsError(f"--output: {output} must end in {self.suffix}")
