@@ -18,7 +18,7 @@ from beit_jax.tokenizers.loading import (
 )
 from beit_jax.tokenizers.tokenizer import Tokenizer
 from beit_jax.types import Params
-from beit_jax.weights import foreign, native, pickles
+from beit_jax.weights import containers, native
 from beit_jax.weights.report import WeightsError
 
 # What a run that trains a tokenizer leaves in its directory.
@@ -115,7 +115,7 @@ def _tokenizer_config(source: str) -> TokenizerConfig:
         if saved.get("task") != "pretrain":
             raise WeightsError(f"{source} is a run that names no tokenizer ({saved.get('task')})")
         return parse(TokenizerConfig, saved["tokenizer"], path="tokenizer")
-    _, metadata = foreign.load_safetensors(pickles.read_bytes(source), source=source)
+    _, metadata = containers.load_safetensors(containers.read_bytes(source), source=source)
     if METADATA_KEY not in metadata:
         raise TokenizerFileError(
             f"{source} is a safetensors file, but its metadata does not say which tokenizer it"
