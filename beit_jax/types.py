@@ -5,7 +5,7 @@ use them instead of a bare `Any`; shapes and dtypes stand in the docstrings.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -28,3 +28,9 @@ FlatParams: TypeAlias = Mapping[str, np.ndarray]
 # What JSON holds, and a JSON object.
 Json: TypeAlias = Any
 JsonObject: TypeAlias = dict[str, Any]
+
+
+class ConfigDataclass(Protocol):
+    """Any dataclass: a config, or a section of one."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]

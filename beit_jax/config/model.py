@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from beit_jax.config.parse import check, one_of
+from beit_jax.config.parse import check, one_of, shape_setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,16 +15,16 @@ class ModelConfig:
       "absolute": learned absolute embeddings (the paper's plain ViT, tables 1 to 4).
     """
 
-    layers: int
-    width: int
-    heads: int
-    mlp_width: int
-    image_size: int = 224
-    patch_size: int = 16
-    positions: str = "relative_shared"
-    layer_scale_init: float | None = 0.1  # gamma's start; None: no LayerScale
+    layers: int = shape_setting()
+    width: int = shape_setting()
+    heads: int = shape_setting()
+    mlp_width: int = shape_setting()
+    image_size: int = shape_setting(224)
+    patch_size: int = shape_setting(16)
+    positions: str = shape_setting("relative_shared")
+    layer_scale_init: float | None = shape_setting(0.1)  # gamma's start; None: no LayerScale
     drop_path_rate: float = 0.1
-    layer_norm_epsilon: float = 1e-6
+    layer_norm_epsilon: float = shape_setting(1e-6)
     dtype: str = "auto"  # matmuls: "auto" is bfloat16 on accelerators, float32 on CPU
     # "auto": on a TPU the kernel of models/kernels/fused_attention.py where heads are 64 wide, else
     # "xla". "fused", "cudnn" (NVIDIA, untested) or "xla" by name.

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from beit_jax.config.parse import check
+from beit_jax.config.parse import check, presence_setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,8 @@ class OptimizerConfig:
     layer_decay: float = 1.0  # rate times this for each layer further from the head; 1: the same
     decay_relative_positions: bool = True  # weight decay of the relative-position tables
     hold_steps: int = 1  # the rate changes only every so many steps
-    ema_decay: float | None = None  # a moving average of the parameters, evaluated too; None: none
+    # Of a moving average of the parameters, evaluated too; None: no average.
+    ema_decay: float | None = presence_setting(None)
 
     def __post_init__(self):
         check(self.learning_rate > 0, "learning_rate", "must be positive")

@@ -9,7 +9,7 @@ import re
 import jax
 
 from beit_jax.config import ConfigError
-from beit_jax.distributed.handshake import differences
+from beit_jax.distributed.handshake import describe_differences
 from beit_jax.distributed.session import (
     KEYS,
     ClusterError,
@@ -63,7 +63,7 @@ def check_agreement(name: str, value: Json) -> None:
     if jax.process_count() == 1:
         return
     values = gather(name, value)
-    message = differences(
+    message = describe_differences(
         {i: {name: received} for i, received in enumerate(values)}, hosts=session.all_hosts()
     )
     if message:

@@ -10,9 +10,10 @@ import os
 import platform as python_platform
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from beit_jax.config import ConfigError
+from beit_jax.config.differences import differences
 from beit_jax.distributed.discovery import Membership
 from beit_jax.distributed.session import ClusterError, name_processes
 from beit_jax.distributed.versions import code_version, library_versions
@@ -75,7 +76,7 @@ def _receive_all(member: Membership, hello: JsonObject, *, timeout: float) -> Js
         hellos, disagreement = _collect(server, member, hello, connections, timeout=timeout)
         hosts = [hellos[i]["host"] if i in hellos else "" for i in range(member.count)]
         if not disagreement:
-            disagreement = differences(
+            disagreement = describe_differences(
                 {i: received["facts"] for i, received in sorted(hellos.items())}, hosts=hosts
             )
         absent = [i for i in range(member.count) if i not in hellos]
@@ -212,30 +213,18 @@ def _read_line(connection: socket.socket) -> JsonObject | None:
     return value if isinstance(value, dict) else None
 
 
-def differences(facts: Mapping[int, Mapping[str, Json]], *, hosts: Sequence[str]) -> str:
+def describe_differences(facts: Mapping[int, Mapping[str, Json]], *, hosts: Sequence[str]) -> str:
     """Says in one line what differs between processes, and on which; "" where nothing does.
 
     Args:
       facts: by process, nested under the names that a difference is reported by.
       hosts: the processes' host names.
     """
-    flat = {index: dict(_flatten(nested)) for index, nested in facts.items()}
     lines = []
-    for name in sorted({name for values in flat.values() for name in values}):
+    for name, values in differences(facts).items():
         groups: dict[str, list[int]] = {}
-        for index, values in flat.items():
-            shown = repr(values[name]) if name in values else "absent"
-            groups.setdefault(shown, []).append(index)
-        if len(groups) > 1:
-            sides = (f"{value} on {name_processes(on, hosts)}" for value, on in groups.items())
-            lines.append(f"{name}: {', '.join(sides)}")
+        for index, value in values.items():
+            groups.setdefault(repr(value), []).append(index)
+        sides = (f"{value} on {name_processes(on, hosts)}" for value, on in groups.items())
+        lines.append(f"{name}: {', '.join(sides)}")
     return f"hosts disagree: {'; '.join(lines)}" if lines else ""
-
-
-def _flatten(tree: Mapping[str, Json], path: str = "") -> Iterable[tuple[str, Json]]:
-    for key, value in tree.items():
-        name = f"{path}.{key}" if path else key
-        if isinstance(value, Mapping):
-            yield from _flatten(value, name)
-        else:
-            yield name, value

@@ -29,7 +29,7 @@ from beit_jax.config import (
     RunConfig,
     check,
     one_of,
-    to_dict,
+    shape_setting,
 )
 from beit_jax.models.flops import classifier_flops
 from beit_jax.models.functional import Functional
@@ -65,8 +65,8 @@ class ClassifyConfig:
     data: LabelledDataConfig
     optimizer: OptimizerConfig
     mixing: MixingConfig
-    classes: int
-    pooling: str = "mean"
+    classes: int = shape_setting()
+    pooling: str = shape_setting("mean")
     head_init_scale: float = 0.001
     label_smoothing: float = 0.1
     evaluate_only: bool = False
@@ -118,7 +118,7 @@ def run(config: ClassifyConfig, *, workdir: str) -> dict[str, Any]:
         dataclasses.replace(feed, training=training),
         run=config.run,
         optimizer_config=config.optimizer,
-        config=to_dict(config),
+        config=config,
         workdir=workdir,
         begun=begun,
     )
@@ -232,7 +232,7 @@ def evaluate_only(
     optimizer = optim.adamw(config.optimizer)
     average = config.optimizer.ema_decay is not None
     shapes = state.state_shapes(task, optimizer, mesh, average=average)
-    checkpoints = checkpoint.Checkpoints(workdir, run=config.run, config=to_dict(config))
+    checkpoints = checkpoint.Checkpoints(workdir, run=config.run, config=config)
     check(
         bool(config.run.init_from) or checkpoints.latest_step() is not None,
         "config.run.init_from",

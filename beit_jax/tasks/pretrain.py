@@ -31,7 +31,6 @@ from beit_jax.config import (
     TokenizerConfig,
     check,
     fixes,
-    to_dict,
 )
 from beit_jax.data import masking
 from beit_jax.models.flops import matmul_flops, student_flops
@@ -169,7 +168,7 @@ def run(config: PretrainConfig, *, workdir: str) -> dict[str, Any]:
             feed,
             run=config.run,
             optimizer_config=config.optimizer,
-            config=to_dict(config),
+            config=config,
             workdir=workdir,
             picture=draw if sample else None,
             begun=begun,

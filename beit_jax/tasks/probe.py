@@ -24,8 +24,10 @@ from beit_jax.config import (
     RunConfig,
     check,
     one_of,
+    shape_setting,
     to_dict,
 )
+from beit_jax.config.differences import differences
 from beit_jax.evaluation.features import (
     KINDS,
     FeatureSpec,
@@ -67,7 +69,7 @@ class ProbeConfig:
     run: RunConfig
     data: LabelledDataConfig
     optimizer: OptimizerConfig
-    classes: int = 0
+    classes: int = shape_setting(0)
     features: str = "mean"
     blocks: tuple[int, ...] = ()
     linear: bool = True
@@ -245,7 +247,7 @@ def train_probe(
         # The loop would look for the classifiers in `init_from`.
         run=dataclasses.replace(config.run, init_from=""),
         optimizer_config=config.optimizer,
-        config=to_dict(config),
+        config=config,
         workdir=workdir,
     )
 
@@ -254,14 +256,14 @@ def check_same_probe(config: ProbeConfig, *, workdir: str) -> None:
     """Raises ConfigError where the run's directory holds classifiers of other features."""
     if not native.is_checkpoint(workdir):
         return
-    before, now = native.saved_config(workdir), to_dict(config)
-    for path in (("run", "init_from"), ("features",), ("blocks",)):
-        old, new = (functools.reduce(lambda node, key: node[key], path, c) for c in (before, now))
-        check(
-            old == new,
-            f"config.{'.'.join(path)}",
-            f"was {old!r} for the classifiers in {workdir}, now {new!r}; choose another --workdir",
-        )
+    changes = differences({"was": native.saved_config(workdir), "now": to_dict(config)})
+    for name in ("run.init_from", "features", "blocks"):
+        if name in changes:
+            was, now = changes[name]["was"], changes[name]["now"]
+            raise ConfigError(
+                f"config.{name}: was {was!r} for the classifiers in {workdir}, now {now!r};"
+                " choose another --workdir"
+            )
 
 
 def summarize_linear(

@@ -45,6 +45,7 @@ from beit_jax.config import (
     check,
     to_dict,
 )
+from beit_jax.config.differences import differences
 from beit_jax.distributed import cluster
 from beit_jax.files import write_whole
 from beit_jax.models.blocks import compute_dtype
@@ -270,9 +271,7 @@ def _differences(record: pathlib.Path, facts: dict[str, Any]) -> str:
         return "no record of what it is for"
     if not isinstance(found, dict):
         return "no record of what it is for"
-    return ", ".join(
-        sorted(name for name in facts.keys() | found.keys() if facts.get(name) != found.get(name))
-    )
+    return ", ".join(differences({"recorded": found, "needed": facts}))
 
 
 def cache_facts(

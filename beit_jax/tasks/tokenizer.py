@@ -25,7 +25,6 @@ from beit_jax.config import (
     RunConfig,
     TokenizerConfig,
     check,
-    to_dict,
 )
 from beit_jax.distributed import cluster
 from beit_jax.models.flops import matmul_flops
@@ -120,7 +119,7 @@ def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
         feed,
         run=config.run,
         optimizer_config=config.optimizer,
-        config=to_dict(config),
+        config=config,
         workdir=workdir,
         picture=draw if sample else None,
         begun=begun,

@@ -14,10 +14,9 @@ A checkpoint that can't be read (cut off while it was copied, say) is set aside 
 """
 
 import json
-import re
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -26,12 +25,14 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from beit_jax.config import ConfigError, RunConfig
+from beit_jax.config import ConfigError, RunConfig, fixed_settings, parse, to_dict
+from beit_jax.config.differences import ABSENT, differences
+from beit_jax.config.parse import PRESENCE, SHAPES
 from beit_jax.distributed import cluster
 from beit_jax.models.functional import flatten
 from beit_jax.training.optim import path_name
 from beit_jax.training.state import TrainState
-from beit_jax.types import JsonObject, Params, PyTree, Variables
+from beit_jax.types import ConfigDataclass, Json, JsonObject, Params, PyTree, Variables
 from beit_jax.weights import native
 
 # Part of this file's face: rule 2 above, and what tools read from a checkpoint.
@@ -39,11 +40,11 @@ from beit_jax.weights.convert import restore_params as restore_params
 from beit_jax.weights.native import saved_config as saved_config
 from beit_jax.weights.native import saved_params_shapes as saved_params_shapes
 
+# The config of a job: its frozen dataclass, or what is left of one as plain nested dicts.
+Settings: TypeAlias = JsonObject | ConfigDataclass
 _FIELDS = ("step", "params", "variables", "ema", "opt_state", "skipped", "skipped_in_row")
 # Written only where a run has them: checkpoints from before they existed stay readable.
 _OPTIONAL = ("variables", "ema")
-# Changed settings that a run's checkpoints would not fit; an average that comes or goes.
-_FIXED = re.compile(r"(model\.|tokenizer\.voc|classes|pooling|optimizer\.ema_decay: .*None)")
 
 
 class Checkpoints:
@@ -52,13 +53,16 @@ class Checkpoints:
     Args:
       workdir: the run's directory, local or gs://.
       run: how often to save and how many to keep.
-      config: the resolved config, saved beside every checkpoint and as `config.json`.
+      config: the job's config, saved beside every checkpoint and as `config.json`. Of a dataclass,
+        the settings that it declares to fix what is trained (`config.parse.shape_setting`) must be
+        those of the checkpoints; of a plain dict, nothing is known of any.
     """
 
-    def __init__(self, workdir: str, *, run: RunConfig, config: dict[str, Any]):
+    def __init__(self, workdir: str, *, run: RunConfig, config: Settings):
         self._root = epath.Path(workdir).absolute() if "://" not in workdir else epath.Path(workdir)
         self._run = run
-        self._config = config
+        self._settings = config
+        self._config: JsonObject = config if isinstance(config, dict) else to_dict(config)
         self._last_save = time.monotonic()
         self._manager = self._open(self._root / "checkpoints", keep=run.keep_checkpoints)
         self._best: ocp.CheckpointManager | None = None
@@ -92,17 +96,41 @@ class Checkpoints:
 
     def _write_config(self, path: epath.Path) -> None:
         if path.exists() and self._manager.latest_step() is not None:
-            changed = _differences(json.loads(path.read_text()), _plain(self._config))
-            fixed = [each for each in changed if _FIXED.match(each)]
-            if fixed:
+            changes = differences(
+                {"was": self._as_now(json.loads(path.read_text())), "now": _plain(self._config)}
+            )
+            lines = {
+                name: f"{name}: was {sides['was']!r}, now {sides['now']!r}"
+                for name, sides in changes.items()
+            }
+            refused = [lines[name] for name in changes if self._fixes(name, changes[name])]
+            if refused:
                 raise ConfigError(
-                    f"config.{fixed[0]}: differs from the checkpoint in {self._root}"
-                    f" ({'; '.join(fixed)}); choose another --workdir"
+                    f"config.{refused[0]}: differs from the checkpoint in {self._root}"
+                    f" ({'; '.join(refused)}); choose another --workdir"
                 )
-            for each in changed:
-                logging.info("changed since the checkpoint was written: config.%s", each)
+            for line in lines.values():
+                logging.info("changed since the checkpoint was written: config.%s", line)
         self._root.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self._config, indent=2) + "\n")
+
+    def _as_now(self, saved: JsonObject) -> JsonObject:
+        """A saved config with the settings that came later at their defaults, and no old ones."""
+        if isinstance(self._settings, dict):
+            return saved
+        try:
+            return _plain(to_dict(parse(cast(type[Any], type(self._settings)), saved)))
+        except ConfigError:  # of another version, or for images and weights that are gone
+            return saved
+
+    def _fixes(self, name: str, sides: Mapping[str, Json]) -> bool:
+        """Whether the checkpoints do not fit this change of a setting."""
+        if isinstance(self._settings, dict):
+            return False
+        how = fixed_settings(self._settings).get(name)
+        if how == PRESENCE:
+            return any(value in (None, ABSENT) for value in sides.values())
+        return how == SHAPES
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's step."""
@@ -295,14 +323,3 @@ def _check_shapes(state: TrainState, shapes: TrainState) -> None:
                 f"{path_name(path)} is {leaf.dtype}{leaf.shape} in the checkpoint,"
                 f" needed {wanted.dtype}{wanted.shape}"
             )
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Readable differences of two nested dicts."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in sorted(old.keys() | new.keys())
-            for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if old == new else [f"{path}: was {old!r}, now {new!r}"]

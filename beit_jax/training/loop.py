@@ -76,7 +76,7 @@ def train(
     *,
     run: RunConfig,
     optimizer_config: OptimizerConfig,
-    config: dict[str, Any],
+    config: checkpoint.Settings,
     workdir: str,
     picture: Callable[[TrainState], np.ndarray | None] | None = None,
     begun: startup.Startup | None = None,
@@ -88,7 +88,7 @@ def train(
       feed: its data.
       run: length, batch, logging, checkpoints.
       optimizer_config: AdamW and its schedule.
-      config: the resolved config, for the record.
+      config: the job's config, saved beside the checkpoints; a dataclass says what they fix.
       workdir: the run's directory.
       picture: draws the model's work, uint8 `[h, w, 3]`; called every `run.picture_every` steps, on
         every process, though only what process 0 draws is kept.

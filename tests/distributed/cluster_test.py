@@ -13,7 +13,7 @@ from beit_jax.config import ConfigError
 from beit_jax.distributed import cluster, collectives, session
 from beit_jax.distributed.cluster import Settings
 from beit_jax.distributed.discovery import Membership, find_membership
-from beit_jax.distributed.handshake import differences, introduce
+from beit_jax.distributed.handshake import describe_differences, introduce
 from tests.distributed.processes import free_port
 
 FACTS = {"config": {"run": {"seed": 0}}, "version": {"jax": "0.10.2"}}
@@ -117,7 +117,7 @@ def test_every_process_is_told_what_differs_and_where():
 
 def test_differences_between_many_hosts_are_one_short_line():
     facts = {i: {"a": int(i > 1)} for i in range(300)}
-    line = differences(facts, hosts=[f"h{i}" for i in range(300)])
+    line = describe_differences(facts, hosts=[f"h{i}" for i in range(300)])
     assert line == (
         "hosts disagree: a: 0 on processes 0 (h0), 1 (h1), 1 on processes 2 (h2), 3 (h3), 4 (h4),"
         " 5 (h5) and 294 more"

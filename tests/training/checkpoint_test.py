@@ -1,6 +1,7 @@
 """Checkpoints: found again, checked, never half; what a run starts from."""
 
 import dataclasses
+import functools
 import json
 import logging
 from pathlib import Path
@@ -10,9 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax.config import ConfigError, OptimizerConfig, RunConfig
+from beit_jax import jobs
+from beit_jax.config import (
+    ConfigError,
+    OptimizerConfig,
+    RunConfig,
+    fixes,
+    presence_setting,
+    shape_setting,
+    to_dict,
+)
+from beit_jax.tasks.tokenizer import tokenizer_task
 from beit_jax.training import checkpoint, optim, sharding
 from beit_jax.training.state import Task, init_state, state_shapes
+from tests.tasks import tiny
 
 RUN = RunConfig(steps=10, batch_size=8, checkpoint_every=2, keep_checkpoints=2)
 CONFIG = {"model": {"width": 4}, "run": {"steps": 10}}
@@ -148,12 +160,94 @@ def test_another_number_of_devices_restores_every_bit(tmp_path):
         checkpoints.close()
 
 
-def test_another_model_in_the_same_directory_is_refused(tmp_path, made):
+@dataclasses.dataclass(frozen=True)
+class Model:
+    width: int = shape_setting(4)
+    rate: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    vocabulary: int = shape_setting(16)
+    channels: int = shape_setting(8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config as jobs have them, as far as checkpoints look at it."""
+
+    model: Model = Model()
+    tokenizer: Tokenizer = dataclasses.field(default=Tokenizer(), metadata=fixes("vocabulary"))
+    average: float | None = presence_setting(None)
+    steps: int = 10
+
+
+def started_as(workdir, state, config):
+    """A run's directory with one checkpoint."""
+    checkpoints = checkpoint.Checkpoints(str(workdir), run=RUN, config=config)
+    checkpoints.write_config()
+    checkpoints.save(at_step(state, 2), step=2)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (Job(model=Model(width=6), steps=20), r"config\.model\.width: was 4, now 6: differs from"),
+        (Job(tokenizer=Tokenizer(vocabulary=32)), r"config\.tokenizer\.vocabulary: was 16, now 32"),
+        (Job(average=0.99), r"config\.average: was None, now 0\.99"),
+    ],
+)
+def test_a_setting_that_fixes_what_is_trained_is_refused(tmp_path, made, now, message):
     _, state = made
-    write(tmp_path, state, [2])
-    other = {"model": {"width": 6}, "run": {"steps": 20}}
-    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=other)
-    with pytest.raises(ConfigError, match=r"config\.model\.width: was 4, now 6.*another --workdir"):
+    started_as(tmp_path, state, Job())
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=now)
+    with pytest.raises(ConfigError, match=rf"^{message}.*choose another --workdir$"):
+        checkpoints.write_config()
+    checkpoints.close()
+
+
+def test_other_settings_may_change_and_are_logged(tmp_path, made, caplog):
+    """A frozen part's width, a rate, and an average that was there before."""
+    _, state = made
+    started_as(tmp_path, state, Job(average=0.99))
+    now = Job(model=Model(rate=0.2), tokenizer=Tokenizer(channels=4), average=0.999)
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=now)
+    with caplog.at_level(logging.INFO):
+        checkpoints.write_config()
+    checkpoints.close()
+    changed = [text.split("config.")[1] for text in caplog.messages if "changed since" in text]
+    assert changed == [
+        "average: was 0.99, now 0.999",
+        "model.rate: was 0.1, now 0.2",
+        "tokenizer.channels: was 8, now 4",
+    ]
+    assert json.loads((tmp_path / "config.json").read_text()) == to_dict(now)
+
+
+def test_settings_newer_than_the_run_are_at_their_defaults(tmp_path, made, caplog):
+    _, state = made
+    started_as(tmp_path, state, Job())
+    old = to_dict(Job())
+    del old["average"], old["model"]["rate"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=Job())
+    with caplog.at_level(logging.INFO):
+        checkpoints.write_config()
+    checkpoints.close()
+    assert "changed since" not in caplog.text
+
+
+def test_another_width_of_a_trained_tokenizer_is_one_clear_line(tmp_path):
+    """It used to pass and to end in a traceback."""
+    first = jobs.parse_job(tiny.tokenizer().to_dict())
+    task = tokenizer_task(first)
+    optimizer = optim.adamw(first.optimizer)
+    state = jax.jit(functools.partial(init_state, task, optimizer))(jax.random.key(0))
+    started_as(tmp_path, state, first)
+    wider = dataclasses.replace(first, tokenizer=dataclasses.replace(first.tokenizer, width=12))
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=wider)
+    with pytest.raises(ConfigError, match=r"^config\.tokenizer\.width: was 8, now 12: differs"):
         checkpoints.write_config()
     checkpoints.close()
 
