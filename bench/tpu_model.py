@@ -132,7 +132,7 @@ def kernel_bounds(chip: str, each: fused_attention.Cost) -> dict[str, float]:
 @functools.cache
 def kernel_seconds(chip: str, *, batch: int, tokens: int, heads: int) -> dict[str, float]:
     """Seconds of a forward and a backward call, by name: the larger of bound / 0.6 and schedule."""
-    cut = fused_attention.layout(batch=batch, tokens=tokens, heads=heads)
+    cut = fused_attention.choose_layout(batch=batch, tokens=tokens, heads=heads)
     scheduled = schedule(chip, batch=batch, tokens=tokens, heads=heads)
     result = {}
     for name, backward in zip(KERNELS, (False, True), strict=True):
@@ -307,7 +307,7 @@ def kernels_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[
     """Bounds and schedule of each kernel."""
     config = recipe(size).model
     sizes = {"batch": flags.batch, "tokens": config.tokens + 1, "heads": config.heads}
-    cut = fused_attention.layout(**sizes)
+    cut = fused_attention.choose_layout(**sizes)
     scheduled = schedule(chip, **sizes)
     rows = []
     for name, backward in zip(KERNELS, (False, True), strict=True):
@@ -340,7 +340,7 @@ def schedule(chip: str, *, batch: int, tokens: int, heads: int) -> dict[str, flo
             | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"},
             stdout=subprocess.DEVNULL,
         )
-        cut = fused_attention.layout(batch=batch, tokens=tokens, heads=heads)
+        cut = fused_attention.choose_layout(batch=batch, tokens=tokens, heads=heads)
         description = place_of(chip).chip
         cores = 2 if description.config_name else 1
         result = {}

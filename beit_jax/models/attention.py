@@ -1,9 +1,12 @@
-"""softmax(query keyᵀ + bias) value: one function, several ways to compute it.
+"""softmax(query keyᵀ + bias) value: one function with several implementations.
 
 "xla" leaves everything to the compiler and runs anywhere. "fused" is the TPU kernel of
-`fused_attention`. "cudnn" is cuDNN's kernel on NVIDIA GPUs. "auto" is the fused kernel on a TPU
-where heads are 64 wide, and "xla" elsewhere. They agree to the rounding of their inputs' type.
+`kernels/fused_attention.py`. "cudnn" is cuDNN's kernel on NVIDIA GPUs. "auto" is the fused kernel
+on a TPU where heads are 64 wide, and "xla" elsewhere. They agree up to the rounding of their
+inputs' dtype.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +17,12 @@ from beit_jax.models.kernels.fused_attention import HEAD_WIDTH, MASKED, fused_at
 
 
 def resolve_implementation(chosen: str, *, head_width: int, platform: str) -> str:
-    """What "auto" stands for.
+    """The implementation that is used: resolves "auto".
 
     Args:
       chosen: `ModelConfig.attention`.
-      head_width: of the queries.
-      platform: "tpu", "gpu" or "cpu": where the program is to run.
+      head_width: channels of a head.
+      platform: "tpu", "gpu" or "cpu", where the program is to run.
     """
     if chosen != "auto":
         return chosen
@@ -29,11 +32,11 @@ def resolve_implementation(chosen: str, *, head_width: int, platform: str) -> st
 def plain_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
-    """As XLA has it: the scores go to memory.
+    """Attention in plain JAX, for the compiler to optimise; the scores go to memory.
 
     Args:
       query, key, value: `[b, h, n, k]`, queries scaled.
-      bias: float32 `[h, n, n]`; None: none.
+      bias: float32 `[h, n, n]`; None adds nothing.
 
     Returns:
       `[b, n, h, k]` in the dtype of `query`.
@@ -41,8 +44,8 @@ def plain_attention(
     scores = jnp.einsum("bhqk,bhnk->bhqn", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias
-    # Divided by their sums once mixed: a pass over [n, k] and not over [n, n], here and in the
-    # backward pass.
+    # The division by the sums comes after mixing: a pass over [n, k] instead of [n, n], here and in
+    # the backward pass.
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     sums = rearrange(weights.sum(axis=-1), "b h q -> b q h 1")
@@ -59,11 +62,11 @@ def flat_attention(
     heads: int,
     implementation: str,
 ) -> jax.Array:
-    """By a kernel that takes heads side by side.
+    """Attention by a kernel that takes heads side by side.
 
     Args:
       query, key, value: `[b, n, h * k]`, queries scaled.
-      bias: float32 `[copies, h, n, n]` from `split_over_devices`; None: none.
+      bias: float32 `[copies, h, n, n]`, of a table from `split_over_devices`; None adds nothing.
       heads: h.
       implementation: "fused" or "cudnn".
 
@@ -78,11 +81,11 @@ def flat_attention(
     axes = _batch_axes(b)
     if not axes:
         return fused_attention(query, key, value, bias[0])
-    # A kernel is opaque to the partitioner: every device calls it on its own images.
+    # A kernel is opaque to the partitioner, so every device calls it on its own images.
     bias = jnp.broadcast_to(bias, (jax.sharding.get_abstract_mesh().size, *bias.shape[1:]))
     split = PartitionSpec(axes)
     return jax.shard_map(
-        lambda q, k, v, own: fused_attention(q, k, v, own[0]),
+        lambda q, k, v, copy: fused_attention(q, k, v, copy[0]),
         in_specs=(split, split, split, split),
         out_specs=split,
         check_vma=False,
@@ -90,14 +93,14 @@ def flat_attention(
 
 
 def split_over_devices(table: jax.Array, *, batch: int) -> jax.Array:
-    """A copy of a relative-position table for every device that images are split over.
+    """Copies a relative-position table for every device that images are split over.
 
-    A device's kernel gives its own bias' gradient. Copied here, what is summed over devices is the
-    gradient of a table, 35 kB, and not that of every block's bias, 1.9 MB.
+    A device's kernel gives the gradient of its own copy of the bias. With the copies made here, the
+    devices sum the gradient of a table, 35 kB, and not that of every block's bias, 1.9 MB.
 
     Args:
       table: `[rows, h]`.
-      batch: images, of all devices.
+      batch: images on all devices.
 
     Returns:
       `[copies, rows, h]`; one copy where there is no mesh (`training.sharding.on_mesh`).
@@ -110,15 +113,23 @@ def split_over_devices(table: jax.Array, *, batch: int) -> jax.Array:
 
 
 def _batch_axes(batch: int) -> tuple[str, ...]:
-    """The axes of the mesh at hand, over all of which batches are split; () for one device."""
+    """The axes of the current mesh, over all of which batches are split; () for one device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or batch % mesh.size:
         return ()
     return tuple(mesh.axis_names)
 
 
-def _cudnn(query, key, value, bias, *, heads: int, library: str = "cudnn") -> jax.Array:
-    """cuDNN's flash attention; with a bias it trains on even token counts alone."""
+def _cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array,
+    *,
+    heads: int,
+    library: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+    """cuDNN's flash attention; with a bias it trains on even token counts only."""
     _b, n, _ = query.shape
     odd = n % 2
     query, key, value = (

@@ -1,10 +1,11 @@
-"""What sits on the encoder: the head that names visual tokens, and the one that names classes."""
+"""Models made of the encoder and a head: masked image modelling and classification."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from beit_jax.config import ModelConfig, one_of
 from beit_jax.models.blocks import bias_of, compute_dtype, layer_norm
@@ -33,8 +34,8 @@ class MaskedImageModel(nnx.Module):
 
         Args:
           images: normalised, float `[b, s, s, 3]`.
-          mask: bool `[b, grid, grid]` or `[b, grid²]`; true patches are hidden.
-          positions: int `[b, m]`, the patches to predict, row-major; None predicts all.
+          mask: bool `[b, grid, grid]` or `[b, grid²]`; the mask token replaces true patches.
+          positions: int `[b, m]`, the patches to predict by row-major index; None predicts all.
           drop_path_key: randomness for drop path; None for inference.
 
         Returns:
@@ -42,8 +43,8 @@ class MaskedImageModel(nnx.Module):
         """
         tokens = self.encoder(images, mask=mask, drop_path_key=drop_path_key)[:, 1:]
         if positions is not None:
-            # Only what is scored goes through the head: at 75 of 196 it saves 4 % of BEiT-B's
-            # FLOPs and most of the logits' memory.
+            # Only scored patches go through the head: 75 of 196 save 4 % of BEiT-B's FLOPs and most
+            # of the logits' memory.
             tokens = jnp.take_along_axis(tokens, positions[:, :, None], axis=1)
         kernel = self.lm_head.kernel.astype(self.dtype)
         # Accumulated and kept in float32: the cross-entropy should not see rounded logits.
@@ -92,14 +93,16 @@ class Classifier(nnx.Module):
         if pooling == "mean":
             self.fc_norm = layer_norm(config, rngs=rngs)
 
-        def small(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        def scaled_down(
+            key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+        ) -> jax.Array:
             return init_scale * FINE_TUNING.weights(key, shape, dtype)
 
         self.dtype = compute_dtype(config)
-        self.head = nnx.Linear(config.width, classes, kernel_init=small, rngs=rngs)
+        self.head = nnx.Linear(config.width, classes, kernel_init=scaled_down, rngs=rngs)
 
     def features(self, images: jax.Array, *, drop_path_key: jax.Array | None = None) -> jax.Array:
-        """What the head sees: `[b, s, s, 3]` → `[b, d]`, normalised."""
+        """The head's input: images `[b, s, s, 3]` → pooled, normalised features `[b, d]`."""
         tokens = self.encoder(images, drop_path_key=drop_path_key)
         if hasattr(self, "fc_norm"):
             return self.fc_norm(tokens[:, 1:].mean(axis=1))  # the class token is not in the mean
@@ -129,9 +132,9 @@ def classifier(
 
     Args:
       config: the encoder's.
-      classes: logits.
+      classes: number of logits.
       pooling: "mean" over patch tokens, then a LayerNorm; or "cls", the normalised class token.
-      init_scale: the head starts this much smaller (official `--init_scale`).
+      init_scale: factor of the head's initial weights (official `--init_scale`).
     """
     return functional(
         functools.partial(
@@ -155,11 +158,11 @@ def masked_positions(mask: jax.Array, *, slots: int) -> tuple[jax.Array, jax.Arr
 
     Args:
       mask: bool `[b, grid, grid]` or `[b, n]`.
-      slots: how many positions to return; at least the largest count a mask can have.
+      slots: number of positions to return, at least the largest number of patches a mask can have.
 
     Returns:
-      `positions` int32 `[b, slots]`, the masked patches in row-major order and then unmasked ones
-      as filling, and `weights` float32 `[b, slots]`, 1 where the position is masked.
+      `positions` int32 `[b, slots]`, the masked patches in row-major order, padded with unmasked
+      ones, and `weights` float32 `[b, slots]`, 1 where the position is masked.
     """
     flat = mask.reshape(mask.shape[0], -1).astype(bool)
     order = jnp.argsort(~flat, axis=1, stable=True)[:, :slots].astype(jnp.int32)

@@ -43,7 +43,7 @@ def test_kernels_count_with_the_larger_of_bound_and_schedule(tpu_model, monkeypa
         text = TEXT.replace("%NAME", "%jvp_attention_forward.1").replace("COST", COST)
         seconds = tpu_model.program_seconds("v4", hlo.read(text), **sizes)
         assert seconds["compiler"] == pytest.approx(1e-3)  # 1,050,000 cycles at 1050 MHz
-        cut = fused_attention.layout(**sizes)
+        cut = fused_attention.choose_layout(**sizes)
         flops = fused_attention.cost(cut, dtype=jnp.bfloat16, backward=False).flops
         assert seconds["kernels"] == pytest.approx(scheduled or flops / 275e12 / 0.6)
     tpu_model.kernel_seconds.cache_clear()

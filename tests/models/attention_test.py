@@ -12,9 +12,9 @@ from beit_jax.models import attention
 from beit_jax.models.kernels.fused_attention import (
     HEAD_WIDTH,
     MAX_QUERY_ROWS,
+    choose_layout,
     cost,
     fused_attention,
-    layout,
 )
 from beit_jax.training import sharding
 
@@ -170,7 +170,7 @@ def test_auto_takes_the_kernel_on_tpus_where_it_fits():
 
 
 def test_cost_counts_the_padding():
-    place = layout(batch=64, tokens=197, heads=12)
+    place = choose_layout(batch=64, tokens=197, heads=12)
     assert (place.query_rows, place.key_rows, place.tiles) == (256, 208, 1)
     forward, backward = (cost(place, dtype=jnp.bfloat16, backward=each) for each in (False, True))
     assert forward.flops == 2 * 2 * 64 * 12 * 256 * 208 * 128  # two products, 64 wide in 128
@@ -178,7 +178,7 @@ def test_cost_counts_the_padding():
     assert forward.bytes > 4 * 64 * 197 * 768 * 2
     # 577 and 1025 tokens (384 and 512 pixels) are cut up.
     for tokens in (577, 1025):
-        cut = layout(batch=8, tokens=tokens, heads=16)
+        cut = choose_layout(batch=8, tokens=tokens, heads=16)
         assert cut.query_rows <= MAX_QUERY_ROWS
         assert cut.tiles * cut.query_rows >= tokens
 

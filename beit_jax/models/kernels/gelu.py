@@ -1,9 +1,9 @@
 """The exact GELU, x Φ(x), cheaper than XLA's and with its derivative kept for the backward pass.
 
 `jax.nn.gelu(approximate=False)` goes through erfc, whose two branches cost a TPU's vector unit more
-than the matrix product in front of them costs the matrix unit, and does so again in the backward
+than the matrix product before them costs the matrix unit, and goes through it again in the backward
 pass. Here Φ's tail is Abramowitz and Stegun's 7.1.26, at most 7.5e-8 off (float32's own rounding of
-Φ is 6e-8), whose exponential is that of the derivative too:
+Φ is 6e-8); its exponential serves the derivative, too:
 
     Φ(-|x|) = φ(x) √(2π) / 2 · (a₁ t + a₂ t² + a₃ t³ + a₄ t⁴ + a₅ t⁵),  t = 1 / (1 + p |x| / √2)
 """
@@ -35,7 +35,7 @@ def _with_derivative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Without the barrier XLA keeps x instead and makes the derivative in the backward pass.
+    # Without the barrier XLA would keep x and compute the derivative in the backward pass.
     return jax.lax.optimization_barrier(_with_derivative(x))
 
 

@@ -1,4 +1,4 @@
-"""The residual stream: what a block adds to it, and how its gradient comes back."""
+"""Adding a branch to the residual stream, with a gradient that the CPU compiler stores."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ def add_branch(x: jax.Array, branch: jax.Array, *, factor: jax.Array | None) -> 
     Args:
       x: the stream, `[b, n, d]`.
       branch: `[b, n, d]`.
-      factor: of each sample, `[b]` (drop path); None: all ones.
+      factor: `[b]`, multiplies a sample's branch (drop path); None: all ones.
     """
     branch = branch.astype(x.dtype)
     if factor is not None:
@@ -20,11 +20,12 @@ def add_branch(x: jax.Array, branch: jax.Array, *, factor: jax.Array | None) -> 
 
 @jax.custom_vjp
 def _stored_gradient(x: jax.Array) -> jax.Array:
-    """`x`, whose gradient XLA's CPU compiler writes to memory.
+    """Returns `x`; makes XLA's CPU compiler write its gradient to memory.
 
-    The stream's gradient is a long sum of cheap terms, two a block. Where blocks are unrolled that
-    compiler fuses the sum into all its readers, so that each computes it from the head on: a third
-    of BEiT-B's step. It respects no optimization barrier there, but a conditional it doesn't fuse.
+    The stream's gradient is a long sum of cheap terms, two per block. Where blocks are unrolled,
+    that compiler fuses the sum into every reader, which then computes all of it from the head down:
+    a third of BEiT-B's step. It ignores an optimization barrier here, but does not fuse a
+    conditional.
     """
     return x
 
