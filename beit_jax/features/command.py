@@ -1,16 +1,19 @@
 """The command line and the run: list, load, embed batch after batch, write."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 import beit_jax
 from beit_jax.config import ConfigError, check, to_dict
@@ -167,7 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     try:
-        embed_folder(FeaturesConfig(**vars(options)))
+        with _few_warnings():
+            embed_folder(FeaturesConfig(**vars(options)))
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -215,9 +219,12 @@ def embed_folder(config: FeaturesConfig) -> Embedded:
     )
     shape = {"patches": (encoder.grid, encoder.grid, encoder.width)}
     began = time.perf_counter()
-    with open_output(
-        config.output, shape=shape.get(config.pool, (encoder.width,)), dtype=config.dtype
-    ) as output:
+    with (
+        contextlib.closing(images),  # stops the threads where something goes wrong
+        open_output(
+            config.output, shape=shape.get(config.pool, (encoder.width,)), dtype=config.dtype
+        ) as output,
+    ):
         done = _embed(
             images,
             compute,
@@ -352,6 +359,20 @@ def _metadata(
 def _portable(name: str) -> str:
     """A file's name as text that every format holds: bytes that are not UTF-8 become �."""
     return os.fsencode(name).decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def _few_warnings() -> Iterator[None]:
+    """Silences warnings that are no use beside a progress line."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of metadata that it then finds elsewhere
+    try:
+        with warnings.catch_warnings():
+            # The image is read all the same, as it is stored.
+            warnings.filterwarnings("ignore", message="Corrupt EXIF data")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _say(line: str) -> None:

@@ -9,7 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -80,12 +80,20 @@ def read_image(path: str, *, size: int, resize: str) -> np.ndarray:
       Exception: whatever Pillow raises for a damaged file, which is not only OSError.
     """
     with Image.open(path, formats=_FORMATS) as opened:
-        image = ImageOps.exif_transpose(opened)
+        image = _upright(opened)
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip to 255
             image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
         image = image.convert("RGB")
     box = None if resize == "squash" else _centre(image.size, size=size)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says; as it is stored where the EXIF data is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # anything, for damaged EXIF data; damaged pixels are an error again later
+        return image
 
 
 def _centre(image_size: tuple[int, int], *, size: int) -> tuple[float, float, float, float]:
@@ -108,7 +116,7 @@ def _centre(image_size: tuple[int, int], *, size: int) -> tuple[float, float, fl
 
 def read_images(
     folder: str, names: Sequence[str], *, size: int, resize: str, threads: int
-) -> Iterator[tuple[str, np.ndarray | str]]:
+) -> Generator[tuple[str, np.ndarray | str], None, None]:
     """Reads images in order while threads decode the next ones; a bounded number is in memory.
 
     Args:

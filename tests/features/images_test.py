@@ -105,6 +105,18 @@ def test_orientation_palettes_grey_and_16_bits_become_upright_rgb(tmp_path):
     assert np.abs(read("palette.gif").astype(int) - np.asarray(image)).mean() < 8
 
 
+def test_damaged_exif_data_does_not_lose_the_image(tmp_path, monkeypatch):
+    picture(20, 30).save(tmp_path / "image.png")
+    expected = images.read_image(str(tmp_path / "image.png"), size=20, resize="crop")
+
+    def damaged(image):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", damaged)
+    read = images.read_image(str(tmp_path / "image.png"), size=20, resize="crop")
+    np.testing.assert_array_equal(read, expected)
+
+
 def test_images_come_in_order_and_bad_ones_as_reasons(tmp_path):
     names = [f"{number:02}.png" for number in range(40)]
     for number, name in enumerate(names):
