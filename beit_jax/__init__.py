@@ -40,6 +40,8 @@ if TYPE_CHECKING:
         load_masked_image_model,
         load_tokenizer,
     )
+    from beit_jax.tokenizers.dalle import DalleConfig
+    from beit_jax.tokenizers.dvae import DvaeConfig
     from beit_jax.weights import (
         WeightsError,
         convert_tokenizer,
@@ -54,7 +56,9 @@ __all__ = [
     "AugmentConfig",
     "ClassifyAugmentConfig",
     "ConfigError",
+    "DalleConfig",
     "DataConfig",
+    "DvaeConfig",
     "EncoderOutput",
     "LabelledDataConfig",
     "MaskConfig",
@@ -79,7 +83,7 @@ __all__ = [
     "load_tokenizer",
 ]
 
-# Where a public name is defined. The configuration dataclasses are all in beit_jax.config.
+# Where a public name is defined, if not in beit_jax.config.
 _MODULES = {
     "pretrained": (
         "EncoderOutput",
@@ -92,6 +96,8 @@ _MODULES = {
         "load_masked_image_model",
         "load_tokenizer",
     ),
+    "tokenizers.dalle": ("DalleConfig",),
+    "tokenizers.dvae": ("DvaeConfig",),
     "weights": ("WeightsError", "convert_tokenizer", "export_checkpoint", "import_checkpoint"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 import beit_jax
-from beit_jax.config import ConfigError, TokenizerConfig
+from beit_jax.config import ConfigError, to_dict
 from beit_jax.models.functional import flatten, unflatten
+from beit_jax.tokenizers.dvae import DvaeConfig
 from beit_jax.tokenizers.loading import open_tokenizer, save_params
 from beit_jax.weights import convert, native
 from beit_jax.weights.description import to_config
@@ -273,9 +274,7 @@ def test_normalisation_and_precision_are_the_callers_to_override(sources):
     assert 1e-6 < relative_error(encoder(images).cls, exact(images).cls) < 5e-2
 
 
-TOKENIZER = TokenizerConfig(
-    kind="dvae", vocabulary=16, image_size=16, width=8, levels=2, codebook_width=8
-)
+TOKENIZER = DvaeConfig(vocabulary=16, image_size=16, width=8, levels=2, codebook_width=8)
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +292,7 @@ def test_tokenizer_is_read_from_its_own_file(tokenizer_params, tmp_path):
         assert (tokenizer.vocabulary, tokenizer.grid, tokenizer.image_size) == (16, 4, 16)
         ids = tokenizer.encode(images)
         np.testing.assert_array_equal(ids, expected)
+        assert tokenizer.paints
         pixels = tokenizer.decode(ids)
         assert pixels.shape == (2, 16, 16, 3)
         assert 0 <= pixels.min() <= pixels.max() <= 1
@@ -307,7 +307,7 @@ def test_tokenizer_of_a_pre_training_run_is_the_one_its_config_names(tokenizer_p
     save_params(path, tokenizer_params, config=TOKENIZER)
     description = examples.PRETRAINED["beit+"]
     config = to_config(description)
-    config["tokenizer"] = dataclasses.asdict(dataclasses.replace(TOKENIZER, path=path))
+    config["tokenizer"] = to_dict(dataclasses.replace(TOKENIZER, path=path))
     native.write_params(
         str(tmp_path / "run"), unflatten(examples.random_params(description)), config=config
     )

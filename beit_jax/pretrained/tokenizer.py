@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import json
 import os
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from beit_jax.config import TokenizerConfig, parse
 from beit_jax.pretrained.model import Array, check_images
+from beit_jax.tokenizers.kinds import BY_KIND
 from beit_jax.tokenizers.loading import (
     METADATA_KEY,
     TokenizerFileError,
@@ -23,6 +25,13 @@ from beit_jax.weights.report import WeightsError
 
 # What a run that trains a tokenizer leaves in its directory.
 _TOKENIZER_FILE = "tokenizer.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Named:
+    """Settings of which one names the class of the others (`kinds.KINDS`)."""
+
+    tokenizer: Annotated[TokenizerConfig, BY_KIND]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +62,11 @@ class PretrainedTokenizer:
     def vocabulary(self) -> int:
         """How many token ids there are."""
         return self.functions.vocabulary
+
+    @property
+    def paints(self) -> bool:
+        """Whether `decode` works: a DALL-E file may lack the decoder."""
+        return self.functions.paints(self.params)
 
     def encode(self, images: Array) -> jax.Array:
         """uint8 images `[b, s, s, 3]` → ids, int32 `[b, grid, grid]`; compiled once per batch size.
@@ -114,7 +128,7 @@ def _tokenizer_config(source: str) -> TokenizerConfig:
         saved = native.saved_config(source)
         if saved.get("task") != "pretrain":
             raise WeightsError(f"{source} is a run that names no tokenizer ({saved.get('task')})")
-        return parse(TokenizerConfig, saved["tokenizer"], path="tokenizer")
+        return parse(_Named, {"tokenizer": saved["tokenizer"]}, path=source).tokenizer
     _, metadata = containers.load_safetensors(containers.read_bytes(source), source=source)
     if METADATA_KEY not in metadata:
         raise TokenizerFileError(
@@ -122,4 +136,4 @@ def _tokenizer_config(source: str) -> TokenizerConfig:
             " holds; DALL-E's weights are converted with `beit-jax convert-tokenizer`"
         )
     settings = json.loads(metadata[METADATA_KEY])
-    return parse(TokenizerConfig, {**settings, "path": source}, path=source)
+    return parse(_Named, {"tokenizer": {**settings, "path": source}}, path=source).tokenizer
