@@ -9,9 +9,9 @@
 # hand them over as Kubernetes secrets instead.
 set -euo pipefail
 
-for each in CLUSTER PROJECT ZONE TYPE IMAGE; do
-  if [ -z "${!each:-}" ]; then
-    echo "error: the variable $each is missing; see the top of launch/gke.sh" >&2
+for variable in CLUSTER PROJECT ZONE TYPE IMAGE; do
+  if [ -z "${!variable:-}" ]; then
+    echo "error: the variable $variable is missing; see the top of launch/gke.sh" >&2
     exit 2
   fi
 done

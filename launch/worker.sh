@@ -67,7 +67,7 @@ find_python() {
 }
 
 start() { # names -- args
-  local names=$1 each
+  local names=$1 attempt
   shift 2
   [ -f "$root/code/.tree" ] || fail "not set up; run 'setup' first"
   ! running || fail "main.py is running already; 'stop' it first"
@@ -81,7 +81,7 @@ start() { # names -- args
   rm -f "$run/exit" "$run/stopped" "$run/pid"
   # Without the redirections ssh would wait for the end of the run.
   setsid --fork bash "$root/code/launch/worker.sh" supervise "$@" </dev/null >>"$run/log" 2>&1
-  for ((each = 0; each < 200; each++)); do
+  for ((attempt = 0; attempt < 200; attempt++)); do
     if [ -f "$run/pid" ]; then
       say "started"
       return 0
