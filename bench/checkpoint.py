@@ -22,6 +22,8 @@ from typing import Any
 
 from machine import processor_name, save  # beside this file
 
+from beit_jax.text_table import text_table
+
 # layers, width, heads: paper §2.4 (base, large); tiny and small follow DeiT.
 SIZES = {
     "tiny": (12, 192, 3),
@@ -67,13 +69,21 @@ def main() -> None:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     print(f"{result['device']}, {result['cores']} cores; {versions}")
     print(f"{result['clock']}; medians of {flags.repeats}")
-    print("size    parameters     state      save  background   GB/s   restore   GB/s")
-    for row in rows:
-        print(
-            f"{row['size']:6} {row['parameters'] / 1e6:8.1f} M {row['bytes'] / 1e9:6.2f} GB"
-            f" {row['save']:7.2f} s {row['background']:9.2f} s {row['saved_gb_per_second']:6.2f}"
-            f" {row['restore']:7.2f} s {row['restored_gb_per_second']:6.2f}"
+    titles = ("size", "parameters", "state", "save", "background", "GB/s", "restore", "GB/s")
+    cells = [
+        (
+            f"{row['size']}",
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['bytes'] / 1e9:.2f} GB",
+            f"{row['save']:.2f} s",
+            f"{row['background']:.2f} s",
+            f"{row['saved_gb_per_second']:.2f}",
+            f"{row['restore']:.2f} s",
+            f"{row['restored_gb_per_second']:.2f}",
         )
+        for row in rows
+    ]
+    print(text_table([titles, *cells], align="lrrrrrrr"))
     save(result, flags.json)
 
 
@@ -104,8 +114,8 @@ def measure(size: tuple[int, int, int], *, repeats: int, folder: str | None) -> 
     )
     optimizer = optim.adamw(OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
     shapes = state.state_shapes(task, optimizer, sharding.make_mesh(fsdp=1))
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    fresh = jax.jit(lambda key: state.init_state(task, optimizer, key), out_shardings=places)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    fresh = jax.jit(lambda key: state.init_state(task, optimizer, key), out_shardings=shardings)
     train_state = jax.block_until_ready(fresh(jax.random.key(0)))
     run = RunConfig(steps=1, batch_size=1)
     seconds: dict[str, list[float]] = {"save": [], "background": [], "restore": []}
@@ -133,7 +143,7 @@ def measure(size: tuple[int, int, int], *, repeats: int, folder: str | None) -> 
         seconds["background"].append(times[2] - times[1])
         seconds["restore"].append(times[4] - times[3])
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    whole = [sum(each) for each in zip(seconds["save"], seconds["background"], strict=True)]
+    whole = [sum(pair) for pair in zip(seconds["save"], seconds["background"], strict=True)]
     size_in_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(train_state))
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),

@@ -130,16 +130,16 @@ def measure(config: Any, *, pairs: int) -> dict[str, Any]:
     task = pretraining_task(config)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in feeds}
     for _ in range(pairs):
-        for name, each in feeds.items():
-            runs[name].append(train(config, task, each))
+        for name, feed in feeds.items():
+            runs[name].append(train(config, task, feed))
     keys = ("images_per_second", "data_wait_share")
-    speeds = {name: [run["images_per_second"] for run in each] for name, each in runs.items()}
+    speeds = {name: [run["images_per_second"] for run in runs_of] for name, runs_of in runs.items()}
     ratios = [b / a for a, b in zip(speeds["repeated"], speeds["from JPEGs"], strict=True)]
     return {
         "runs": {
-            name: {key: statistics.median(run[key] for run in each) for key in keys}
+            name: {key: statistics.median(run[key] for run in runs_of) for key in keys}
             | {"each": speeds[name]}
-            for name, each in runs.items()
+            for name, runs_of in runs.items()
         },
         "ratio": statistics.median(ratios),
         "ratios": ratios,

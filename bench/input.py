@@ -1,4 +1,4 @@
-"""What an image costs the host: ours against torchvision's, Pillow's and plain tf.data's pipelines.
+"""The host's cost of an image: this pipeline against torchvision's, Pillow's and plain tf.data's.
 
     python bench/input.py --images=DIR [--peer_python=PYTHON] [--rounds=5] [--json=FILE]
 
@@ -6,8 +6,8 @@ Processor milliseconds per image on one core, from the file to what goes to the 
 included. Every pipeline lives in a process of its own, pinned to the same core; rounds alternate,
 so that all see the same machine, and medians are given. The pipelines:
 
-  official     ours, as configs have it
-  fast         ours with config.data.augment.fidelity = "fast"; the jitter is left to the device
+  official     native, as the configs have it
+  fast         native with config.data.augment.fidelity = "fast"; the jitter is left to the device
   tf.data      decode_and_crop_jpeg, a flip, antialiased bicubic resizing: view 1 alone, no jitter
   torchvision  the official pipeline with torchvision's own transforms
   pillow       the same with Pillow's ImageEnhance in their place
@@ -39,7 +39,7 @@ from machine import Answering, processor_name, save  # beside this file
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-OURS = ("official", "fast", "tf.data")
+NATIVE = ("official", "fast", "tf.data")
 PEERS = ("torchvision", "pillow")
 SIZE, TOKEN_SIZE, GRID, MASKED = 224, 112, 14, 75
 # Batches of a round that don't count: what was made ahead while another pipeline was measured. (One
@@ -107,7 +107,7 @@ def one_core(flags: argparse.Namespace, *, versions: dict[str, str]) -> dict[str
     """Alternating rounds of every pipeline that can be had on one core."""
     workers: dict[str, Worker] = {}
     missing = {}
-    for name in OURS + PEERS:
+    for name in NATIVE + PEERS:
         python = flags.peer_python if name in PEERS else sys.executable
         worker = Worker(name, flags, python=python)
         if worker.error:
@@ -132,7 +132,7 @@ def one_core(flags: argparse.Namespace, *, versions: dict[str, str]) -> dict[str
     pairs = {
         name: [b / a for a, b in zip(values, times.get(reference, []), strict=True)]
         for name, values in times.items()
-        if reference in times and name in OURS
+        if reference in times and name in NATIVE
     }
     return {
         "milliseconds": {name: statistics.median(values) for name, values in times.items()},
@@ -155,7 +155,7 @@ def against_workers(flags: argparse.Namespace) -> dict[str, dict[int, float]]:
         for count in counts:
             with Worker(name, flags, python=sys.executable, workers=count) as worker:
                 answers = [worker.ask(flags.batches) for _ in range(3)]
-            speed = statistics.median(each["images_per_second"] for each in answers)
+            speed = statistics.median(answer["images_per_second"] for answer in answers)
             speeds.setdefault(name, {})[count] = speed
     return speeds
 
@@ -257,8 +257,8 @@ def plain_batches(flags: argparse.Namespace) -> Iterator[int]:
 
     paths = tf.constant([str(path) for path in jpegs(flags.images)])
 
-    def view(place: tf.Tensor) -> tf.Tensor:
-        data = tf.io.read_file(paths[place % len(paths)])
+    def view(index: tf.Tensor) -> tf.Tensor:
+        data = tf.io.read_file(paths[index % len(paths)])
         box = tf.image.sample_distorted_bounding_box(
             tf.io.extract_jpeg_shape(data),
             tf.zeros([1, 0, 4]),
@@ -318,11 +318,11 @@ def peer_batches(flags: argparse.Namespace) -> tuple[Iterator[int], dict[str, An
         return view.nbytes + token_view.nbytes + mask().nbytes
 
     def batches() -> Iterator[int]:
-        place = 0
+        index = 0
         while True:
             for _ in range(flags.batch):
-                size = transform(files[place % len(files)])
-                place += 1
+                size = transform(files[index % len(files)])
+                index += 1
             yield size
 
     return batches(), hello
@@ -481,8 +481,8 @@ def differences(folder: str, *, count: int) -> dict[str, dict[str, Any]]:
                 levels = np.asarray(made[name]).astype(int) - np.asarray(view).astype(int)
                 found.setdefault(f"{kind} {name}", []).append(float(np.abs(levels).mean()))
     return {
-        name: {"mean": statistics.mean(each), "largest": max(each), "each": each}
-        for name, each in found.items()
+        name: {"mean": statistics.mean(levels), "largest": max(levels), "each": levels}
+        for name, levels in found.items()
     }
 
 

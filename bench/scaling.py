@@ -30,6 +30,8 @@ from typing import Any
 
 from machine import pretraining_task, processor_name, save  # beside this file
 
+from beit_jax.text_table import text_table
+
 BATCH, IMAGE, LAYERS = 8, 96, 4  # where nothing else is said
 BATCHES = (2, 4, 8, 16)
 IMAGES = (64, 96, 128, 192)
@@ -46,7 +48,7 @@ def main() -> None:
     """Measures, prints tables and writes JSON where a file is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="sizes,devices,processes")
-    parser.add_argument("--steps", type=int, default=5, help="of each, in turn")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per row, in turn")
     parser.add_argument("--tpu", action="store_true")
     parser.add_argument("--models", default="base,large", help="with --tpu")
     parser.add_argument("--slices", default="v4-8,v4-128,v4-1024", help="with --tpu")
@@ -145,9 +147,9 @@ def build(config: Any) -> Step:
     task = pretraining_task(config)
     optimizer = optim.adamw(config.optimizer)
     shapes = state.state_shapes(task, optimizer, mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     fresh = functools.partial(state.init_state, task, optimizer)
-    train_state = jax.jit(fresh, out_shardings=places)(jax.random.key(0))
+    train_state = jax.jit(fresh, out_shardings=shardings)(jax.random.key(0))
     frozen = sharding.replicate(task.frozen, mesh)
     rng = np.random.default_rng(jax.process_index())
     local = config.run.batch_size // jax.process_count()
@@ -169,7 +171,7 @@ def build(config: Any) -> Step:
         mesh=mesh,
     )
     everywhere = NamedSharding(mesh, sharding.REPLICATED)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
     compiled = jitted.lower(train_state, frozen, batch).compile()
     held = [train_state]
 
@@ -260,7 +262,7 @@ def processes(steps: int) -> list[dict[str, Any]]:
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
         asked = [
-            {"batch": GLOBAL_BATCH, "steps": steps, "place": [address, count, index]}
+            {"batch": GLOBAL_BATCH, "steps": steps, "process": [address, count, index]}
             for index in range(count)
         ]
         answers = start_workers(asked, devices=1)
@@ -278,12 +280,12 @@ def start_workers(asked: list[dict[str, Any]], *, devices: int) -> list[dict[str
     }
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, f"--worker={json.dumps(each)}"],
+            [sys.executable, __file__, f"--worker={json.dumps(settings)}"],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for each in asked
+        for settings in asked
     ]
     try:
         said = [process.communicate()[0] for process in started]
@@ -298,13 +300,13 @@ def start_workers(asked: list[dict[str, Any]], *, devices: int) -> list[dict[str
 
 
 def worker(
-    *, batch: int, steps: int, fsdp: int = 1, place: tuple[str, int, int] | None = None
+    *, batch: int, steps: int, fsdp: int = 1, process: tuple[str, int, int] | None = None
 ) -> dict[str, Any]:
     """One process: its processor seconds of every step, and the program's collectives."""
     import jax
 
-    if place is not None and place[1] > 1:
-        address, count, index = place
+    if process is not None and process[1] > 1:
+        address, count, index = process
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, count, index)
     step = build(small_config(batch=batch, image=IMAGE, layers=LAYERS, fsdp=fsdp))
@@ -324,16 +326,16 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
     from beit_jax.planning import hlo
 
     found: dict[str, dict[str, float]] = {}
-    for each in hlo.read(text).collectives:
-        kind = found.setdefault(each.kind, {"calls": 0.0, "bytes": 0.0})
-        kind["calls"] += each.runs
-        kind["bytes"] += each.runs * each.bytes
+    for collective in hlo.read(text).collectives:
+        kind = found.setdefault(collective.kind, {"calls": 0.0, "bytes": 0.0})
+        kind["calls"] += collective.runs
+        kind["bytes"] += collective.runs * collective.bytes
     return found
 
 
 def _per_image(answers: list[dict[str, Any]], batch: int) -> dict[str, Any]:
     """What processes took together, for each image; steps are matched by number."""
-    steps = [sum(each) for each in zip(*(answer["seconds"] for answer in answers), strict=True)]
+    steps = [sum(step) for step in zip(*(answer["seconds"] for answer in answers), strict=True)]
     found = answers[0]["collectives"]
     return {
         "batch": batch,
@@ -378,18 +380,18 @@ def weak_scaling(
     for model in models:
         rows = []
         for name in slices:
-            place = parse_slice(name)
+            tpu_slice = parse_slice(name)
             values = importlib.import_module(f"configs.beit_{model}").get_config()
-            values.run.batch_size = TPU_IMAGES[model] * place.chips
+            values.run.batch_size = TPU_IMAGES[model] * tpu_slice.chips
             config = ahead_of_time.for_tpu(jobs.parse_job(values.to_dict()))
-            row = weak_row(config, place, compile_program(config, place))
+            row = weak_row(config, tpu_slice, compile_program(config, tpu_slice))
             print(f"{model} {json.dumps(row)}", file=sys.stderr, flush=True)
             rows.append(row)
         tables[f"BEiT-{model}, {TPU_IMAGES[model]} images a chip"] = per_chip_growth(rows)
     return tables
 
 
-def weak_row(config: Any, place: Any, compiled: Any) -> dict[str, Any]:
+def weak_row(config: Any, tpu_slice: Any, compiled: Any) -> dict[str, Any]:
     """What the compiler says of one chip, and what of the communication shows.
 
     Raises:
@@ -398,31 +400,31 @@ def weak_row(config: Any, place: Any, compiled: Any) -> dict[str, Any]:
     from beit_jax.planning import estimate
 
     if compiled.program is None:
-        raise RuntimeError(f"{place.name}: {compiled.missing}")
+        raise RuntimeError(f"{tpu_slice.name}: {compiled.missing}")
     work = estimate.workload(config)
-    images = config.run.batch_size // place.chips
+    images = config.run.batch_size // tpu_slice.chips
     seconds = estimate.step_time(
         compiled.program,
-        place,
+        tpu_slice,
         flops_per_chip=work.flops["step"] * images,
         hbm_bytes=compiled.hbm_bytes,
     )
     gradients = 4 * (work.parameters["encoder"] + work.parameters["head"])
     moved = {
-        each.kind: {"calls": each.count, "bytes": each.bytes}
-        for each in estimate.traffic(compiled.program, place)
+        traffic.kind: {"calls": traffic.count, "bytes": traffic.bytes}
+        for traffic in estimate.traffic(compiled.program, tpu_slice)
     }
     return {
-        "slice": place.name,
-        "shape": "x".join(map(str, place.shape)),
-        "chips": place.chips,
+        "slice": tpu_slice.name,
+        "shape": "x".join(map(str, tpu_slice.shape)),
+        "chips": tpu_slice.chips,
         "images": images,
         "cycles": compiled.program.cycles,
         "flops": compiled.flops,
         "temporary": compiled.temporary,
         "needed": compiled.needed,
         "collectives": moved,
-        "bytes_per_gradient_byte": sum(each["bytes"] for each in moved.values()) / gradients,
+        "bytes_per_gradient_byte": sum(sums["bytes"] for sums in moved.values()) / gradients,
         "ms_step": 1e3 * seconds.seconds,
         "ms_collectives": 1e3 * seconds.collectives,
         "exposed": 1 - seconds.cycles / seconds.seconds,
@@ -448,18 +450,14 @@ def per_chip_growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of the same keys as aligned columns."""
     cells = [list(rows[0]), *([_show(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in cells
-    )
+    return text_table(cells, align="r" * len(cells[0]))
 
 
 def _show(value: Any) -> str:
     if isinstance(value, dict):  # collectives
         return ", ".join(
-            f"{kind} {each['calls']:.0f}x {each['bytes'] / 1e6:.1f} MB"
-            for kind, each in value.items()
+            f"{kind} {sums['calls']:.0f}x {sums['bytes'] / 1e6:.1f} MB"
+            for kind, sums in value.items()
         )
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -40,8 +40,10 @@ from typing import Any
 
 from machine import Answering, processor_name, recipe, save  # beside this file
 
-WARM_UP = 2  # steps of each that don't count
-OURS, EAGER, BEST = "beit_jax", "transformers, eager", "transformers, best"
+from beit_jax.text_table import text_table
+
+WARM_UP = 2  # first steps of a side, which are not timed
+NATIVE, EAGER, BEST = "beit_jax", "transformers, eager", "transformers, best"
 PEERS = ("transformers", EAGER, BEST)
 
 
@@ -68,7 +70,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Side:
-    """One way to do the step.
+    """One implementation of the step.
 
     Attributes:
       step: does one and returns when it is done.
@@ -91,7 +93,7 @@ def main() -> None:
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe, model.layers=2"
     )
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--pairs", type=int, default=5, help="timed steps per side")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="the best PyTorch, too"
     )
@@ -101,35 +103,35 @@ def main() -> None:
     )
     parser.add_argument("--json", default="")
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--naming", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--tokenize", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.side:
         serve(flags)
         return
 
     result: dict[str, Any] = {}
-    for naming in (False, True) if flags.tokenizer else (False,):
+    for tokenize in (False, True) if flags.tokenizer else (False,):
         with contextlib.ExitStack() as stack:
-            workers = open_workers(flags, stack, naming=naming)
-            ours = workers[OURS].hello
+            workers = open_workers(flags, stack, tokenize=tokenize)
+            native = workers[NATIVE].hello
             if not result:
-                result = {**about(flags, ours), "steps": {}}
+                result = {**about(flags, native), "steps": {}}
                 print(f"{result['device']}; {_join(result['versions'])}")
                 print(f"{' '.join([flags.config, *flags.set])}, batch {flags.batch}")
                 print(f"{result['clock']} a step, medians of {flags.pairs}; {result['dtype']}")
                 print(f"memory: {result['memory']}")
-            name = "with tokenizer" if naming else "student"
+            name = "with tokenizer" if tokenize else "student"
             result["steps"][name] = measure(workers, pairs=flags.pairs, batch=flags.batch)
         show(name, result["steps"][name])
     save(result, flags.json)
 
 
-def about(flags: argparse.Namespace, ours: dict[str, Any]) -> dict[str, Any]:
+def about(flags: argparse.Namespace, native: dict[str, Any]) -> dict[str, Any]:
     """What was measured, on what and how."""
-    on_cpu, version = ours["on_cpu"], importlib.metadata.version
+    on_cpu, version = native["on_cpu"], importlib.metadata.version
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": ours["device"],
+        "device": native["device"],
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("jax", "torch", "transformers")},
@@ -140,7 +142,10 @@ def about(flags: argparse.Namespace, ours: dict[str, Any]) -> dict[str, Any]:
         "pairs": flags.pairs,
         "dtype": "float32" if on_cpu else "bfloat16",
         "clock": "processor seconds, one core" if on_cpu else "seconds",
-        "freed_memory_kept": {"ours": ours["kept"], "PyTorch's": ours["kept"] and flags.keep_freed},
+        "freed_memory_kept": {
+            "ours": native["kept"],
+            "PyTorch's": native["kept"] and flags.keep_freed,
+        },
         "memory": "ours: the compiled step's arguments and temporaries; PyTorch's is not measured"
         if on_cpu
         else "ours: the device's peak since the start; PyTorch's: its allocator's peak in a step",
@@ -154,8 +159,10 @@ def _join(versions: dict[str, str]) -> str:
 class Worker(Answering):
     """A side in a process of its own, ready to step; ends the bench where it can't be had."""
 
-    def __init__(self, side: str, *, naming: bool):
-        command = [sys.executable, *sys.argv, f"--side={side}", *(["--naming"] if naming else [])]
+    def __init__(self, side: str, *, tokenize: bool):
+        command = [sys.executable, *sys.argv, f"--side={side}"]
+        if tokenize:
+            command.append("--tokenize")
         self._side = side
         super().__init__(command)
 
@@ -171,9 +178,9 @@ class Worker(Answering):
 
 
 def open_workers(
-    flags: argparse.Namespace, stack: contextlib.ExitStack, *, naming: bool
+    flags: argparse.Namespace, stack: contextlib.ExitStack, *, tokenize: bool
 ) -> dict[str, Worker]:
-    """All sides, ours first, each warm; the stack closes them.
+    """All sides after their warm-up, the native one first; the stack closes them.
 
     Raises:
       SystemExit: the losses of the same weights on the same batch differ.
@@ -181,19 +188,19 @@ def open_workers(
     workers: dict[str, Worker] = {}
 
     def add(name: str) -> Worker:
-        workers[name] = stack.enter_context(Worker(name, naming=naming))
+        workers[name] = stack.enter_context(Worker(name, tokenize=tokenize))
         return workers[name]
 
-    ours = add(OURS).hello
-    if ours["missing"]:
-        print(f"no PyTorch beside the step with tokenizer: {ours['missing']}")
+    native = add(NATIVE).hello
+    if native["missing"]:
+        print(f"no PyTorch beside the step with tokenizer: {native['missing']}")
         return workers
-    best = flags.compile if flags.compile is not None else not ours["on_cpu"]
+    best = flags.compile if flags.compile is not None else not native["on_cpu"]
     for name in PEERS if best else PEERS[:-1]:
         add(name)
     losses = {name: worker.hello["loss"] for name, worker in workers.items()}
-    tolerance = 1e-4 if ours["on_cpu"] else 5e-2
-    if max(abs(loss / losses[OURS] - 1) for loss in losses.values()) > tolerance:
+    tolerance = 1e-4 if native["on_cpu"] else 5e-2
+    if max(abs(loss / losses[NATIVE] - 1) for loss in losses.values()) > tolerance:
         sys.exit(f"not the same model: losses {losses}")
     return workers
 
@@ -215,7 +222,7 @@ def serve(flags: argparse.Namespace) -> None:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
-        if flags.side == OURS or flags.keep_freed:
+        if flags.side == NATIVE or flags.keep_freed:
             kept = memory.keep_freed()  # as main.py does; before JAX
     else:
         torch.backends.cudnn.benchmark = True  # official: run_beit_pretraining.py
@@ -231,13 +238,13 @@ def serve(flags: argparse.Namespace) -> None:
         )
     clock = time.process_time if on_cpu else time.perf_counter
     problem = open_problem(flags)
-    side = open_side(problem, flags.side, naming=flags.naming)
+    side = open_side(problem, flags.side, tokenize=flags.tokenize)
     hello = {
         "device": processor_name() if on_cpu else jax.devices()[0].device_kind,
         "on_cpu": on_cpu,
         "kept": kept,
-        "missing": no_tokenizer(problem) if flags.naming else "",
-        "flops": problem.flops[flags.naming],
+        "missing": no_tokenizer(problem) if flags.tokenize else "",
+        "flops": problem.flops[flags.tokenize],
         "peak_flops": peak_flops(),
         "loss": side.loss,
         "peak_memory": side.peak_memory,
@@ -303,14 +310,14 @@ def open_problem(flags: argparse.Namespace) -> Problem:
     )
 
 
-def open_side(problem: Problem, name: str, *, naming: bool) -> Side:
-    """A side, warm; `naming`: with the tokenizer."""
+def open_side(problem: Problem, name: str, *, tokenize: bool) -> Side:
+    """A side, warm; `tokenize`: with the tokenizer."""
     from beit_jax.config import to_dict
     from beit_jax.weights.convert import export_checkpoint
     from beit_jax.weights.native import write_params
 
-    if name == OURS:
-        return our_side(problem, naming=naming)
+    if name == NATIVE:
+        return our_side(problem, tokenize=tokenize)
     with tempfile.TemporaryDirectory() as folder:
         write_params(f"{folder}/ours", problem.params, config=to_dict(problem.config))
         export_checkpoint(f"{folder}/ours", format="hugging_face", output=f"{folder}/theirs")
@@ -318,7 +325,7 @@ def open_side(problem: Problem, name: str, *, naming: bool) -> Side:
             problem,
             f"{folder}/theirs",
             best=name == BEST,
-            naming=naming,
+            tokenize=tokenize,
             attention={EAGER: "eager", BEST: "sdpa"}.get(name, ""),
         )
 
@@ -336,7 +343,7 @@ def no_tokenizer(problem: Problem) -> str:
     return ""
 
 
-def our_side(problem: Problem, *, naming: bool) -> Side:
+def our_side(problem: Problem, *, tokenize: bool) -> Side:
     """Ours, compiled and warm."""
     import jax
     import jax.numpy as jnp
@@ -346,7 +353,7 @@ def our_side(problem: Problem, *, naming: bool) -> Side:
     from beit_jax.training import optim, state
 
     config, task, batch = problem.config, problem.task, problem.views
-    if not naming:
+    if not tokenize:
         task = dataclasses.replace(task, prepare=lambda frozen, given, key: given, frozen={})
         batch = problem.given
     optimizer = optim.adamw(config.optimizer)
@@ -397,20 +404,20 @@ def our_side(problem: Problem, *, naming: bool) -> Side:
         "program_memory_bytes": program,  # arguments and temporaries
         "scored": "masked patches",
     }
-    if naming:
+    if tokenize:
         facts["tokenizer"] = str(compute_dtype(config.tokenizer))
     return Side(step=step, loss=loss, peak_memory=peak, facts=facts)
 
 
 def their_side(
-    problem: Problem, folder: str, *, best: bool, naming: bool, attention: str = ""
+    problem: Problem, folder: str, *, best: bool, tokenize: bool, attention: str = ""
 ) -> Side:
     """PyTorch's, warm.
 
     Args:
       folder: the same weights as `transformers` has them.
       best: compiled, with fused kernels; else as it comes.
-      naming: with the tokenizer.
+      tokenize: whether the tokenizer is part of the step.
       attention: transformers' `attn_implementation`; "": its own choice.
     """
     import numpy as np
@@ -426,9 +433,9 @@ def their_side(
 
     given = {name: torch.from_numpy(np.array(leaf)) for name, leaf in problem.given.items()}
     pixels = given["image"].permute(0, 3, 1, 2).contiguous().to(device)
-    hidden, places = given["mask"].to(device), given["positions"].long().to(device)
+    hidden, positions = given["mask"].to(device), given["positions"].long().to(device)
     labels = given["labels"].long().to(device)
-    if naming:
+    if tokenize:
         from dall_e.utils import map_pixels
 
         encoder = their_tokenizer(problem).to(device)
@@ -448,13 +455,13 @@ def their_side(
 
     @torch.no_grad()
     def name_tokens() -> torch.Tensor:
-        return torch.take_along_dim(encoder(seen).argmax(1).flatten(1), places, dim=1)
+        return torch.take_along_dim(encoder(seen).argmax(1).flatten(1), positions, dim=1)
 
     def loss_of(labels: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
             if best:  # shapes that the compiler knows, as the official model scores them
                 features = peer.beit(pixels, bool_masked_pos=hidden).last_hidden_state[:, 1:]
-                features = torch.take_along_dim(features, places[..., None], dim=1)
+                features = torch.take_along_dim(features, positions[..., None], dim=1)
                 logits = peer.lm_head(peer.layernorm(features)).flatten(0, 1)
             else:
                 # In the order of the mask, row by row: that of the sorted positions. All patches
@@ -464,7 +471,7 @@ def their_side(
 
     peer.eval()
     with torch.no_grad():
-        loss = float(loss_of(name_tokens() if naming else labels))
+        loss = float(loss_of(name_tokens() if tokenize else labels))
     peer.train()
     if best:
         loss_of = torch.compile(loss_of)
@@ -472,7 +479,7 @@ def their_side(
 
     def step() -> None:
         adamw.zero_grad(set_to_none=True)
-        loss_of(name_tokens() if naming else labels).backward()
+        loss_of(name_tokens() if tokenize else labels).backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), config.optimizer.clip_norm or 1e9)
         adamw.step()
         if on_gpu:
@@ -493,7 +500,7 @@ def their_side(
         "optimizer": "AdamW, fused" if best else "AdamW",
         "scored": "masked patches" if best else "all patches",
     }
-    if naming:
+    if tokenize:
         # The package's own choice; the last convolution is always float32.
         facts["tokenizer"] = "float16" if on_gpu else "float32"
     return Side(step=step, loss=loss, peak_memory=peak, facts=facts)
@@ -511,8 +518,8 @@ def their_tokenizer(problem: Problem) -> Any:
 
     settings = problem.config.tokenizer
     encoder = dall_e.Encoder(n_hid=settings.width, vocab_size=settings.vocabulary)
-    ours = flatten(jax.device_get(problem.task.frozen["encoder"]))
-    state = keys.to_foreign(ours, dalle.TABLE)
+    native = flatten(jax.device_get(problem.task.frozen["encoder"]))
+    state = keys.to_foreign(native, dalle.TABLE)
     encoder.load_state_dict({name: torch.from_numpy(np.array(w)) for name, w in state.items()})
     return encoder
 
@@ -523,10 +530,10 @@ def measure(workers: dict[str, Worker], *, pairs: int, batch: int) -> dict[str, 
     for _ in range(pairs):
         for name, worker in workers.items():
             times[name].append(worker.step())
-    flops, peak, rows = workers[OURS].hello["flops"], workers[OURS].hello["peak_flops"], {}
+    flops, peak, rows = workers[NATIVE].hello["flops"], workers[NATIVE].hello["peak_flops"], {}
     for name, worker in workers.items():
         seconds = statistics.median(times[name])
-        ratios = [b / a for a, b in zip(times[OURS], times[name], strict=True)]
+        ratios = [b / a for a, b in zip(times[NATIVE], times[name], strict=True)]
         rows[name] = {
             **worker.hello["facts"],
             "loss": worker.hello["loss"],
@@ -536,7 +543,7 @@ def measure(workers: dict[str, Worker], *, pairs: int, batch: int) -> dict[str, 
             "peak_memory_bytes": worker.hello["peak_memory"],
             "each": times[name],
         }
-        if name != OURS:
+        if name != NATIVE:
             rows[name] |= {"ratio": statistics.median(ratios), "ratios": ratios}
     return {"flops_per_image": flops, "sides": rows}
 
@@ -545,21 +552,26 @@ def show(name: str, measured: dict[str, Any]) -> None:
     """Prints a table of one kind of step."""
     print(f"\n{name}: {measured['flops_per_image'] / 1e9:.4g} GFLOP an image")
     titles = ("attention", "seconds", "images/s", "MFU", "GB", "loss", "theirs / ours")
-    print(f"  {'':20}" + "".join(f"{title:>10}" for title in titles[:-1]) + f"   {titles[-1]}")
+    rows = [("", *titles)]
     for side, row in measured["sides"].items():
         mfu, memory = row["mfu"], row["peak_memory_bytes"]
-        cells = [
-            row["attention"],
-            f"{row['seconds']:.4g}",
-            f"{row['images_per_second']:.4g}",
-            "-" if mfu is None else f"{mfu:.1%}",
-            "-" if memory is None else f"{memory / 1e9:.3g}",
-            f"{row['loss']:.4f}",
-        ]
-        line = f"  {side:20}" + "".join(f"{cell:>10}" for cell in cells)
+        ratio = ""
         if "ratio" in row:
-            line += f"   {row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
-        print(line)
+            ratio = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+        rows.append(
+            (
+                f"  {side}",
+                row["attention"],
+                f"{row['seconds']:.4g}",
+                f"{row['images_per_second']:.4g}",
+                "-" if mfu is None else f"{mfu:.1%}",
+                "-" if memory is None else f"{memory / 1e9:.3g}",
+                f"{row['loss']:.4f}",
+                ratio,
+            )
+        )
+    gaps = [""] * (len(titles) - 1) + ["   "]
+    print(text_table(rows, align="lrrrrrrl", gaps=gaps, widths=(22, *[10] * (len(titles) - 1))))
 
 
 if __name__ == "__main__":

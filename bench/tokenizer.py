@@ -21,7 +21,10 @@ from typing import Any
 
 from machine import processor_name, save  # beside this file
 
+from beit_jax.text_table import text_table
+
 VARIANTS = ("bfloat16", "bfloat16 throughout")
+MARGINS = ("margin_median", "margin_max")
 SLOTS = 75 / 196  # the share of positions that BEiT scores
 
 
@@ -126,7 +129,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     margins: dict[str, list[float]] = {name: [] for name in VARIANTS}
     gaps, spread, positions, codes = [], [], 0, set()
     for images in batches:
-        logits, *others = (np.asarray(each) for each in compare(params, images))
+        logits, *others = (np.asarray(array) for array in compare(params, images))
         best_two = np.partition(logits, -2, axis=-1)[..., -2:]
         gaps.append((best_two[..., 1] - best_two[..., 0]).ravel())
         spread.append(logits.std(axis=-1).ravel())
@@ -154,7 +157,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
             "vocabulary": config.vocabulary,
             "image_size": config.image_size,
         },
-        "photographs": sum(len(each) for each in batches),
+        "photographs": sum(len(batch) for batch in batches),
         "positions": positions,
         "codes_used": len(codes),
         "best_minus_second_median": float(np.median(gap)),
@@ -230,7 +233,7 @@ def times(flags: argparse.Namespace, config: Any, params: Any, images: Any) -> d
     return {
         "clock": "processor seconds" if clock is time.process_time else "seconds",
         "scored": {"positions": k, "of": count, "same_ids": equal},
-        "seconds_per_batch": {name: statistics.median(each) for name, each in seconds.items()},
+        "seconds_per_batch": {name: statistics.median(times) for name, times in seconds.items()},
         "all_over_some": statistics.median(ratios),
         "ratios": ratios,
     }
@@ -248,12 +251,12 @@ def show(result: dict[str, Any]) -> None:
         f" {result['best_minus_second_median']:.4g} (median), standard deviation"
         f" {result['logits_standard_deviation']:.4g}"
     )
-    print("against float32        same ids   margin of the others: median      largest")
-    for name, row in result["against_float32"].items():
-        print(
-            f"  {name:<20} {row['agreement']:>9.2%}   {row['margin_median']:>28.4g}"
-            f" {row['margin_max']:>12.4g}"
-        )
+    rows = [
+        (f"  {name}", f"{row['agreement']:.2%}", *(f"{row[key]:.4g}" for key in MARGINS))
+        for name, row in result["against_float32"].items()
+    ]
+    titles = ("against float32", "same ids", "margin of the others: median", "largest")
+    print(text_table([titles, *rows], align="lrrr"))
     for name, error in result["stages"].items():
         print(f"  bfloat16's relative error after {name:<18} {error:.4f}")
     scored, seconds = result["scored"], result["seconds_per_batch"]

@@ -1,4 +1,4 @@
-"""What libtpu's cost model says of our step on TPUs, with no TPU: parts, kernels, ratios to peak.
+"""libtpu's cost model of the training step, without a TPU: parts, kernels, ratios to peak.
 
     python bench/tpu_model.py block [--chips=v4,v5e,v5p,v6e] [--sizes=base,large] [--batch=64]
     python bench/tpu_model.py kernels [--chips=...]
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images a chip")
     parser.add_argument("--residual", default="", help="dtype of the residual stream")
     parser.add_argument("--ours_only", action="store_true", help="without the deit3-jax-like block")
-    parser.add_argument("--instructions", type=int, default=0, help="of each, the costliest")
+    parser.add_argument("--instructions", type=int, default=0, help="costliest ones to list")
     parser.add_argument("--json", default="")
     flags = parser.parse_args()
     rows = []
@@ -117,15 +117,15 @@ def compile_on(chip: str, function: Any, *shapes: Any) -> tuple[Any, str]:
     return compiled, text
 
 
-def kernel_bounds(chip: str, each: fused_attention.Cost) -> dict[str, float]:
+def kernel_bounds(chip: str, cost: fused_attention.Cost) -> dict[str, float]:
     """Seconds a kernel takes at least: matrix unit, vector unit, memory."""
     description = place_of(chip).chip
     cores = 2 if description.config_name else 1
     vector = VECTOR_SLOTS[chip] * LANES * SUBLANES * description.clock * cores
     return {
-        "matrix": each.flops / description.peak,
-        "vector": each.vector / vector,
-        "memory": each.bytes / description.hbm_bandwidth,
+        "matrix": cost.flops / description.peak,
+        "vector": cost.vector / vector,
+        "memory": cost.bytes / description.hbm_bandwidth,
     }
 
 
@@ -143,15 +143,15 @@ def kernel_seconds(chip: str, *, batch: int, tokens: int, heads: int) -> dict[st
 
 
 def kernel_calls(program: hlo.Program) -> dict[str, float]:
-    """How often each of our kernels is called; leaves where a kernel has no cost."""
+    """How often the kernels are called; exits where a kernel has no cost."""
     calls = dict.fromkeys(KERNELS, 0.0)
-    for each in program.uncosted:
-        if not each.kernel:
+    for work in program.uncosted:
+        if not work.kernel:
             continue
-        name = next((name for name in KERNELS if name in each.name), "")
-        if not each.declared or not name:
-            sys.exit(f"the kernel {each.name} has no cost: what it takes would look free")
-        calls[name] += each.runs
+        name = next((name for name in KERNELS if name in work.name), "")
+        if not work.declared or not name:
+            sys.exit(f"the kernel {work.name} has no cost: what it takes would look free")
+        calls[name] += work.runs
     return calls
 
 
@@ -176,8 +176,8 @@ def block_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[st
     blocks = encoder_flops(config) - patch_embedding_flops(config)
     useful = 3 * flags.batch * blocks / config.layers
     rows = []
-    for name, make in (("ours", our_blocks), ("deit3-jax-like", deit3_blocks)):
-        if name != "ours" and flags.ours_only:
+    for name, make in (("native", our_blocks), ("deit3-jax-like", deit3_blocks)):
+        if name != "native" and flags.ours_only:
             continue
         seconds, memory, flops, texts = [], [], [], []
         for layers in (1, 2):
@@ -197,7 +197,7 @@ def block_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[st
                 "size": size,
                 "block": name,
                 "images": flags.batch,
-                "residual": config.residual_dtype if name == "ours" else "float32",
+                "residual": config.residual_dtype if name == "native" else "float32",
                 "milliseconds": 1e3 * (compiler + kernels),
                 "of which kernels": 1e3 * kernels,
                 "MFU": useful / (compiler + kernels) / place_of(chip).chip.peak,
@@ -211,7 +211,7 @@ def block_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[st
 
 def _program_flops(compiled: Any, program: hlo.Program, config: Any, *, batch: int) -> float:
     """XLA's count, with a kernel's products at what they are worth and not with their padding."""
-    declared = sum(each.flops for each in program.uncosted if each.kernel)
+    declared = sum(work.flops for work in program.uncosted if work.kernel)
     forward, backward = kernel_calls(program).values()
     worth = 4 * batch * (config.tokens + 1) ** 2 * config.width * (forward + 2 * backward)
     return compiled.cost_analysis()["flops"] - declared + worth
@@ -227,8 +227,8 @@ def _print_instructions(text: str, count: int) -> None:
             found.append(
                 (int(cycles.group(1)), line.strip()[:100], source and source.group(1)[-60:])
             )
-    for each in sorted(found, key=lambda one: -one[0])[:count]:
-        print(*each)
+    for line in sorted(found, key=lambda line: -line[0])[:count]:
+        print(*line)
 
 
 def our_blocks(config: Any, *, layers: int, batch: int) -> tuple[Any, tuple]:
@@ -304,7 +304,7 @@ def _with_gradients(forward: Any) -> Any:
 
 
 def kernels_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """Bounds and schedule of each kernel."""
+    """Bounds and schedule of every kernel."""
     config = recipe(size).model
     sizes = {"batch": flags.batch, "tokens": config.tokens + 1, "heads": config.heads}
     cut = fused_attention.choose_layout(**sizes)
@@ -405,13 +405,13 @@ def tokenizer_table(chip: str, size: str, flags: argparse.Namespace) -> list[dic
 
 def step_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
     """The whole train step at `--batch` images a chip: shallow programs, continued."""
-    config, place = recipe(size), place_of(chip)
-    run = dataclasses.replace(config.run, batch_size=flags.batch * place.chips)
+    config, tpu_slice = recipe(size), place_of(chip)
+    run = dataclasses.replace(config.run, batch_size=flags.batch * tpu_slice.chips)
     model = config.model
     if flags.residual:
         model = dataclasses.replace(model, residual_dtype=flags.residual)
     config = dataclasses.replace(config, run=run, model=model)
-    compiled = ahead_of_time.compile_shallow(config, place)
+    compiled = ahead_of_time.compile_shallow(config, tpu_slice)
     if compiled.program is None:
         return [
             {
@@ -428,7 +428,7 @@ def step_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[str
     parts = program_seconds(chip, compiled.program, **sizes)
     time_of = estimate.step_time(
         compiled.program,
-        place,
+        tpu_slice,
         flops_per_chip=flags.batch * task.flops_per_image,
         hbm_bytes=None,
     )
@@ -444,7 +444,7 @@ def step_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[str
             "of which kernels": 1e3 * parts["kernels"],
             "of which collectives, shown": 1e3 * shown,
             "images/s a chip": flags.batch / seconds,
-            "MFU": flags.batch * task.flops_per_image / seconds / place.chip.peak,
+            "MFU": flags.batch * task.flops_per_image / seconds / tpu_slice.chip.peak,
             "GiB": compiled.needed / 2**30,
         }
     ]
