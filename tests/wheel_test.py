@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from beit_jax.weights import convert
 from tests.weights import examples
@@ -85,6 +86,9 @@ def sources(tmp_path_factory) -> pathlib.Path:
     with torch.no_grad():
         output = model.beit(pixels, output_hidden_states=True)
         normed = model.layernorm(output.last_hidden_state)
+    (folder / "images").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / "images" / f"{i}.png")
     np.savez(folder / "theirs.npz", normed=normed, second=output.hidden_states[2])
     return folder
 
@@ -134,6 +138,16 @@ def test_commands_in_an_environment_without_training(environment, sources, tmp_p
     )
     assert refused.returncode == 2
     assert "pip install 'beit-jax[train]'" in refused.stderr
+
+
+def test_features_of_a_folder_in_an_environment_without_training(environment, sources, tmp_path):
+    command = [environment / "bin/beit-jax", "features", sources / "images"]
+    settings = (f"--weights={sources / 'hf'}", "--output=features.npz", "--resize=squash")
+    run(*command, *settings, cwd=tmp_path)  # images of the size asked for stay as they are
+    ours = np.load(tmp_path / "features.npz")
+    theirs = np.load(sources / "theirs.npz")["normed"][:, 0]
+    assert ours["names"].tolist() == ["0.png", "1.png"]
+    assert np.abs(ours["features"] - theirs).max() / np.abs(theirs).max() < TOLERANCE
 
 
 def test_the_wheel_says_that_it_is_typed_and_holds_the_package_alone(wheel, tmp_path):
