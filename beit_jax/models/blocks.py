@@ -138,7 +138,8 @@ def project(
       `[..., f]`.
     """
     kernel, bias = linear.kernel[...], bias_of(linear)
-    in_weights = math.prod(x.shape[:-1]) >= kernel.shape[0]
+    # Not compared without a scale: jax.export's symbolic batch sizes compare with no number.
+    in_weights = scale is None or math.prod(x.shape[:-1]) >= kernel.shape[0]
     if scale is not None and in_weights:
         kernel, bias = kernel * scale, bias * scale
     y = matmul(x.astype(dtype), kernel.astype(dtype)) + bias.astype(dtype)

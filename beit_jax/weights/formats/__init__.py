@@ -7,11 +7,11 @@ A file is asked for in the order of the rows, so a format whose keys are a speci
 stands before it.
 """
 
-from beit_jax.weights.formats import hugging_face, timm, unilm
+from beit_jax.weights.formats import hugging_face, stablehlo, timm, unilm
 from beit_jax.weights.formats.format import Export, Format, Opened, Reader, Written
 
 FORMATS: dict[str, Format] = {
-    row.name: row for row in (hugging_face.FORMAT, timm.FORMAT, unilm.FORMAT)
+    row.name: row for row in (hugging_face.FORMAT, timm.FORMAT, unilm.FORMAT, stablehlo.FORMAT)
 }
 
 __all__ = ["FORMATS", "Export", "Format", "Opened", "Reader", "Written"]
