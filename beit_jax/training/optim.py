@@ -3,14 +3,14 @@
 Paper tables 12 and 13; official optim_factory.py and utils.py.
 
 The transformation returned by `adamw` leaves out the learning rate: the train step multiplies by
-it, so that it follows the step counter even where a non-finite update is skipped (as the official
-script's does when the loss scaler skips one).
+it, so that the rate follows the step counter even where a non-finite update is skipped (as in the
+official script when the loss scaler skips one).
 """
 
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,18 @@ import numpy as np
 import optax
 
 from beit_jax.config import OptimizerConfig
+from beit_jax.types import Params, PyTree
 
-# First match wins. A path has its names joined by "/". Everything 1-D is free of decay in the
-# official code (optim_factory.py:65); here stacked blocks give those an extra axis, so that names
-# decide. Easy to miss: mask_token and the relative-position tables ARE decayed.
-DECAY_RULES: tuple[tuple[str, bool], ...] = (
+T = TypeVar("T")
+# Patterns of parameter paths and what they say of a parameter; the first match wins.
+Rules: TypeAlias = tuple[tuple[str, T], ...]
+# A path as `jax.tree_util` gives it.
+KeyPath: TypeAlias = tuple[Any, ...]
+
+# First match wins. A path has its names joined by "/". The official code exempts
+# everything 1-D from decay (optim_factory.py:65); stacked blocks add an axis, so names decide here.
+# Easy to miss: mask_token and the relative-position tables are decayed.
+DECAY_RULES: Rules[bool] = (
     (r"probe/(kernel|bias)$", True),  # one optimizer group in run_linear_eval.py: bias too
     (r"(bias|scale)$", False),
     (r"gamma_[12]$", False),
@@ -33,10 +40,10 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"codebook$", True),
 )
 
-# How far from the head a parameter counts as being (optim_factory.py:33-55). Easy to miss: a
+# Which depth a parameter counts as (optim_factory.py:33-55). Easy to miss: a
 # relative-position table that all blocks share goes with the head.
 EMBEDDINGS, BLOCKS, HEAD = "embeddings", "blocks", "head"
-LAYER_RULES: tuple[tuple[str, str], ...] = (
+LAYER_RULES: Rules[str] = (
     (r"encoder/(cls_token|mask_token|pos_embed)$", EMBEDDINGS),
     (r"encoder/patch_embed/(kernel|bias)$", EMBEDDINGS),
     (r"encoder/blocks/", BLOCKS),
@@ -46,7 +53,7 @@ LAYER_RULES: tuple[tuple[str, str], ...] = (
 )
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: KeyPath) -> str:
     """A key path from `jax.tree_util` as names joined by "/"."""
     return "/".join(
         str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
@@ -54,7 +61,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     )
 
 
-def by_rules(tree: Any, rules: tuple[tuple[str, Any], ...], *, what: str) -> Any:
+def by_rules(tree: PyTree, rules: Rules[T], *, what: str) -> PyTree:
     """Gives every leaf the value of the first rule whose pattern is found in its path.
 
     Raises:
@@ -62,7 +69,7 @@ def by_rules(tree: Any, rules: tuple[tuple[str, Any], ...], *, what: str) -> Any
     """
     missing = []
 
-    def value(path, _):
+    def value(path: KeyPath, _: Any) -> T | None:
         name = path_name(path)
         for pattern, result in rules:
             if re.search(rf"(^|/){pattern}", name):
@@ -76,8 +83,8 @@ def by_rules(tree: Any, rules: tuple[tuple[str, Any], ...], *, what: str) -> Any
     return result
 
 
-def decay_mask(params: Any, *, relative_positions: bool = True) -> Any:
-    """Booleans in the shape of `params`: whether weight decay applies to each.
+def decay_mask(params: Params, *, relative_positions: bool = True) -> PyTree:
+    """Booleans in the structure of `params`: whether weight decay applies.
 
     Args:
       params: nested dict of arrays or shapes.
@@ -88,15 +95,15 @@ def decay_mask(params: Any, *, relative_positions: bool = True) -> Any:
     return by_rules(params, tables + DECAY_RULES, what="weight-decay")
 
 
-def layer_multipliers(params: Any, *, decay: float, layers: int) -> Any:
-    """What the learning rate of each parameter is multiplied by (layer-wise decay).
+def layer_multipliers(params: Params, *, decay: float, layers: int) -> PyTree:
+    """Factors of the learning rate for each parameter (layer-wise decay).
 
     With L layers: 1 for head, final norms and a shared relative-position table, decay^(L - i) for
     block i counted from 0, decay^(L + 1) for the embeddings.
 
     Args:
-      params: nested dict of arrays or shapes, the encoder's under "encoder".
-      decay: rate of a layer over that of the layer behind it.
+      params: nested dict of arrays or shapes, with the encoder's under "encoder".
+      decay: a layer's rate divided by that of the next layer.
       layers: L, the blocks on the leading axis of everything under `encoder/blocks`.
 
     Returns:
@@ -108,28 +115,28 @@ def layer_multipliers(params: Any, *, decay: float, layers: int) -> Any:
     """
     wrong = []
 
-    def multiplier(path: tuple[Any, ...], leaf: Any, place: str) -> np.ndarray:
-        if place != BLOCKS:
-            return np.asarray(decay ** (layers + 1) if place == EMBEDDINGS else 1.0, np.float32)
+    def multiplier(path: KeyPath, leaf: Any, depth: str) -> np.ndarray:
+        if depth != BLOCKS:
+            return np.asarray(decay ** (layers + 1) if depth == EMBEDDINGS else 1.0, np.float32)
         if leaf.shape[:1] != (layers,):
             wrong.append(f"{path_name(path)} {leaf.shape}")
         powers = decay ** np.arange(layers, 0, -1, dtype=np.float64)
         return powers.astype(np.float32).reshape(layers, *[1] * (len(leaf.shape) - 1))
 
-    places = by_rules(params, LAYER_RULES, what="layer-decay")
-    multipliers = jax.tree_util.tree_map_with_path(multiplier, params, places)
+    depths = by_rules(params, LAYER_RULES, what="layer-decay")
+    multipliers = jax.tree_util.tree_map_with_path(multiplier, params, depths)
     if wrong:
         raise ValueError(f"not {layers} blocks on the leading axis of: {', '.join(wrong)}")
     return multipliers
 
 
-def _count_layers(params: Any) -> int:
-    """Blocks on the leading axis of what is stacked; 0 where nothing is."""
-    places = by_rules(params, LAYER_RULES, what="layer-decay")
+def _count_layers(params: Params) -> int:
+    """Blocks on the leading axis of stacked parameters; 0 where none are stacked."""
+    depths = by_rules(params, LAYER_RULES, what="layer-decay")
     sizes = [
         leaf.shape[0]
-        for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True)
-        if place == BLOCKS
+        for leaf, depth in zip(jax.tree.leaves(params), jax.tree.leaves(depths), strict=True)
+        if depth == BLOCKS
     ]
     return max(sizes, default=0)
 
@@ -137,15 +144,18 @@ def _count_layers(params: Any) -> int:
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:
     """Multiplies each update by its parameter's layer multiplier."""
 
-    def scale(tree: Any) -> Any:
+    def scale(tree: Params) -> Params:
         multipliers = layer_multipliers(tree, decay=decay, layers=_count_layers(tree))
         return jax.tree.map(lambda leaf, multiplier: leaf * multiplier, tree, multipliers)
 
-    def init(params: Any) -> optax.EmptyState:
-        layer_multipliers(params, decay=decay, layers=_count_layers(params))  # complains early
+    def init(params: Params) -> optax.EmptyState:
+        # An unknown parameter is an error here, not only at the first update.
+        layer_multipliers(params, decay=decay, layers=_count_layers(params))
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Params, state: optax.EmptyState, params: Params | None = None
+    ) -> tuple[Params, optax.EmptyState]:
         del params
         return scale(updates), state
 
@@ -181,8 +191,8 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
 
     With `layer_decay` under 1 both are scaled layer by layer: AdamW decays by a group's rate.
 
-    `update` takes one argument more than optax', `finite`: where it is false the state stays as it
-    is, and the directions mean nothing.
+    `update` takes one argument more than optax's, `finite`: where it is false the state is kept and
+    the returned directions are meaningless.
     """
     decayed = functools.partial(decay_mask, relative_positions=config.decay_relative_positions)
     steps = [
@@ -197,12 +207,18 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
 def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam`, which keeps its state where an update is not finite.
 
-    Old or new is chosen in the expression that makes the new moment: no pass over memory more.
+    The choice between old and new moment is part of the expression that computes the new one,
+    without an extra pass over memory.
     """
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, finite: Any = True, **extra: Any
-    ) -> tuple[Any, Any]:
+        updates: Params,
+        state: optax.ScaleByAdamState,
+        params: Params | None = None,
+        *,
+        finite: jax.Array | bool = True,
+        **extra: Any,
+    ) -> tuple[Params, optax.ScaleByAdamState]:
         del params, extra
         count = optax.safe_increment(state.count)
 
@@ -224,10 +240,10 @@ def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransfo
 
 
 def clip_factor(norm: jax.Array, *, limit: float | None) -> jax.Array | float:
-    """What gradients of this global norm are multiplied by (torch's clip_grad_norm_).
+    """The factor that clips gradients of this global norm (torch's clip_grad_norm_).
 
     Args:
       norm: of all gradients together.
-      limit: what it may be at most; None: anything.
+      limit: the largest norm allowed; None for no limit.
     """
     return 1.0 if limit is None else jnp.minimum(1.0, limit / (norm + 1e-6))

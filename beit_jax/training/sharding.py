@@ -3,14 +3,14 @@
 Two axes: `data` (batches are split, parameters copied) and `fsdp` (batches are split and
 parameters too). Of several TPU slices `data` is the axis between them, over the data-center
 network, and `fsdp` stays inside a slice: gradients cross the network once a step, parameters never.
-Rules go by parameter path, outside the models; the first match wins and a parameter without a rule
-is an error.
+Rules go by parameter path, outside the models; the first match wins, and a parameter without a rule
+is an error that names it.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -19,7 +19,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from beit_jax.config import ConfigError, check
 from beit_jax.text_table import text_table
-from beit_jax.training.optim import by_rules, path_name
+from beit_jax.training.optim import KeyPath, Rules, by_rules, path_name
+from beit_jax.types import Batch, HostBatch, PyTree
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 DATA, FSDP = "data", "fsdp"
 REPLICATED = PartitionSpec()
@@ -27,20 +30,38 @@ BATCH = PartitionSpec((DATA, FSDP))
 
 # Paths under `blocks` have the layer axis first. The big matrices are split along the axis that is
 # not contracted with the residual stream where there is a choice; vectors, tokens and tables are
-# too small to be worth a collective.
-SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"variables/", REPLICATED),  # of a train state: what no gradient trains is small
+# too small to be worth a collective. Every parameter is listed: a job of one's own brings rules for
+# what it adds (`Task.sharding_rules`), and what nobody thought of is an error, not replicated.
+_ENCODER: Rules[PartitionSpec] = (
     (r"blocks/attention/(query|key|value)/kernel$", PartitionSpec(None, None, FSDP)),
     (r"blocks/attention/proj/kernel$", PartitionSpec(None, FSDP, None)),
     (r"blocks/mlp/fc1/kernel$", PartitionSpec(None, None, FSDP)),
     (r"blocks/mlp/fc2/kernel$", PartitionSpec(None, FSDP, None)),
+    (r"blocks/(attention/(query|value|proj)|mlp/fc[12])/bias$", REPLICATED),
+    (r"blocks/(norm[12]/(scale|bias)|gamma_[12])$", REPLICATED),
+    (r"relative_position_bias/table$", REPLICATED),  # shared, or each block's
     (r"patch_embed/kernel$", PartitionSpec(None, None, None, FSDP)),
+    (r"patch_embed/bias$", REPLICATED),
+    (r"encoder/(cls_token|mask_token|pos_embed|norm/(scale|bias))$", REPLICATED),
+)
+_HEADS: Rules[PartitionSpec] = (
     (r"(lm_head|head)/kernel$", PartitionSpec(None, FSDP)),
-    (r"probe/kernel$", REPLICATED),
-    (r"(bias|scale|gamma_[12]|cls_token|mask_token|pos_embed|table)$", REPLICATED),
-    (r"(encoder|decoder)/.*kernel$", REPLICATED),  # of a dVAE: small
+    (r"(lm_head|head)/bias$", REPLICATED),
+    (r"fc_norm/(scale|bias)$", REPLICATED),
+    (r"probe/(kernel|bias)$", REPLICATED),
+)
+_TOKENIZERS: Rules[PartitionSpec] = (  # small
     (r"codebook$", REPLICATED),
-    (r"(step|count|skipped|skipped_in_row)$", REPLICATED),
+    (r"(encoder|decoder)/level_\d+/(resample|conv_\d)/(kernel|bias)$", REPLICATED),
+    (r"(encoder|decoder)/group_\d/block_\d/(conv_\d|identity)/(kernel|bias)$", REPLICATED),
+    (r"(encoder|decoder)/(input|output)/(kernel|bias)$", REPLICATED),
+)
+SHARDING_RULES: Rules[PartitionSpec] = (
+    (r"variables/", REPLICATED),  # of a train state: what no gradient trains is small
+    *_ENCODER,
+    *_HEADS,
+    *_TOKENIZERS,
+    (r"(step|count|skipped|skipped_in_row)$", REPLICATED),  # of a train state
 )
 
 
@@ -65,19 +86,19 @@ def make_mesh(*, fsdp: int, devices: list | None = None) -> Mesh:
     return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
-def on_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """`function`, traced with `mesh` at hand: kernels in it are called device by device."""
+def on_mesh(function: F, mesh: Mesh) -> F:
+    """`function`, traced with `mesh` as context, so that kernels in it are mapped over devices."""
 
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*args, **kwargs)
 
-    return traced
+    return cast(F, traced)
 
 
 def count_slices(devices: list) -> int:
-    """TPU slices that the devices belong to; 1 for everything that has no slices."""
+    """How many TPU slices the devices belong to; 1 for devices without slices."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
@@ -88,45 +109,50 @@ def arrange_slices(devices: list, *, fsdp: int) -> np.ndarray:
       ConfigError: `fsdp` does not divide a slice.
     """
     slices = count_slices(devices)
-    each = len(devices) // slices
+    in_slice = len(devices) // slices
     check(
-        each % fsdp == 0,
+        in_slice % fsdp == 0,
         "config.run.fsdp",
-        f"{fsdp} does not divide the {each} devices of each of {slices} slices",
+        f"{fsdp} does not divide the {in_slice} devices of each of {slices} slices",
     )
     return mesh_utils.create_hybrid_device_mesh(
-        (each // fsdp, fsdp),
+        (in_slice // fsdp, fsdp),
         (slices, 1),
         devices=devices,
         allow_split_physical_axes=fsdp > 1,  # as inside one slice
     )
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def shardings(
+    tree: PyTree, mesh: Mesh | AbstractMesh, *, rules: Rules[PartitionSpec] = ()
+) -> PyTree:
     """A `NamedSharding` for every array of a train state or a parameter tree.
 
     Args:
       tree: arrays or `ShapeDtypeStruct`s; paths end in parameter paths (an optimizer's moments
         have the path of their parameter behind their own).
       mesh: from `make_mesh`.
+      rules: come before `SHARDING_RULES`.
 
     Raises:
-      ValueError: a leaf without a rule.
+      ValueError: leaves without a rule; all are named.
       ConfigError: an axis that its mesh axis does not divide.
     """
-    specs = by_rules(tree, SHARDING_RULES, what="sharding")
+    specs = by_rules(tree, (*rules, *SHARDING_RULES), what="sharding")
     wrong = []
 
-    def place(path, leaf, spec):
+    def sharding(
+        path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct, spec: PartitionSpec
+    ) -> NamedSharding:
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 wrong.append(f"{path_name(path)} {leaf.shape}: {size} over {mesh.shape[axis]}")
         return NamedSharding(mesh, spec)
 
-    placed = jax.tree_util.tree_map_with_path(place, tree, specs)
+    result = jax.tree_util.tree_map_with_path(sharding, tree, specs)
     if wrong:
         raise ConfigError(f"config.run.fsdp: does not divide {'; '.join(wrong)}")
-    return placed
+    return result
 
 
 def check_batch(
@@ -146,7 +172,7 @@ def check_batch(
         )
 
 
-def table(shapes: Any) -> str:
+def table(shapes: PyTree) -> str:
     """One line for each parameter: its path, shape, split and bytes on a device.
 
     Args:
@@ -165,21 +191,21 @@ def table(shapes: Any) -> str:
     return text_table([header, *rows, ("all", "", "", f"{total:,}")], align="lllr")
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The same values of every process, whole on every device; that they agree isn't checked."""
-    place = NamedSharding(mesh, REPLICATED)
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Every process's values, whole on every device; that processes agree is not checked."""
+    everywhere = NamedSharding(mesh, REPLICATED)
     if jax.process_count() == 1:
-        return jax.device_put(tree, place)
+        return jax.device_put(tree, everywhere)
 
     # device_put would compare the values over all hosts, which takes hosts times their memory.
-    def put(leaf: Any) -> jax.Array:
+    def put(leaf: np.ndarray | jax.Array) -> jax.Array:
         values = np.asarray(leaf)
-        return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+        return jax.make_array_from_callback(values.shape, everywhere, lambda index: values[index])
 
     return jax.tree.map(put, tree)
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: PyTree) -> PyTree:
     """Whole numpy arrays on every host; all processes must call it together."""
 
     def fetch(leaf: Any) -> np.ndarray:
@@ -190,7 +216,7 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def to_devices(batch: HostBatch, mesh: Mesh) -> Batch:
     """This host's part of a batch → global arrays, split over all devices along the first axis."""
     sharding = NamedSharding(mesh, BATCH)
     return {

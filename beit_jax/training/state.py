@@ -7,7 +7,7 @@ from typing import TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from beit_jax.config import OptimizerConfig
 from beit_jax.training import optim, sharding
@@ -73,6 +73,7 @@ class Task:
         evaluation `(params, variables, frozen, batch) -> sums`. Micro-batches hand the variables on
         one after the other, and a skipped update leaves them as they were. A batch is global, so a
         plain mean over its first axis is already taken over all devices and hosts.
+      sharding_rules: for parameters that `sharding.SHARDING_RULES` does not know; they come first.
       best: the metric on held-out images, the larger the better, whose best checkpoint is kept;
         "" keeps none.
       frozen: parameters that are not trained (the tokenizer's), passed to prepare and evaluate.
@@ -88,6 +89,7 @@ class Task:
     flops_per_image: float
     best: str = ""
     init_variables: Callable[[jax.Array], Variables] | None = None
+    sharding_rules: optim.Rules[PartitionSpec] = ()
 
 
 def stateful_loss(task: Task) -> StatefulLoss:
@@ -167,9 +169,9 @@ def state_shapes(
         lambda key: init_state(task, optimizer, key, average=average), jax.random.key(0)
     )
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        sharding.shardings(shapes, mesh),
+        sharding.shardings(shapes, mesh, rules=task.sharding_rules),
     )
 
 

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from beit_jax import jobs
-from beit_jax.config import ConfigError
-from beit_jax.models.functional import flatten
-from beit_jax.models.heads import masked_image_model
+from beit_jax.config import ConfigError, ModelConfig, OptimizerConfig
+from beit_jax.models.functional import flatten, unflatten
+from beit_jax.models.heads import classifier, masked_image_model
 from beit_jax.tasks.pretrain import pretrain_task
+from beit_jax.tokenizers.kinds import KINDS
 from beit_jax.tokenizers.loading import load_params, open_tokenizer
 from beit_jax.training import optim, sharding
-from beit_jax.training.state import init_state, state_shapes, train_step
+from beit_jax.training.state import Task, init_state, state_shapes, train_step
 from configs import beit_base
 from tests.tasks import tiny
 
@@ -182,6 +184,65 @@ def test_an_axis_that_does_not_divide_is_named():
         sharding.shardings(shapes, mesh)
     with pytest.raises(ValueError, match="no sharding rule for these parameters: novelty"):
         sharding.shardings({"novelty": jax.ShapeDtypeStruct((2,), jnp.float32)}, mesh)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder/blocks/mlp/gate/kernel",
+        "encoder/blocks/attention/key/bias",  # BEiT's keys have none
+        "decoder/upsample/kernel",
+        "encoder/novelty/scale",
+        "neck/bias",
+    ],
+)
+def test_a_parameter_nobody_thought_of_is_an_error_that_names_it(name):
+    """Kernels too: none is replicated just for lying under an encoder or a decoder."""
+    mesh = sharding.make_mesh(fsdp=1)
+    shapes = unflatten({name: jax.ShapeDtypeStruct((8,), jnp.float32)})
+    with pytest.raises(ValueError, match=f"no sharding rule for these parameters: {name}$"):
+        sharding.shardings(shapes, mesh)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_of_a_tokenizer_has_a_rule(kind):
+    config = KINDS[kind].config(vocabulary=16, image_size=32, width=8)
+    shapes = jax.eval_shape(open_tokenizer(config).init, jax.random.key(0))
+    for placed in jax.tree.leaves(sharding.shardings(shapes, sharding.make_mesh(fsdp=8))):
+        assert placed.spec == sharding.REPLICATED
+
+
+@pytest.mark.parametrize("positions", ["relative_shared", "relative_per_block", "absolute"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_every_parameter_of_a_classifier_has_a_rule(positions, pooling):
+    config = ModelConfig(
+        layers=2, width=16, heads=2, mlp_width=32, image_size=32, positions=positions
+    )
+    shapes = classifier(config, classes=8, pooling=pooling).shapes()
+    placed = flatten(sharding.shardings(shapes, sharding.make_mesh(fsdp=8)))
+    assert placed["head/kernel"].spec == PartitionSpec(None, "fsdp")
+
+
+def test_a_job_brings_rules_for_its_own_parameters():
+    """They come first, and hold for the optimizer's moments of the parameter too."""
+    task = Task(
+        init=lambda key: {"neck": {"kernel": jnp.zeros((8, 4))}, "head": {"bias": jnp.zeros(8)}},
+        prepare=None,
+        loss=None,
+        evaluate=None,
+        metrics=None,
+        frozen={},
+        flops_per_image=0.0,
+    )
+    rules = ((r"neck/kernel$", PartitionSpec("fsdp")), (r"head/bias$", PartitionSpec("fsdp")))
+    optimizer = optim.adamw(OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
+    mesh = sharding.make_mesh(fsdp=8)
+    with pytest.raises(ValueError, match=r"no sharding rule .*: params/neck/kernel"):
+        state_shapes(task, optimizer, mesh)
+    shapes = state_shapes(dataclasses.replace(task, sharding_rules=rules), optimizer, mesh)
+    for tree in (shapes.params, shapes.opt_state[0].mu):
+        assert tree["neck"]["kernel"].sharding.spec == PartitionSpec("fsdp")
+        assert tree["head"]["bias"].sharding.spec == PartitionSpec("fsdp")
 
 
 def test_batches_that_do_not_divide_are_named():

@@ -74,6 +74,7 @@ def regression(module: type[nnx.Module] = Normalised) -> Task:
         metrics=lambda totals: {"loss": totals["loss"] / totals["weight"]},
         frozen={},
         flops_per_image=1.0,
+        sharding_rules=((r"norm/(scale|bias)$", sharding.REPLICATED),),
     )
 
 
