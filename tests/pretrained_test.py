@@ -259,6 +259,12 @@ def test_a_checkpoint_without_the_head_asked_for_is_refused(sources):
         beit_jax.load_encoder(sources["run"], dtype="float16")
 
 
+def test_what_is_no_checkpoint_is_refused_with_what_would_be_one(tmp_path):
+    for source in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ConfigError, match=r"is not a checkpoint: give a run's directory, "):
+            beit_jax.load_encoder(source)
+
+
 def test_normalisation_and_precision_are_the_callers_to_override(sources):
     encoder = beit_jax.load_encoder(
         sources["unilm"] if "unilm" in sources else sources["run"],
@@ -320,6 +326,8 @@ def test_what_holds_no_tokenizer_is_refused(sources):
         beit_jax.load_tokenizer(sources["timm"])
     with pytest.raises(ConfigError, match="names no tokenizer"):
         beit_jax.load_tokenizer(sources["classifier"])
+    with pytest.raises(ConfigError, match=r"missing.safetensors does not exist"):
+        beit_jax.load_tokenizer("missing.safetensors")
 
 
 def test_models_of_the_same_sizes_share_what_was_compiled(encoder, tmp_path):

@@ -102,7 +102,7 @@ def load_tokenizer(
     Raises:
       ConfigError: no tokenizer there, or an image size that is no multiple of its stride.
       TokenizerFileError: the file is damaged.
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file that a pre-training run's config names is gone.
     """
     config = _tokenizer_config(os.fspath(source))
     config = dataclasses.replace(config, dtype=dtype, image_size=image_size or config.image_size)
@@ -126,6 +126,8 @@ def _tokenizer_config(source: str) -> TokenizerConfig:
         source = os.path.join(source, _TOKENIZER_FILE)
     elif native.is_checkpoint(source):
         saved = native.saved_config(source)
+        if saved.get("task") == "tokenizer":
+            raise WeightsError(f"{source} lacks {_TOKENIZER_FILE}, which a run writes at its end")
         if saved.get("task") != "pretrain":
             raise WeightsError(f"{source} is a run that names no tokenizer ({saved.get('task')})")
         return parse(_Named, {"tokenizer": saved["tokenizer"]}, path=source).tokenizer
