@@ -11,6 +11,8 @@ plain ViT); the only published pre-training figures are for 300 epochs, see beit
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from beit_jax.config import ModelConfig
+
 STEPS_PER_EPOCH = 625  # 1,281,167 images // 2048, last incomplete batch dropped
 
 
@@ -39,11 +41,7 @@ def get_config() -> ConfigDict:
     config.run.print_sharding = False
     config.run.compilation_cache = "auto"
 
-    config.model = ConfigDict()
-    config.model.layers = 12  # paper §2.4
-    config.model.width = 768
-    config.model.heads = 12
-    config.model.mlp_width = 3072
+    config.model = ConfigDict(ModelConfig.base().sizes)  # 12 layers of 768: paper §2.4
     config.model.image_size = 224
     config.model.patch_size = 16
     config.model.positions = "relative_shared"  # modeling_pretrain.py, code default
@@ -54,7 +52,7 @@ def get_config() -> ConfigDict:
     config.model.attention = "auto"
     config.model.residual_dtype = "float32"  # under autocast float32 gammas promote the stream
     config.model.remat = "none"
-    config.model.scan_unroll = 12  # all blocks: 25 % faster on TPU than a rolled scan
+    config.model.scan_unroll = 0  # all blocks: 25 % faster on TPU than a rolled scan
 
     config.tokenizer = ConfigDict()
     config.tokenizer.kind = "dalle"  # §2.2 of the paper: the DALL-E dVAE, 8192 tokens

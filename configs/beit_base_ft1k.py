@@ -12,6 +12,8 @@ WEIGHTS: a pre-training run of this project, a Hugging Face folder, a .pth of un
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from beit_jax.config import ModelConfig
+
 BATCH = 1024
 STEPS_PER_EPOCH = 1251  # 1,281,167 images // 1024
 
@@ -42,11 +44,7 @@ def get_config() -> ConfigDict:
     config.run.print_sharding = False
     config.run.compilation_cache = "auto"
 
-    config.model = ConfigDict()
-    config.model.layers = 12
-    config.model.width = 768
-    config.model.heads = 12
-    config.model.mlp_width = 3072
+    config.model = ConfigDict(ModelConfig.base().sizes)
     config.model.image_size = 224
     config.model.patch_size = 16
     config.model.positions = "relative_per_block"  # run_class_finetuning.py:305
@@ -57,7 +55,7 @@ def get_config() -> ConfigDict:
     config.model.attention = "auto"
     config.model.residual_dtype = "float32"
     config.model.remat = "none"
-    config.model.scan_unroll = 12
+    config.model.scan_unroll = 0
 
     config.classes = 1000
     config.labels = ()

@@ -10,17 +10,14 @@ Published: 85.2 % top-1 after fine-tuning at 224 (table 1, plain ViT).
 
 from ml_collections import ConfigDict
 
+from beit_jax.config import ModelConfig
 from configs import beit_base
 
 
 def get_config() -> ConfigDict:
     """`beit_base` with a larger model and a tighter clip."""
     config = beit_base.get_config()
-    config.model.layers = 24  # paper §2.4
-    config.model.width = 1024
-    config.model.heads = 16
-    config.model.mlp_width = 4096
+    config.model.update(ModelConfig.large().sizes)  # 24 layers of 1024: paper §2.4
     config.model.layer_scale_init = 1e-5  # README: --layer_scale_init_value 1e-5 for large
-    config.model.scan_unroll = 24
     config.optimizer.clip_norm = 1.0  # paper table 12, large
     return config

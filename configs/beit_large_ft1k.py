@@ -8,6 +8,7 @@ two micro-batches. Published: top-1 86.0, top-5 97.6.
 
 from ml_collections import ConfigDict
 
+from beit_jax.config import ModelConfig
 from configs import beit_base_ft1k
 
 
@@ -27,9 +28,5 @@ def get_config() -> ConfigDict:
 
 def large(config: ConfigDict) -> None:
     """The large encoder's sizes (paper §2.4)."""
-    config.model.layers = 24
-    config.model.width = 1024
-    config.model.heads = 16
-    config.model.mlp_width = 4096
+    config.model.update(ModelConfig.large().sizes)
     config.model.layer_scale_init = 1e-5
-    config.model.scan_unroll = 24

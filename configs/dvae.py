@@ -1,4 +1,4 @@
-"""A discrete VAE tokenizer of one's own, on ImageNet-1k.
+"""A discrete VAE as tokenizer, trained on ImageNet-1k.
 
 Model: official `modeling_discrete_vae.py` as `utils.get_d_vae` builds it (112 pixels, 8192 tokens,
 3 levels, codebook 512 wide, 256 channels; 20,081,411 parameters). The official repository has
@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
     config.data.augment.flip = True
     config.data.augment.fidelity = "official"
 
-    config.data.mask = ConfigDict()  # not used, but every batch has a mask
+    config.data.mask = ConfigDict()  # of a pre-training run; this job reads no masks
     config.data.mask.kind = "random"
     config.data.mask.count = 1
     config.data.mask.ratio = 0.4

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from beit_jax import config, jobs
-from beit_jax.config import ConfigError
+from beit_jax.config import ConfigError, ModelConfig
 from beit_jax.tokenizers.dalle import DalleConfig
 from configs import beit_base
 from tests.tasks import tiny
@@ -109,3 +109,22 @@ def test_which_settings_the_checkpoints_of_a_run_fix():
     assert {name for name in trained if name.startswith("tokenizer")} == {
         f"tokenizer.{name}" for name in ("kind", "vocabulary", "width", "levels", "codebook_width")
     }
+
+
+def test_named_sizes_and_unrolling():
+    base = ModelConfig.base(image_size=384, layers=6)
+    assert (base.layers, base.width, base.heads, base.mlp_width) == (6, 768, 12, 3072)
+    assert base == ModelConfig(layers=6, width=768, heads=12, mlp_width=3072, image_size=384)
+    for named in (ModelConfig.tiny(), ModelConfig.small(), ModelConfig.base(), ModelConfig.large()):
+        assert named.width == 64 * named.heads
+        assert named.mlp_width == 4 * named.width
+    assert ModelConfig.large().sizes == {
+        "layers": 24,
+        "width": 1024,
+        "heads": 16,
+        "mlp_width": 4096,
+    }
+    for unroll, blocks in ((0, 12), (1, 1), (5, 5), (12, 12), (24, 12)):
+        assert ModelConfig.base(scan_unroll=unroll).blocks_per_step == blocks
+    with pytest.raises(ConfigError, match="scan_unroll: must not be negative"):
+        ModelConfig.base(scan_unroll=-1)

@@ -6,6 +6,14 @@ from beit_jax.config.parse import check, one_of
 from beit_jax.preprocessing import NORMALIZATIONS
 
 
+def _check_crop_scale(smallest: float, largest: float) -> None:
+    check(
+        0 < smallest <= largest <= 1,
+        "min_crop_scale",
+        f"need 0 < min_crop_scale <= max_crop_scale <= 1, got {smallest} and {largest}",
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskConfig:
     """Which patches are hidden (masking_generator.py; paper algorithm 1).
@@ -24,7 +32,7 @@ class MaskConfig:
     max_block: int | None = None  # None: no limit but what is left
     min_aspect: float = 0.3  # aspect in [min_aspect, 1 / min_aspect]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self.count >= 1, "count", f"must be at least 1, got {self.count}")
         check(0 < self.ratio < 1, "ratio", f"must be in (0, 1), got {self.ratio}")
         check(self.min_block >= 1, "min_block", f"must be at least 1, got {self.min_block}")
@@ -50,13 +58,8 @@ class AugmentConfig:
     flip: bool = True
     fidelity: str = "official"  # or "fast"
 
-    def __post_init__(self):
-        check(
-            0 < self.min_crop_scale <= self.max_crop_scale <= 1,
-            "min_crop_scale",
-            f"need 0 < min_crop_scale <= max_crop_scale <= 1, got {self.min_crop_scale} and "
-            f"{self.max_crop_scale}",
-        )
+    def __post_init__(self) -> None:
+        _check_crop_scale(self.min_crop_scale, self.max_crop_scale)
         one_of(self.fidelity, "fidelity", "official", "fast")
         for name in ("brightness", "contrast", "saturation"):
             check(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]")
@@ -86,7 +89,7 @@ class SourceConfig:
     prefetch: int = 2  # batches ahead
     service: tuple[str, ...] = ()  # host:port of machines that make the batches (`data/service.py`)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of(self.normalization, "normalization", *NORMALIZATIONS)
         check(self.image_size > 0, "image_size", "must be positive")
         check(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
@@ -113,7 +116,7 @@ class DataConfig(SourceConfig):
     augment: AugmentConfig = AugmentConfig()
     mask: MaskConfig = MaskConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check(self.token_image_size > 0, "token_image_size", "must be positive")
         check(self.augmentation_cycle >= 0, "augmentation_cycle", "must not be negative")
@@ -139,13 +142,8 @@ class ClassifyAugmentConfig:
     erase_probability: float = 0.25  # a box of noise, after normalisation; 0: no erasing
     eval_crop: float | None = None  # share of the resized side; None: 224/256 under 384, else 1
 
-    def __post_init__(self):
-        check(
-            0 < self.min_crop_scale <= self.max_crop_scale <= 1,
-            "min_crop_scale",
-            f"need 0 < min_crop_scale <= max_crop_scale <= 1, got {self.min_crop_scale} and "
-            f"{self.max_crop_scale}",
-        )
+    def __post_init__(self) -> None:
+        _check_crop_scale(self.min_crop_scale, self.max_crop_scale)
         one_of(self.interpolation, "interpolation", "bicubic", "bilinear")
         check(self.operations >= 0, "operations", "must not be negative")
         check(0 <= self.magnitude <= 10, "magnitude", "must be in [0, 10]")
@@ -162,7 +160,7 @@ class LabelledDataConfig(SourceConfig):
     repeats: int = 1  # differently augmented copies of an image in an epoch (repeated augmentation)
     augment: ClassifyAugmentConfig = ClassifyAugmentConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check(self.repeats >= 1, "repeats", "must be at least 1")
 
@@ -182,7 +180,7 @@ class MixingConfig:
     switch_probability: float = 0.5  # of CutMix, where both are on
     groups: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):
             check(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("probability", "switch_probability"):

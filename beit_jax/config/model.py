@@ -1,13 +1,23 @@
 """The encoder's settings."""
 
 import dataclasses
+from typing import Any
 
 from beit_jax.config.parse import check, one_of, shape_setting
+
+# Paper §2.4 (base, large). The paper has no smaller model: tiny and small are DeiT's
+# (arXiv 2012.12877, table 1).
+_TINY = {"layers": 12, "width": 192, "heads": 3, "mlp_width": 768}
+_SMALL = {"layers": 12, "width": 384, "heads": 6, "mlp_width": 1536}
+_BASE = {"layers": 12, "width": 768, "heads": 12, "mlp_width": 3072}
+_LARGE = {"layers": 24, "width": 1024, "heads": 16, "mlp_width": 4096}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The encoder. Sizes: paper §2.4 (base, large); tiny and small follow DeiT.
+    """The encoder.
+
+        ModelConfig.base(positions="absolute", layer_scale_init=None)  # the paper's plain ViT-B
 
     `positions` chooses the architecture's position information:
       "relative_shared": one relative-position-bias table for all blocks (BEiT+ pre-training).
@@ -22,7 +32,8 @@ class ModelConfig:
     image_size: int = shape_setting(224)
     patch_size: int = shape_setting(16)
     positions: str = shape_setting("relative_shared")
-    layer_scale_init: float | None = shape_setting(0.1)  # gamma's start; None: no LayerScale
+    # Initial value of LayerScale's gammas; None for no LayerScale.
+    layer_scale_init: float | None = shape_setting(0.1)
     drop_path_rate: float = 0.1
     layer_norm_epsilon: float = shape_setting(1e-6)
     dtype: str = "auto"  # matmuls: "auto" is bfloat16 on accelerators, float32 on CPU
@@ -30,10 +41,11 @@ class ModelConfig:
     # "xla". "fused", "cudnn" (NVIDIA, untested) or "xla" by name.
     attention: str = "auto"
     residual_dtype: str = "float32"  # the stream between blocks (official: float32 under AMP)
-    scan_unroll: int = 1  # blocks per scan step: 1 compiles fastest, `layers` runs fastest on TPU
+    # Blocks per scan step; 0 for all of them. 1 compiles fastest, 0 runs fastest on TPU.
+    scan_unroll: int = 1
     remat: str = "none"  # "none", "dots" (keep matmul results) or "full"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "mlp_width", "image_size", "patch_size"):
             check(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
         check(
@@ -57,14 +69,44 @@ class ModelConfig:
         )
         one_of(self.remat, "remat", "none", "dots", "full")
         check(0 <= self.drop_path_rate < 1, "drop_path_rate", "must be in [0, 1)")
-        check(self.scan_unroll >= 1, "scan_unroll", "must be at least 1")
+        check(self.scan_unroll >= 0, "scan_unroll", "must not be negative; 0 unrolls all blocks")
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> "ModelConfig":
+        """DeiT-Ti's sizes; `changes` are other settings, or these."""
+        return cls(**(_TINY | changes))
+
+    @classmethod
+    def small(cls, **changes: Any) -> "ModelConfig":
+        """DeiT-S's sizes; `changes` are other settings, or these."""
+        return cls(**(_SMALL | changes))
+
+    @classmethod
+    def base(cls, **changes: Any) -> "ModelConfig":
+        """BEiT-B's sizes; `changes` are other settings, or these."""
+        return cls(**(_BASE | changes))
+
+    @classmethod
+    def large(cls, **changes: Any) -> "ModelConfig":
+        """BEiT-L's sizes; `changes` are other settings, or these."""
+        return cls(**(_LARGE | changes))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What tells base from large: layers, width, heads, mlp_width."""
+        return {name: getattr(self, name) for name in _BASE}
+
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks that one step of the scan computes: `scan_unroll` with 0 resolved."""
+        return min(self.scan_unroll or self.layers, self.layers)
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
+        """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def tokens(self) -> int:
-        """Patches in an image, without the class token."""
+        """Patches in an image; the class token is not counted."""
         return self.grid**2

@@ -25,7 +25,7 @@ class OptimizerConfig:
     # Of a moving average of the parameters, evaluated too; None: no average.
     ema_decay: float | None = presence_setting(None)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self.learning_rate > 0, "learning_rate", "must be positive")
         check(self.min_learning_rate >= 0, "min_learning_rate", "must not be negative")
         check(self.warmup_steps >= 0, "warmup_steps", "must not be negative")

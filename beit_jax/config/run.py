@@ -31,7 +31,7 @@ class RunConfig:
     # "" for what JAX's own settings say.
     compilation_cache: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")
         check(self.batch_size >= 1, "batch_size", f"must be at least 1, got {self.batch_size}")
         check(self.fsdp >= 1, "fsdp", f"must be at least 1, got {self.fsdp}")

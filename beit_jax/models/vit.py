@@ -231,6 +231,6 @@ class Encoder(nnx.Module):
             body = jax.checkpoint(
                 body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             )
-        unroll = min(config.scan_unroll, depth)
+        unroll = min(config.blocks_per_step, depth)
         (x, outputs), _ = jax.lax.scan(body, (x, outputs), (params, factors, slots), unroll=unroll)
         return x, outputs

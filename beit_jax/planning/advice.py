@@ -109,11 +109,8 @@ def _too_big(plan: Plan, config: PretrainConfig, *, needed: float, fixed: float)
         )
     if model.remat == "none":
         lines.append("config.model.remat = 'dots' or 'full': less memory, 10 to 33 % slower")
-    if model.scan_unroll < model.layers:
-        lines.append(
-            f"config.model.scan_unroll = {model.layers}: a rolled scan takes up to 1.8 times"
-            " the memory"
-        )
+    if model.blocks_per_step < model.layers:
+        lines.append("config.model.scan_unroll = 0: a rolled scan takes up to 1.8 times the memory")
     if memory.parameters + memory.optimizer > 0.25 * memory.available:
         lines.append(_shard_state(plan))
     return lines

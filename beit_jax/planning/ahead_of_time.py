@@ -118,7 +118,7 @@ def compile_step(config: PretrainConfig, tpu_slice: Slice) -> Compiled:
     """Compiles the train step for a slice and reads what the compiler says about it."""
     mesh = sharding.make_mesh(fsdp=config.run.fsdp, devices=devices(tpu_slice))
     lowered = lower_step(config, mesh)
-    layers, unroll = config.model.layers, config.model.scan_unroll
+    layers, unroll = config.model.layers, config.model.blocks_per_step
     logging.info(
         "%s: compiling the step, %d layers, %s …%s",
         tpu_slice.name,
@@ -266,7 +266,7 @@ def compile_shallow(config: PretrainConfig, tpu_slice: Slice) -> Compiled:
     low, high = (
         compile_step(
             dataclasses.replace(
-                config, model=dataclasses.replace(config.model, layers=n, scan_unroll=n)
+                config, model=dataclasses.replace(config.model, layers=n, scan_unroll=0)
             ),
             tpu_slice,
         )

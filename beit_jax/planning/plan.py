@@ -123,8 +123,8 @@ def make_plan(config: PretrainConfig, tpu_slice: Slice, *, program: str) -> Plan
         described = f"compiled with {shown} layers, unrolled; continued to {model.layers} layers"
     else:
         compiled = compile_step(config, tpu_slice)
-        rolled = model.scan_unroll < model.layers
-        unrolling = f"{model.scan_unroll} unrolled at a time" if rolled else "all unrolled"
+        rolled = model.blocks_per_step < model.layers
+        unrolling = f"{model.blocks_per_step} unrolled at a time" if rolled else "all unrolled"
         described = f"the run's own, {model.layers} layers, {unrolling}"
     return assemble(config, tpu_slice, compiled=compiled, described=described)
 

@@ -273,8 +273,8 @@ def test_wrong_sizes_are_named():
 
 def test_flops_of_base_and_large():
     """By hand: 35.13 and 123.11 GFLOP forward at 224."""
-    base = ModelConfig(layers=12, width=768, heads=12, mlp_width=3072)
-    large = ModelConfig(layers=24, width=1024, heads=16, mlp_width=4096)
+    base = ModelConfig.base()
+    large = ModelConfig.large()
     assert abs(flops.encoder_flops(base) / 1e9 - 35.13) < 0.01
     assert abs(flops.encoder_flops(large) / 1e9 - 123.11) < 0.01
     assert abs(flops.mim_head_flops(base, vocabulary=8192, slots=75) / 1e9 - 0.94) < 0.01

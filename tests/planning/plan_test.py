@@ -233,7 +233,7 @@ def shallow(monkeypatch, compiled, *, layers=12):
     """`compile_shallow` with `compiled(layers)` for a compiler."""
 
     def compile_step(config, place):
-        assert config.model.scan_unroll == config.model.layers
+        assert config.model.blocks_per_step == config.model.layers
         return compiled(config.model.layers)
 
     monkeypatch.setattr(ahead_of_time, "compile_step", compile_step)

@@ -20,8 +20,8 @@ from beit_jax.training import batch_augment, optim
 from beit_jax.training.state import Task, TrainState, state_from_params, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-BASE = ModelConfig(layers=12, width=768, heads=12, mlp_width=3072, positions="relative_per_block")
-LARGE = ModelConfig(layers=24, width=1024, heads=16, mlp_width=4096, positions="relative_per_block")
+BASE = ModelConfig.base(positions="relative_per_block")
+LARGE = ModelConfig.large(positions="relative_per_block")
 OFFICIAL = {"beit_base": (BASE, 0.65), "beit_large": (LARGE, 0.75)}
 TINY = ModelConfig(
     layers=3,

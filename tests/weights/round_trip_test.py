@@ -14,8 +14,8 @@ from beit_jax.weights.formats import FORMATS, timm, unilm
 from tests.weights import examples
 
 OUTPUTS = {"hugging_face": "folder", "timm": "file.safetensors", "unilm": "file.pth"}
-BASE = ModelConfig(layers=12, width=768, heads=12, mlp_width=3072)
-LARGE = ModelConfig(layers=24, width=1024, heads=16, mlp_width=4096, layer_scale_init=1e-5)
+BASE = ModelConfig.base()
+LARGE = ModelConfig.large(layer_scale_init=1e-5)
 PUBLISHED = json.loads((pathlib.Path(__file__).parent / "unilm_shapes.json").read_text())
 
 
