@@ -1,21 +1,22 @@
 """From a decoded image to the view a classifier is given, in training and in evaluation.
 
 In training, as timm 0.3.2's `create_transform` has it (datasets.py:127-169): a random resized crop,
-a horizontal flip, RandAugment. In evaluation: the shorter side resized, the centre cut out. What is
-drawn is apart from how it is applied; the two together are
+a horizontal flip, RandAugment. In evaluation: the shorter side is resized and the centre cropped.
+Drawing and applying are separate functions; together they are
 
     view = training_view(
         image, key, config=ClassifyAugmentConfig(), image_size=224, normalization="half"
     )
 
-Everything here is a pure TensorFlow function that runs inside a tf.data graph. Normalisation,
-mixing and random erasing, which fills in noise after normalisation, are the device's part.
+Everything here is a pure TensorFlow function that runs inside a tf.data graph. The device does the
+rest: normalisation, mixing, and random erasing, which fills in noise after normalisation.
 """
 
 import tensorflow as tf
 
 from beit_jax.config import ClassifyAugmentConfig
-from beit_jax.data import augment, rand_augment
+from beit_jax.data import augment, rand_augment, resizing
+from beit_jax.data.tracing import traced_once
 from beit_jax.preprocessing import eval_shorter_side, fill_color
 
 Parameters = dict[str, tf.Tensor | rand_augment.Parameters]
@@ -70,14 +71,15 @@ def apply_parameters(
       parameters: as `draw_parameters` returns them.
       image_size: s, side of the view in pixels.
       interpolation: of the crop, "bicubic" or "bilinear"; antialiased both.
-      normalization: the one that comes later; its mean is filled in by geometric operations.
+      normalization: a key of `preprocessing.NORMALIZATIONS`, with whose mean geometric operations
+        fill gaps.
 
     Returns:
       uint8 [s, s, 3].
     """
     top, left, height, width = tf.unstack(parameters["box"])
     crop = image[top : top + height, left : left + width]
-    view = augment.resize(crop, size=image_size, method=interpolation)
+    view = resizing.resize(crop, size=image_size, method=interpolation)
     view = augment.flip_if(view, flip=parameters["flip"])
     view = rand_augment.apply(
         view, parameters=parameters["operations"], fill=fill_color(normalization)
@@ -85,7 +87,7 @@ def apply_parameters(
     return tf.ensure_shape(view, [image_size, image_size, 3])
 
 
-@augment.traced_once
+@traced_once
 def training_view(
     image: tf.Tensor,
     key: tf.Tensor,
@@ -94,15 +96,15 @@ def training_view(
     image_size: int,
     normalization: str,
 ) -> tf.Tensor:
-    """An image's view for training, all but random erasing.
+    """An image's view for training, before random erasing.
 
     Args:
       image: uint8 [h, w, 3].
       key: int64 [2]; the view is a pure function of it and of the image.
       config: crop, interpolation, flip and RandAugment.
       image_size: s, side of the view in pixels.
-      normalization: a key of `preprocessing.NORMALIZATIONS`; its mean is filled in by geometric
-        operations.
+      normalization: a key of `preprocessing.NORMALIZATIONS`, with whose mean geometric operations
+        fill gaps.
 
     Returns:
       uint8 [s, s, 3].
@@ -117,11 +119,11 @@ def training_view(
     )
 
 
-@augment.traced_once
+@traced_once
 def eval_view(image: tf.Tensor, *, image_size: int, crop: float | None = None) -> tf.Tensor:
-    """The centre of the image, its shorter side resized with bicubic interpolation.
+    """The centre of the image after resizing its shorter side with bicubic interpolation.
 
-    Only what is cut out is computed, so that a very long image needs no more memory than another.
+    Only the pixels of the crop are computed, so that a very long image needs no more memory.
 
     Args:
       image: uint8 [h, w, 3].
@@ -136,9 +138,9 @@ def eval_view(image: tf.Tensor, *, image_size: int, crop: float | None = None) -
     # Torchvision's rule for the longer side; int64, since a side times `shorter` may be large.
     size = tf.cast(size, tf.int64)
     resized = size * shorter // tf.reduce_min(size)
-    # Half of an odd remainder is rounded to even, as Python's round does.
+    # Halves are rounded to even, as Python's round does.
     corner = tf.round(tf.cast(resized - image_size, tf.float64) / 2)
-    # What tf.image.resize calls, with the corner moved to the origin.
+    # The operation that tf.image.resize calls, with the crop's corner moved to the origin.
     view = tf.raw_ops.ScaleAndTranslate(
         images=image[None],
         size=[image_size, image_size],

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from beit_jax.data.tracing import traced_once
+
 # What `decode_image` can read, by the extensions that such files usually have.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
@@ -35,7 +37,7 @@ class Window:
     side: int
 
 
-@tf.function(autograph=False, reduce_retracing=True)  # traced once, not for every pipeline
+@traced_once
 def decode_image(data: tf.Tensor, *, exif_orientation: bool) -> tf.Tensor:
     """Decodes a JPEG, PNG, BMP, GIF (first frame) or WebP as Pillow's convert("RGB") does.
 

@@ -124,10 +124,11 @@ def feed_of(
 ) -> loop.Feed:
     """What `views` make of two sources, for this host; the rest as `pipeline.training_batches`."""
     from beit_jax.data import pipeline
+    from beit_jax.data.bad_images import BadImages
 
     counts = [len(training), len(evaluation)]
     cluster.check_agreement("images of config.data.source and eval_source", counts)
-    bad = pipeline.BadImages(training, max_share=config.max_bad_share)
+    bad = BadImages(training, max_share=config.max_bad_share)
     shared = {
         "config": config,
         "views": views,

@@ -11,7 +11,7 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance
 
 from beit_jax.config import AugmentConfig
-from beit_jax.data import augment, decode
+from beit_jax.data import augment, decode, jitter, resizing
 from beit_jax.training import device_jitter
 
 # Mean absolute difference from Pillow, of 255. Real photographs come to 0.35 on average.
@@ -113,10 +113,10 @@ def test_views_of_photographs_equal_pillow():
 
 
 def _jitter(image: np.ndarray, *, factors, order) -> np.ndarray:
-    steps = augment.jitter_steps(
+    steps = jitter.jitter_steps(
         tf.constant(image), factors=tf.constant(factors, tf.float32), order=tf.constant(order)
     )
-    return (augment.apply_jitter(tf.constant(image), steps=steps) + steps.offset).numpy()
+    return (jitter.apply_jitter(tf.constant(image), steps=steps) + steps.offset).numpy()
 
 
 def _pillow_jitter(image: np.ndarray, *, factors, order) -> np.ndarray:
@@ -167,7 +167,7 @@ def test_grey_images_stay_grey():
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (40, 300), (1, 1), (7, 64), (900, 31)])
 def test_resizing_equals_tensorflows(method, height, width):
     image = _photo(11, height, width)
-    ours = augment.resize(tf.constant(image), size=64, method=method).numpy().astype(int)
+    ours = resizing.resize(tf.constant(image), size=64, method=method).numpy().astype(int)
     whole = tf.image.resize(image, [64, 64], method=method, antialias=True)
     theirs = np.clip(np.round(whole), 0, 255)
     assert np.abs(ours - theirs).max() <= 1

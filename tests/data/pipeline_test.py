@@ -12,6 +12,8 @@ from PIL import Image
 
 from beit_jax.config import AugmentConfig, ConfigError, DataConfig, MaskConfig
 from beit_jax.data import pipeline, sources, views
+from beit_jax.data.bad_images import BadImages, TooManyBadImagesError
+from beit_jax.data.order import permute
 from beit_jax.training import device_jitter
 
 GRID = 4
@@ -175,7 +177,7 @@ def test_orders_of_epochs_are_unrelated():
     size, epochs = 16, 1000
 
     def order(number):
-        return pipeline._permute(number % size, size=size, seed=0, epoch=number // size)
+        return permute(number % size, size=size, seed=0, epoch=number // size)
 
     numbers = tf.data.Dataset.range(size * epochs).map(order).batch(size * epochs)
     orders = next(numbers.as_numpy_iterator()).reshape(epochs, size)
@@ -325,7 +327,7 @@ def test_a_vanished_file_is_replaced(folder, tmp_path):
 
 def test_bad_files_are_counted_and_named_once(spoilt, caplog):
     source, config = _open(spoilt, max_bad_share=0.5)
-    bad_images = pipeline.BadImages(source, max_share=config.max_bad_share)
+    bad_images = BadImages(source, max_share=config.max_bad_share)
     with caplog.at_level(logging.WARNING, logger="absl"):
         for batch in _take(10, source, config):
             bad_images.count(batch)
@@ -337,11 +339,11 @@ def test_bad_files_are_counted_and_named_once(spoilt, caplog):
 
 def test_too_many_bad_files_end_the_run(spoilt):
     source, config = _open(spoilt, max_bad_share=0.1)
-    bad_images = pipeline.BadImages(source, max_share=config.max_bad_share)
+    bad_images = BadImages(source, max_share=config.max_bad_share)
     batches = _take(3, source, config)
     bad_images.count(batches[0])  # not all has been read yet
     bad_images.count(batches[1])
-    with pytest.raises(pipeline.TooManyBadImagesError, match=r"\d of the 24.*max_bad_share.*10.0%"):
+    with pytest.raises(TooManyBadImagesError, match=r"\d of the 24.*max_bad_share.*10.0%"):
         bad_images.count(batches[2])
 
 
@@ -352,8 +354,8 @@ def test_nothing_but_bad_files_ends_the_run_whatever_the_share(tmp_path):
     (batch,) = _take(1, source, config)
     assert batch["replaced"].all()
     assert (batch["image"] == batch["image"][:, :1, :1, :1]).all()  # plain grey
-    bad_images = pipeline.BadImages(source, max_share=config.max_bad_share)
-    with pytest.raises(pipeline.TooManyBadImagesError, match="8 of the 8 images"):
+    bad_images = BadImages(source, max_share=config.max_bad_share)
+    with pytest.raises(TooManyBadImagesError, match="8 of the 8 images"):
         bad_images.count(batch)
 
 
@@ -391,7 +393,7 @@ def test_evaluation_views_have_nothing_random(tmp_path):
 
 def test_padding_is_not_counted_as_bad(spoilt):
     source, config = _open(spoilt)
-    bad_images = pipeline.BadImages(source, max_share=1.0)
+    bad_images = BadImages(source, max_share=1.0)
     for batch in _evaluate(source, config, batch_size=16):
         bad_images.count(batch)
     assert (bad_images.read, bad_images.bad) == (20, 3)

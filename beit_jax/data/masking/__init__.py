@@ -24,7 +24,6 @@ is drawn: planning a run and its step on the device need only the bound.
 """
 
 import dataclasses
-import importlib
 from typing import TYPE_CHECKING, Protocol
 
 from beit_jax.config import MaskConfig, check, one_of
@@ -71,31 +70,40 @@ class MaskKind:
     check: Check = bounds.check_count
 
 
-def _on_first_use(module: str, function: str) -> Draw:
-    """A function of this package whose module, and with it TensorFlow, is imported when called."""
+# These import TensorFlow, with the module that draws, when the first mask is drawn.
 
-    def draw(keys: "tf.Tensor", *, config: MaskConfig, grid: int) -> "tf.Tensor":
-        found = getattr(importlib.import_module(f"{__name__}.{module}"), function)
-        return found(keys, config=config, grid=grid)
 
-    return draw
+def _draw_official(keys: "tf.Tensor", *, config: MaskConfig, grid: int) -> "tf.Tensor":
+    from beit_jax.data.masking import blocks
+
+    return blocks.draw_official(keys, config=config, grid=grid)
+
+
+def _draw_exact(keys: "tf.Tensor", *, config: MaskConfig, grid: int) -> "tf.Tensor":
+    from beit_jax.data.masking import blocks
+
+    return blocks.draw_exact(keys, config=config, grid=grid)
+
+
+def _draw_paper(keys: "tf.Tensor", *, config: MaskConfig, grid: int) -> "tf.Tensor":
+    from beit_jax.data.masking import blocks
+
+    return blocks.draw_paper(keys, config=config, grid=grid)
+
+
+def _draw_random(keys: "tf.Tensor", *, config: MaskConfig, grid: int) -> "tf.Tensor":
+    from beit_jax.data.masking import uniform
+
+    return uniform.draw(keys, config=config, grid=grid)
 
 
 KINDS = {
-    "block": MaskKind(
-        draw=_on_first_use("blocks", "draw_official"),
-        check=bounds.check_official,
-    ),
-    "block_exact": MaskKind(
-        draw=_on_first_use("blocks", "draw_exact"),
-        check=bounds.check_official,
-    ),
+    "block": MaskKind(draw=_draw_official, check=bounds.check_official),
+    "block_exact": MaskKind(draw=_draw_exact, check=bounds.check_official),
     "block_paper": MaskKind(
-        draw=_on_first_use("blocks", "draw_paper"),
-        max_masked=bounds.max_paper,
-        check=bounds.check_paper,
+        draw=_draw_paper, max_masked=bounds.max_paper, check=bounds.check_paper
     ),
-    "random": MaskKind(draw=_on_first_use("uniform", "draw")),
+    "random": MaskKind(draw=_draw_random),
 }
 
 
