@@ -56,12 +56,12 @@ def fill_color(kind: str) -> tuple[int, int, int]:
 
 
 def eval_shorter_side(image_size: int, *, crop: float | None = None) -> int:
-    """What an image's shorter side is resized to before the centre is cut out, in pixels.
+    """The length in pixels to which an image's shorter side is resized before the centre crop.
 
     Args:
-      image_size: side of the view that is cut out, in pixels.
-      crop: the view's share of the resized shorter side, in (0, 1]; None: the official one, 224/256
-        for views under 384 pixels, 1 for others.
+      image_size: side of the cropped view in pixels.
+      crop: the view's share of the resized shorter side, in (0, 1]; None for the official one,
+        224/256 for views under 384 pixels and 1 for others.
     """
     if crop is None:
         crop = _SMALL_CROP if image_size < _SMALL_BELOW else 1.0
