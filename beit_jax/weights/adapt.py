@@ -1,26 +1,28 @@
-"""Making one model's parameters fit another: fine-tuning from pre-training, other resolutions."""
+"""Makes one model's parameters fit another: fine-tuning from pre-training, other resolutions."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from beit_jax.types import FlatParams
 from beit_jax.weights import resize
 from beit_jax.weights.report import Report, WeightsError, allowed, check_names
 
 SHARED_TABLE = "encoder/relative_position_bias/table"
 BLOCK_TABLE = "encoder/blocks/attention/relative_position_bias/table"
 POSITIONS = "encoder/pos_embed"
-# Of these the shape follows the number of classes or tokens.
+# Parameters whose last axis is the number of classes or tokens.
 HEADS = {"lm_head/kernel": "tokens (vocabulary)", "head/kernel": "classes"}
 
 
-def per_block(params: Mapping[str, np.ndarray], *, layers: int | None = None) -> dict:
+def per_block(params: FlatParams, *, layers: int | None = None) -> dict[str, np.ndarray]:
     """Copies a shared relative-position table `[t, h]` to every block, `[l, t, h]`.
 
     Args:
       params: flat, with `SHARED_TABLE`.
-      layers: blocks; None: as many as the parameters have.
+      layers: blocks; None takes the parameters' own number.
     """
     rest = {name: array for name, array in params.items() if name != SHARED_TABLE}
     table = params[SHARED_TABLE]
@@ -30,10 +32,8 @@ def per_block(params: Mapping[str, np.ndarray], *, layers: int | None = None) ->
     return rest
 
 
-def resize_to(
-    params: Mapping[str, np.ndarray], *, grid: int
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Every table and position for another grid.
+def resize_to(params: FlatParams, *, grid: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Resizes every relative-position table and position embedding to another grid.
 
     Returns:
       The parameters and what was reshaped, for a `Report`.
@@ -49,19 +49,27 @@ def resize_to(
     return result, reshaped
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    """Parameters that have the wanted shapes as far as they can be made to, and what was done."""
+
+    params: dict[str, np.ndarray]
+    reshaped: tuple[str, ...]
+
+
 def adapt(
-    params: Mapping[str, np.ndarray],
+    params: FlatParams,
     wanted: Mapping[str, tuple[int, ...]],
     *,
     source: str,
     allow_missing: Iterable[str] = (),
     allow_unused: Iterable[str] = (),
 ) -> tuple[dict[str, np.ndarray], Report]:
-    """Parameters of one model for another.
+    """Turns the parameters of one model into those of another.
 
-    A shared relative-position table becomes per-block copies and tables and positions change their
-    resolution where that is wanted. A head with another number of outputs is dropped where its name
-    is allowed to be both missing and unused (the official loader drops it silently).
+    A shared relative-position table becomes per-block copies, and tables and positions change their
+    resolution, where that is wanted. A head with another number of outputs is dropped where its
+    name is allowed to be both missing and unused (the official loader drops it silently).
 
     Args:
       params: flat, "a/b/c" → array.
@@ -76,66 +84,91 @@ def adapt(
     Raises:
       WeightsError: another architecture, another vocabulary, or names missing or unused.
     """
-    params, reshaped = dict(params), []
-    if BLOCK_TABLE in wanted and BLOCK_TABLE not in params and SHARED_TABLE in params:
-        params = per_block(params, layers=wanted[BLOCK_TABLE][0])
-        reshaped.append(f"{SHARED_TABLE} → {BLOCK_TABLE}, a copy for each block")
-    _check_architecture(params, wanted, source=source)
-    grid = _grid(wanted)
-    if grid is not None:
-        try:
-            params, resized = resize_to(params, grid=grid)
-        except ValueError as error:
-            raise WeightsError(f"{source}: {error}") from None
-        reshaped += resized
-
-    dropped = []
-    for name, what in HEADS.items():
-        if name not in params or name not in wanted or params[name].shape == wanted[name]:
-            continue
-        module = name.removesuffix("/kernel")
-        if allowed(name, allow_missing) and allowed(name, allow_unused):
-            dropped += [each for each in params if each.startswith(f"{module}/")]
-            continue
-        raise WeightsError(
-            f"{source}: {module} is for {params[name].shape[1]} {what}, needed"
-            f" {wanted[name][1]}; to start it anew, allow {module!r} to be missing and unused"
-        )
-    params = {name: array for name, array in params.items() if name not in dropped}
+    fitted = _fit_positions(params, wanted, source=source)
+    dropped = _other_heads(
+        fitted.params,
+        wanted,
+        source=source,
+        allow_missing=allow_missing,
+        allow_unused=allow_unused,
+    )
+    kept = {name: array for name, array in fitted.params.items() if name not in dropped}
     missing, unused = check_names(
         wanted,
-        {name: array.shape for name, array in params.items()},
+        {name: array.shape for name, array in kept.items()},
         source=source,
         allow_missing=allow_missing,
         allow_unused=allow_unused,
         hint=" (allow what is meant by name: init_allow_missing, init_allow_unused)",
     )
-    fitting = {name: params[name] for name in wanted if name in params}
-    return fitting, Report(
-        used=tuple(fitting),
+    result = {name: kept[name] for name in wanted if name in kept}
+    return result, Report(
+        used=tuple(result),
         missing=tuple(missing),
         unused=(*unused, *dropped),
-        reshaped=tuple(reshaped),
+        reshaped=fitted.reshaped,
     )
 
 
+def _fit_positions(
+    params: FlatParams, wanted: Mapping[str, tuple[int, ...]], *, source: str
+) -> _Fitted:
+    """Copies a shared table to the blocks and resizes positions, where `wanted` says so."""
+    result, reshaped = dict(params), []
+    if BLOCK_TABLE in wanted and BLOCK_TABLE not in result and SHARED_TABLE in result:
+        result = per_block(result, layers=wanted[BLOCK_TABLE][0])
+        reshaped.append(f"{SHARED_TABLE} → {BLOCK_TABLE}, a copy for each block")
+    _check_architecture(result, wanted, source=source)
+    grid = _grid(wanted)
+    if grid is not None:
+        try:
+            result, resized = resize_to(result, grid=grid)
+        except ValueError as error:
+            raise WeightsError(f"{source}: {error}") from None
+        reshaped += resized
+    return _Fitted(result, tuple(reshaped))
+
+
+def _other_heads(
+    params: FlatParams,
+    wanted: Mapping[str, tuple[int, ...]],
+    *,
+    source: str,
+    allow_missing: Iterable[str],
+    allow_unused: Iterable[str],
+) -> list[str]:
+    """Names of heads with another number of outputs that may start anew; others are an error."""
+    dropped: list[str] = []
+    for name, what in HEADS.items():
+        if name not in params or name not in wanted or params[name].shape == wanted[name]:
+            continue
+        module = name.removesuffix("/kernel")
+        if not (allowed(name, allow_missing) and allowed(name, allow_unused)):
+            raise WeightsError(
+                f"{source}: {module} is for {params[name].shape[1]} {what}, needed"
+                f" {wanted[name][1]}; to start it anew, allow {module!r} to be missing and unused"
+            )
+        dropped += [other for other in params if other.startswith(f"{module}/")]
+    return dropped
+
+
 def _check_architecture(
-    params: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], *, source: str
+    params: FlatParams, wanted: Mapping[str, tuple[int, ...]], *, source: str
 ) -> None:
-    """One plain sentence where sizes differ, instead of a hundred shapes."""
-    have = {name: array.shape for name, array in params.items()}
-    ours, theirs = sizes(wanted), sizes(have)
+    """Raises one plain sentence where sizes differ, instead of a hundred shapes."""
+    needed = sizes(wanted)
+    found = sizes({name: array.shape for name, array in params.items()})
     different = [
-        f"{what} {theirs[what]} instead of {ours[what]}"
-        for what in ours
-        if what in theirs and ours[what] != theirs[what]
+        f"{size} {found[size]} instead of {needed[size]}"
+        for size in needed
+        if size in found and needed[size] != found[size]
     ]
     if different:
         raise WeightsError(f"{source} has another architecture: {', '.join(different)}")
 
 
 def sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The sizes that shapes tell: layers, width, MLP width, patch size, heads."""
+    """The sizes that shapes determine: layers, width, MLP width, patch size, heads."""
     found = {}
     if "encoder/cls_token" in shapes:
         found["width"] = shapes["encoder/cls_token"][-1]

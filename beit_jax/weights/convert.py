@@ -21,7 +21,7 @@ from beit_jax.models.functional import flatten, unflatten
 from beit_jax.types import FlatParams, JsonObject, Params
 from beit_jax.weights import adapt, foreign, hub, native
 from beit_jax.weights.description import Description, describe, to_config
-from beit_jax.weights.formats import FORMATS, Export
+from beit_jax.weights.formats import FORMATS, Export, Written
 from beit_jax.weights.report import Report, WeightsError, check_names
 
 
@@ -77,14 +77,7 @@ def export_checkpoint(
     if push:
         hub.check(push)  # before minutes of converting
     params, description, config = read_any(source)
-    shapes = {name: leaf.shape for name, leaf in description.shapes().items()}
-    _, unused = check_names(
-        shapes,
-        {name: array.shape for name, array in params.items()},
-        source=source,
-        allow_unused=allow_unused,
-    )
-    params = {name: array for name, array in params.items() if name not in unused}
+    params, unused = _fitting(params, description, source=source, allow_unused=allow_unused)
     params, description, reshaped = resized(params, description, image_size=image_size)
     written = target.write(
         Export(
@@ -96,11 +89,7 @@ def export_checkpoint(
             source=source,
         )
     )
-    commit = ""
-    if push:
-        files = written.files or {os.path.basename(output): output}
-        message = f"Export as {format} by beit_jax"
-        commit = hub.push(files, repository=push, private=private, message=message)
+    commit = _push(written, output, repository=push, private=private, format=format)
     report = Report(
         used=written.used,
         unused=(*unused, *written.left_out),
@@ -108,6 +97,28 @@ def export_checkpoint(
         reshaped=(*reshaped, *written.reshaped),
     )
     return Exported(output=output, report=report, load=written.load, commit=commit)
+
+
+def _fitting(
+    params: FlatParams, description: Description, *, source: str, allow_unused: Iterable[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The parameters that the description names, all of them, and the names of allowed others."""
+    _, unused = check_names(
+        {name: leaf.shape for name, leaf in description.shapes().items()},
+        {name: array.shape for name, array in params.items()},
+        source=source,
+        allow_unused=allow_unused,
+    )
+    return {name: array for name, array in params.items() if name not in unused}, unused
+
+
+def _push(written: Written, output: str, *, repository: str, private: bool, format: str) -> str:
+    """Uploads an export; gives the commit's address, "" where no repository is named."""
+    if not repository:
+        return ""
+    files = written.files or {os.path.basename(output): output}
+    message = f"Export as {format} by beit_jax"
+    return hub.push(files, repository=repository, private=private, message=message)
 
 
 def import_checkpoint(
@@ -197,19 +208,18 @@ def restore_params(
     """
     wanted = flatten(shapes)
     wanted_shapes = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
-    if not native.is_checkpoint(source) and foreign.is_foreign(source):
-        try:
-            checkpoint = foreign.read(source, allow_unused=allow_unused)
-        except WeightsError as error:
-            raise WeightsError(f"{name}: {error}") from None
-        logging.info("%s: SHA-256 %s\n%s", source, checkpoint.sha256, checkpoint.report)
-        params = checkpoint.params
-    else:
+    is_native = native.is_checkpoint(source) or not foreign.is_foreign(source)
+    if is_native:
         stored = flatten(native.saved_params_shapes(source, name=name))
         if {path: tuple(leaf.shape) for path, leaf in stored.items()} == wanted_shapes:
             return native.read_params(source, shapes=shapes, name=name)
-        params = flatten(native.read_params(source, name=name))
     try:
+        if is_native:
+            params = flatten(native.read_params(source, name=name))
+        else:
+            checkpoint = foreign.read(source, allow_unused=allow_unused)
+            logging.info("%s: SHA-256 %s\n%s", source, checkpoint.sha256, checkpoint.report)
+            params = checkpoint.params
         params, report = adapt.adapt(
             params,
             wanted_shapes,
@@ -220,13 +230,11 @@ def restore_params(
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from None
     logging.info("%s, made to fit:\n%s", source, report)
-    placed = {path: place(params[path], wanted[path]) for path in params}
-    if report.missing:
-        if fresh is None:
-            raise WeightsError(f"{name}: {source} lacks {', '.join(report.missing)}")
-        drawn = flatten(fresh())
-        placed |= {path: drawn[path] for path in report.missing}
-    return unflatten({path: placed[path] for path in wanted})
+    if report.missing and fresh is None:
+        raise WeightsError(f"{name}: {source} lacks {', '.join(report.missing)}")
+    drawn = flatten(fresh()) if report.missing and fresh is not None else {}
+    placed = {path: place(array, wanted[path]) for path, array in params.items()}
+    return unflatten({path: placed.get(path, drawn.get(path)) for path in wanted})
 
 
 def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

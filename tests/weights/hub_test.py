@@ -184,6 +184,37 @@ except convert.WeightsError as error:
         np.testing.assert_array_equal(again["encoder/cls_token"], params["encoder/cls_token"])
 
 
+@pytest.mark.parametrize("format", ["hugging_face", "timm"])
+def test_an_export_is_pushed_and_read_back(format, server, run, tmp_path):
+    """A timm export is stored under the hub's names, so that its repository can be read."""
+    params = examples.saved(tmp_path / "ours", examples.FINE_TUNED["mean"])
+    output = {"hugging_face": "exported", "timm": "x.safetensors"}[format]
+    script = f"""
+import numpy as np
+from beit_jax.weights import convert
+from beit_jax.weights.__main__ import main
+arguments = ["export", "ours", "--format={format}", "--output={output}"]
+assert main([*arguments, "--push=owner/pushed", "--private"]) == 0
+assert main([*arguments, "--push=owner"]) == 2
+assert main([*arguments, "--private"]) == 2
+params, description, _ = convert.read_any("hf:owner/pushed")
+assert (description.task, description.outputs, description.normalization) == ("classify", 5, "half")
+np.savez("again.npz", **params)
+"""
+    result = run(script)
+    assert result.returncode == 0, result.stderr
+    assert f"pushed to {server.url}/owner/pushed/commit/" in result.stdout
+    assert "a repository is written hf:OWNER/NAME" in result.stderr
+    assert "error: --private: only with --push" in result.stderr
+    repository = server.repositories["owner/pushed"]
+    assert repository.private
+    (files,) = [files for files in repository.commits.values() if files]
+    assert {"config.json", "model.safetensors"} <= files.keys()
+    again = np.load(tmp_path / "again.npz")
+    for name, array in params.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
 def test_push_creates_a_repository_and_uploads(server, run, tmp_path):
     (tmp_path / "weights").write_bytes(b"0123" * 1000)
     (tmp_path / "settings").write_text("{}")

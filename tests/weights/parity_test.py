@@ -9,6 +9,7 @@ transformers 5 is installed with the other peers. The same tests with transforme
 import importlib.util
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -180,6 +181,10 @@ def timm_logits(torch, tmp_path_factory):
             params[kind] = examples.saved(folder / f"{kind} ours", description)
             convert.export_checkpoint(str(folder / f"{kind} ours"), format="timm", output=weights)
             _, reduced, _ = timm.reduce(params[kind], description)
+            hub = folder / f"{kind} hub"
+            hub.mkdir()
+            (hub / "config.json").write_text(json.dumps(timm.hub_config(reduced)))
+            shutil.copy(weights, hub / "model.safetensors")
         name, arguments = timm.create_model_arguments(reduced)
         np.save(folder / f"{kind} images.npy", examples.images(description))
         jobs.append(
@@ -190,6 +195,7 @@ def timm_logits(torch, tmp_path_factory):
                 "arguments": arguments,
                 "images": str(folder / f"{kind} images.npy"),
                 "output": str(folder / f"{kind} logits.npy"),
+                "hub": str(folder / f"{kind} hub"),
             }
         )
     (folder / "jobs.json").write_text(json.dumps(jobs))

@@ -49,7 +49,9 @@ def main(jobs: str) -> None:
             run(**job)
 
 
-def run(*, command: str, weights: str, name: str, arguments: dict, images: str, output: str):
+def run(
+    *, command: str, weights: str, name: str, arguments: dict, images: str, output: str, hub: str
+):
     """Loads (or randomises and saves) `weights` strictly and writes logits of `images`."""
     import numpy as np
     import safetensors.torch
@@ -59,10 +61,15 @@ def run(*, command: str, weights: str, name: str, arguments: dict, images: str, 
     model = timm.create_model(name, **arguments)
     if command == "load":
         model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
-        # The way users take, too: strict as well, and it must not change the numbers.
+        # As users do it: strict as well, and it must not change the numbers.
         again = timm.create_model(name, checkpoint_path=weights, **arguments)
         for key, tensor in again.state_dict().items():
             assert torch.equal(tensor, model.state_dict()[key]), key
+        # The files that a push uploads: the model is found by its config.json.
+        pushed = timm.create_model(f"local-dir:{hub}", pretrained=True).eval()
+        with torch.no_grad():
+            pixels = torch.from_numpy(np.load(images).transpose(0, 3, 1, 2).copy())
+            assert torch.equal(pushed(pixels), model.eval()(pixels))
     else:
         generator = torch.Generator().manual_seed(3)
         width = model.embed_dim

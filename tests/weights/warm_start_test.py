@@ -288,7 +288,7 @@ def test_export_of_a_run_takes_the_newest_checkpoint_and_its_numbers(tmp_path):
             image_size=40,
             token_image_size=40,
             normalization="imagenet",
-            mask=MaskConfig(count=9),
+            mask=MaskConfig(count=9, min_block=4),
         ),
         optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=5),
     )

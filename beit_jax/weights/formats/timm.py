@@ -118,12 +118,11 @@ def hub_config(description: Description) -> JsonObject:
     name, arguments = create_model_arguments(description)
     mean, std = NORMALIZATIONS[description.normalization]
     size, classes = description.model.image_size, description.outputs
-    own = {k: v for k, v in arguments.items() if k not in ("num_classes", "global_pool")}
-    config: JsonObject = {
+    return {
         "architecture": name,
         "num_classes": classes,
         "num_features": description.model.width,
-        "model_args": own,
+        "model_args": {k: v for k, v in arguments.items() if k != "num_classes"},
         "pretrained_cfg": {
             "num_classes": classes,
             "input_size": [3, size, size],
@@ -136,9 +135,6 @@ def hub_config(description: Description) -> JsonObject:
             "classifier": "head",
         },
     }
-    if "global_pool" in arguments:
-        config["global_pool"] = arguments["global_pool"]
-    return config
 
 
 def write(export: Export) -> Written:
