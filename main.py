@@ -1,12 +1,12 @@
-"""Runs the job a config file describes.
+"""Runs the job that a config file describes.
 
     python main.py --config=configs/quickstart.py
     python main.py --config=configs/beit_large.py --workdir=gs://bucket/run --config.run.seed=1
     python main.py --config=configs/beit_large.py --plan=v4-128  # before renting
 
 The same command again continues the run in `--workdir` (default: runs/<config name>). On several
-hosts it is started on each of them; on a Cloud TPU they find each other. Exit code 75: stopped by
-SIGTERM, and saved.
+hosts, start it on each of them; on a Cloud TPU they find each other. Exit code 75 means stopped by
+SIGTERM, with a checkpoint saved.
 """
 
 import importlib.metadata
@@ -15,15 +15,20 @@ import logging as python_logging
 import os
 import pathlib
 import sys
+import time
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+_BEGAN = time.perf_counter()  # for the time to the first step: the slow imports come after it
+
+from absl import app, flags, logging  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; --config.key=value overrides a setting."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Checkpoints, metrics and results, local or gs://; runs/<config name>."
+    "workdir",
+    None,
+    "Checkpoints, metrics and results, local or gs://; default runs/<config name>.",
 )
 _PLAN = flags.DEFINE_string(
     "plan", None, "TPU slices, v4-128 or v4-8,v6e-8: prints what the run needs there; runs nothing."
@@ -32,16 +37,16 @@ _PLAN_PROGRAM = flags.DEFINE_enum(
     "plan_program",
     "full",
     ("full", "shallow"),
-    "What --plan compiles: the run's own step, or two shallow ones to extrapolate from (quicker).",
+    "What --plan compiles: the run's own step, or two shallow models to extrapolate from (faster).",
 )
-# Of `beit_jax.distributed.cluster.Settings`, which explains them.
+# The fields of `beit_jax.distributed.cluster.Settings`, which documents them.
 _CLUSTER = (
     flags.DEFINE_enum("multihost", "auto", ("auto", "yes", "no"), "Join the other hosts' run."),
-    flags.DEFINE_string("coordinator_address", "", 'host:port of process 0; "": found.'),
-    flags.DEFINE_integer("num_processes", 0, "Processes of the run; 0: found.", lower_bound=0),
-    flags.DEFINE_integer("process_id", -1, "This process, from 0; -1: found.", lower_bound=-1),
+    flags.DEFINE_string("coordinator_address", "", 'host:port of process 0; "": detected.'),
+    flags.DEFINE_integer("num_processes", 0, "Processes of the run; 0: detected.", lower_bound=0),
+    flags.DEFINE_integer("process_id", -1, "This process, from 0; -1: detected.", lower_bound=-1),
     flags.DEFINE_enum(
-        "platform", "any", ("any", "tpu", "gpu", "cpu"), "An error where JAX finds another."
+        "platform", "any", ("any", "tpu", "gpu", "cpu"), "Required platform; any other is an error."
     ),
     flags.DEFINE_float("start_timeout", 300.0, "Seconds hosts wait for each other at the start."),
     flags.DEFINE_float("heartbeat_timeout", 100.0, "Seconds until a silent host counts as dead."),
@@ -50,12 +55,12 @@ _CLUSTER = (
 
 
 def main(argv: list[str]) -> int:
-    """Parses the config, runs its job; a setting that is wrong is one line and exit code 2."""
+    """Runs the config's job; a wrong setting is a one-line error and exit code 2."""
     if len(argv) > 1:
         return _fail(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
         values = _CONFIG.value and _CONFIG.value.to_dict()
-    except OSError as error:  # config_flags keeps a failure to load until the value is asked for
+    except OSError as error:  # config_flags raises a failure to load when the value is read
         return _fail(" ".join(line.strip() for line in str(error).splitlines()))
     if values is None:
         return _fail("--config is missing; try --config=configs/quickstart.py")
@@ -63,8 +68,11 @@ def main(argv: list[str]) -> int:
         from beit_jax.training.memory import keep_freed
 
         keep_freed()  # before JAX is imported
-    # After the flags: an unknown one should not wait for JAX to be imported.
+    # Imported here so that a wrong flag is reported without waiting for JAX.
     from beit_jax import jobs
+    from beit_jax.training import startup
+
+    startup.count_from(_BEGAN)
 
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     if _PLAN.value is not None:
@@ -77,9 +85,9 @@ def main(argv: list[str]) -> int:
 
 
 def _only_cpu() -> bool:
-    """Whether the run is certain to be on CPUs: it is said so, or JAX has nothing else."""
-    said = next(flag.value for flag in _CLUSTER if flag.name == "platform")
-    if "cpu" in (said, os.environ.get("JAX_PLATFORMS")):
+    """Whether the run certainly uses CPUs: the user says so, or JAX has no other backend."""
+    platform = next(flag.value for flag in _CLUSTER if flag.name == "platform")
+    if "cpu" in (platform, os.environ.get("JAX_PLATFORMS")):
         return True
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not plugins and importlib.util.find_spec("libtpu") is None
@@ -105,13 +113,14 @@ def _fail(message: str) -> int:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with config_flags' tracebacks turned into the line that matters."""
+    """Parses flags with absl; a traceback of config_flags becomes a one-line error."""
     try:
         rest = flags.FLAGS(argv)
-    except KeyError as error:  # config_flags: an override of a key that isn't there
+    except KeyError as error:  # config_flags: an override of a key that does not exist
         key = error.args[0]
-        named = [each.split("=")[0] for each in argv if each.split("=")[0].endswith(f".{key}")]
-        sys.exit(_fail(f"{' '.join(named) or key}: no such setting in the config file"))
+        names = [argument.split("=")[0] for argument in argv]
+        matching = [name for name in names if name.endswith(f".{key}")]
+        sys.exit(_fail(f"{' '.join(matching) or key}: no such setting in the config file"))
     except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         sys.exit(_fail(lines[0] if lines else repr(error)))
@@ -120,15 +129,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _set_up_logging() -> None:
-    """Time and message; from libraries only warnings, since orbax alone writes pages."""
+    """Logs time and message; of libraries only warnings, since orbax alone logs pages."""
     logging.use_absl_handler()
     if logging.get_verbosity() < logging.INFO:
         logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    ours = str(pathlib.Path(__file__).parent / "beit_jax")
+    package = str(pathlib.Path(__file__).parent / "beit_jax")
     handler.addFilter(
-        lambda record: record.levelno >= python_logging.WARNING or record.pathname.startswith(ours)
+        lambda record: (
+            record.levelno >= python_logging.WARNING or record.pathname.startswith(package)
+        )
     )
 
 

@@ -1,17 +1,20 @@
 """Files that are there whole or not at all, and the files under a folder."""
 
+import json
 import os
 from collections.abc import Iterator
 
 from etils import epath
 
+from beit_jax.types import Json
+
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Writes `content`; whoever reads meanwhile sees the old file or the whole new one.
+    """Writes a file; a reader sees the old content or all of the new, never a part.
 
     Args:
-      path: local or gs://; folders are made.
-      content: all of the file.
+      path: local or gs://; missing folders are created.
+      content: the whole file.
     """
     target = epath.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,3 +48,13 @@ def visible_files(root: str) -> Iterator[str]:
         for name in files:
             if not name.startswith("."):
                 yield prefix + name
+
+
+def write_json(path: str | os.PathLike, value: Json) -> None:
+    """Writes a value as indented JSON with a final newline, like `write_whole`.
+
+    Args:
+      path: local or gs://; missing folders are created.
+      value: anything `json.dumps` takes; tuples become lists.
+    """
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,43 +1,67 @@
 """From a config's `task` to the job that runs it: the edge between settings and code."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from beit_jax.config import ConfigError, RunError, check, parse, to_dict
+from beit_jax.config.unused import check_unused
 from beit_jax.distributed import cluster
 from beit_jax.tasks import classify, pretrain, probe, quickstart, tokenizer
 from beit_jax.tokenizers.loading import TokenizerFileError
 from beit_jax.training import startup
+from beit_jax.types import Json, JsonObject
 
-JOBS = {
-    "classify": (classify.ClassifyConfig, classify.run),
-    "pretrain": (pretrain.PretrainConfig, pretrain.run),
-    "probe": (probe.ProbeConfig, probe.run),
-    "tokenizer": (tokenizer.TokenizerTaskConfig, tokenizer.run),
-    "quickstart": (quickstart.QuickstartConfig, quickstart.run),
+
+class JobKind(NamedTuple):
+    """A row of the table of jobs; a plain pair will do.
+
+    Attributes:
+      config: a frozen dataclass with a field `task`, whose `run` is a `RunConfig`. Settings in its
+        sections that the job does not use stand in its `UNUSED` (`config/unused.py`).
+      run: `(config, *, workdir) -> summary`; `tasks.run_job` does most of it.
+    """
+
+    config: type
+    run: Callable[..., JsonObject]
+
+
+JOBS: dict[str, JobKind] = {
+    "classify": JobKind(classify.ClassifyConfig, classify.run),
+    "pretrain": JobKind(pretrain.PretrainConfig, pretrain.run),
+    "probe": JobKind(probe.ProbeConfig, probe.run),
+    "tokenizer": JobKind(tokenizer.TokenizerTaskConfig, tokenizer.run),
+    "quickstart": JobKind(quickstart.QuickstartConfig, quickstart.run),
 }
 
 
-def parse_job(values: Mapping[str, Any]) -> Any:
-    """The frozen config of the job that `values["task"]` names; raises ConfigError."""
+def parse_job(values: Mapping[str, Json]) -> Json:
+    """Turns settings into the frozen config of the job that `values["task"]` names.
+
+    Raises:
+      ConfigError: a setting is unknown, missing, wrong, or of no use to the job.
+    """
     task = values.get("task")
     check(task in JOBS, "config.task", f"must be one of {', '.join(JOBS)}; got {task!r}")
-    return parse(JOBS[task][0], values)
+    config_class, _ = JOBS[str(task)]
+    config: Json = parse(config_class, values)
+    check_unused(config)
+    return config
 
 
-def run(values: Mapping[str, Any], *, workdir: str) -> dict[str, Any]:
+def run(values: Mapping[str, Json], *, workdir: str) -> JsonObject:
     """Runs the job and returns its summary."""
     config = parse_job(values)
     startup.keep_compiled(config.run.compilation_cache, workdir=workdir)
-    return JOBS[config.task][1](config, workdir=workdir)
+    _, run_kind = JOBS[config.task]
+    return run_kind(config, workdir=workdir)
 
 
 def run_on_cluster(
-    values: Mapping[str, Any], *, workdir: str, cluster_settings: Mapping[str, Any]
+    values: Mapping[str, Json], *, workdir: str, cluster_settings: Mapping[str, Json]
 ) -> int:
-    """Runs the job as one of the cluster's processes, if there is a cluster; the exit code.
+    """Runs the job as one process of the cluster, where there is a cluster; returns the exit code.
 
-    Exit codes are those of `distributed/cluster.py`; what is wrong is one line on stderr.
+    Exit codes are those of `distributed/cluster.py`; an error of the user's is one line on stderr.
     """
     try:
         settings = cluster.Settings(**cluster_settings)

@@ -1,4 +1,6 @@
-"""Pictures a person looks at: what a tokenizer keeps, and what a model fills in."""
+"""Pictures for people to look at: what a tokenizer keeps, and what a model fills in."""
+
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
@@ -6,7 +8,7 @@ from PIL import Image, ImageDraw
 
 _GAP = 4
 _CAPTION = 14
-_MIN_SIDE = 96  # small images are enlarged to at least this, pixel by pixel
+_MIN_SIDE = 96  # smaller images are enlarged to at least this many pixels, without smoothing
 
 
 def contact_sheet(rows: list[list[np.ndarray]], *, captions: list[str]) -> np.ndarray:
@@ -33,6 +35,12 @@ def contact_sheet(rows: list[list[np.ndarray]], *, captions: list[str]) -> np.nd
             tile = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(tile, (_GAP + c * (cell + _GAP), _CAPTION + _GAP + r * (cell + _GAP)))
     return np.asarray(sheet)
+
+
+def columns_sheet(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """`contact_sheet` with a column per entry: caption → uint8 `[rows, s, s, 3]`."""
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    return contact_sheet(rows, captions=list(columns))
 
 
 def hide_patches(images: np.ndarray, mask: np.ndarray) -> np.ndarray:

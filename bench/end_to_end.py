@@ -152,8 +152,7 @@ def train(config: Any, task: Any, feed: Any) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as workdir:
         loop.train(
-            task,
-            feed,
+            loop.Job(task=task, feed=feed),
             run=config.run,
             optimizer_config=config.optimizer,
             config={},

@@ -36,19 +36,10 @@ def recipe(config: str, settings: list[str]) -> Any:
 
 def pretraining_task(config: Any) -> Any:
     """The train loop's task of a pre-training config, with the tokenizer's weights."""
-    from beit_jax.models.heads import masked_image_model
-    from beit_jax.planning.ahead_of_time import slots
-    from beit_jax.tasks.pretrain import pretrain_task
-    from beit_jax.tokenizers.loading import load_params, open_tokenizer
+    from beit_jax.tasks.pretrain import task_from_config
+    from beit_jax.tokenizers.loading import load_params
 
-    tokenizer = open_tokenizer(config.tokenizer)
-    return pretrain_task(
-        masked_image_model(config.model, vocabulary=tokenizer.vocabulary),
-        tokenizer,
-        tokenizer_params=load_params(config.tokenizer),
-        config=config,
-        slots=slots(config),
-    )
+    return task_from_config(config, tokenizer_params=load_params(config.tokenizer))
 
 
 class Answering:

@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.task = "pretrain"
     config.reference = ""
+    config.evaluate_only = False
 
     config.run = ConfigDict()
     config.run.steps = 800 * STEPS_PER_EPOCH  # paper §2.5: 500k steps

@@ -3,6 +3,7 @@
 import dataclasses
 
 from beit_jax.config.parse import check, presence_setting
+from beit_jax.config.run import RunConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,3 +37,12 @@ class OptimizerConfig:
         check(0 < self.layer_decay <= 1, "layer_decay", "must be in (0, 1]")
         check(self.hold_steps >= 1, "hold_steps", "must be at least 1")
         check(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "must be in (0, 1)")
+
+
+def check_warmup(optimizer: OptimizerConfig, run: RunConfig) -> None:
+    """Raises ConfigError where the warm-up is longer than the run; for `__post_init__` of jobs."""
+    check(
+        optimizer.warmup_steps <= run.steps,
+        "optimizer.warmup_steps",
+        f"{optimizer.warmup_steps} is more than run.steps, {run.steps}",
+    )

@@ -37,7 +37,7 @@ from beit_jax.evaluation.features import (
 )
 from beit_jax.models.flops import encoder_flops
 from beit_jax.training import state
-from beit_jax.training.batch_augment import smoothed_cross_entropy
+from beit_jax.training.batch_augment import image_weights, smoothed_cross_entropy
 from beit_jax.training.state import Task
 from beit_jax.types import Batch, HostBatch, Params, Sums
 
@@ -87,15 +87,6 @@ def probe_sums(params: Params, features: jax.Array, labels: jax.Array, weight: j
     }
 
 
-def counting_weight(batch: Batch) -> jax.Array:
-    """float32 `[b]`: 0 for images without a class and for the padding of a last batch, else 1.
-
-    An image that cannot be decoded is grey and has the label -1.
-    """
-    weight = (batch["label"] >= 0).astype(jnp.float32)
-    return weight * batch["valid"] if "valid" in batch else weight
-
-
 def probe_task(
     encoder: FrozenEncoder, *, spec: FeatureSpec, classes: int, stored: bool = False
 ) -> Task:
@@ -119,7 +110,7 @@ def probe_task(
         else:
             features = image_features(encoder.functions, frozen, batch["image"], spec=spec, key=key)
         labels = jnp.maximum(batch["label"], 0)
-        return {"features": features, "label": labels, "weight": counting_weight(batch)}
+        return {"features": features, "label": labels, "weight": image_weights(batch)}
 
     def sums(params: Params, batch: Batch) -> Sums:
         return probe_sums(params, batch["features"], batch["label"], batch["weight"])

@@ -25,12 +25,10 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
 from beit_jax.config import RunError
-from beit_jax.data import masking
 from beit_jax.models.attention import resolve_implementation
-from beit_jax.models.heads import masked_image_model
 from beit_jax.planning import hlo
 from beit_jax.planning.slices import Slice
-from beit_jax.tasks.pretrain import PretrainConfig, pretrain_task
+from beit_jax.tasks.pretrain import PretrainConfig, task_from_config
 from beit_jax.tokenizers.loading import open_tokenizer
 from beit_jax.training import optim, sharding, state
 from beit_jax.training.state import Task, TrainState
@@ -100,18 +98,8 @@ def batch_shapes(config: PretrainConfig, *, batch_size: int) -> dict[str, jax.Sh
 def task_of_shapes(config: PretrainConfig) -> Task:
     """The run's task on shapes: the tokenizer's weights are not read."""
     tokenizer = open_tokenizer(config.tokenizer)
-    return pretrain_task(
-        masked_image_model(config.model, vocabulary=tokenizer.vocabulary),
-        tokenizer,
-        tokenizer_params=jax.eval_shape(tokenizer.init, jax.random.key(0)),
-        config=config,
-        slots=slots(config),
-    )
-
-
-def slots(config: PretrainConfig) -> int:
-    """Masked positions that are scored per image."""
-    return masking.max_masked(config.data.mask, grid=config.model.grid)
+    shapes = jax.eval_shape(tokenizer.init, jax.random.key(0))
+    return task_from_config(config, tokenizer_params=shapes)
 
 
 def compile_step(config: PretrainConfig, tpu_slice: Slice) -> Compiled:

@@ -14,9 +14,9 @@ from beit_jax.config import check
 from beit_jax.models.flops import encoder_flops, matmul_flops, mim_head_flops, student_flops
 from beit_jax.models.heads import masked_image_model
 from beit_jax.planning import hlo
-from beit_jax.planning.ahead_of_time import batch_shapes, slots, task_of_shapes
+from beit_jax.planning.ahead_of_time import batch_shapes, task_of_shapes
 from beit_jax.planning.slices import Slice
-from beit_jax.tasks.pretrain import PretrainConfig
+from beit_jax.tasks.pretrain import PretrainConfig, scored_positions
 from beit_jax.tokenizers.loading import open_tokenizer
 from beit_jax.training import optim, sharding, state
 from beit_jax.types import PyTree
@@ -150,7 +150,7 @@ class Plan:
 @functools.cache
 def workload(config: PretrainConfig) -> Workload:
     """Counts parameters, FLOPs and input bytes."""
-    scored = slots(config)
+    scored = scored_positions(config)
     tokenizer = open_tokenizer(config.tokenizer)
     model = masked_image_model(config.model, vocabulary=tokenizer.vocabulary)
     shapes = model.shapes()

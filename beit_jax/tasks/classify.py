@@ -1,27 +1,23 @@
 """Fine-tuning for classification (paper §3.1, appendix H; official run_class_finetuning.py).
 
-Images and labels come from the host, cropped, flipped and with RandAugment. On the device: random
+The host sends images and labels, cropped, flipped and with RandAugment. On the device come random
 erasing, mixup or CutMix; the encoder sees every patch; its patch tokens are averaged, normalised
-and classified; the loss is the label-smoothed cross-entropy. Held-out images are all evaluated, one
-centre crop each.
+and classified; the loss is the label-smoothed cross-entropy. Held-out images are evaluated in one
+centre crop.
 """
 
 import dataclasses
 import functools
-import json
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 
 from beit_jax import pictures
 from beit_jax.config import (
-    ConfigError,
     LabelledDataConfig,
     MixingConfig,
     ModelConfig,
@@ -31,15 +27,22 @@ from beit_jax.config import (
     one_of,
     shape_setting,
 )
+from beit_jax.config.optimizer import check_warmup
+from beit_jax.config.unused import Unused
 from beit_jax.models.flops import classifier_flops
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import classifier
 from beit_jax.preprocessing import NORMALIZATIONS, normalize
-from beit_jax.tasks.feed import check_class_count, labelled_feed, with_first
-from beit_jax.tasks.summary import write_summary
-from beit_jax.training import checkpoint, loop, optim, startup, state
-from beit_jax.training.batch_augment import erase, mix, smoothed_cross_entropy
-from beit_jax.training.state import Batch, Sums, Task
+from beit_jax.tasks.feed import (
+    check_class_count,
+    draw_first_batch,
+    labelled_feed,
+)
+from beit_jax.tasks.run_job import run_job
+from beit_jax.training.batch_augment import erase, image_weights, mix, smoothed_cross_entropy
+from beit_jax.training.job import Job, RunContext, Trained
+from beit_jax.training.state import Task
+from beit_jax.types import Batch, HostBatch, JsonObject, Params, PyTree, Sums
 
 PICTURES = 8  # images in `first_batch.png`
 
@@ -51,13 +54,17 @@ class ClassifyConfig:
     Attributes:
       classes: outputs; 0: as many as the images have.
       pooling: "mean" of the patch tokens with a LayerNorm of its own, or "cls".
-      head_init_scale: the head starts this much smaller (official `--init_scale`).
+      head_init_scale: factor on the head's initial values (official `--init_scale`).
       label_smoothing: share of the target spread over all classes.
-      mixing: mixup and CutMix; the recipes from ImageNet-22k labels have neither.
+      mixing: mixup and CutMix; the recipes that start from ImageNet-22k labels use neither.
       evaluate_only: no training: evaluate the run's newest checkpoint or `run.init_from`.
-      labels: names of the classes; filled in from the images.
-      reference: what the published run reached, printed at the start.
+      labels: names of the classes, filled in from the images; others than theirs are an error.
+      reference: what the published run reached; logged at the start.
     """
+
+    UNUSED: ClassVar[dict[str, Unused]] = {
+        "run.picture_every": Unused("classification draws no pictures"),
+    }
 
     task: str = "classify"
     run: RunConfig
@@ -73,7 +80,7 @@ class ClassifyConfig:
     labels: tuple[str, ...] = ()
     reference: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(
             self.data.image_size == self.model.image_size,
             "data.image_size",
@@ -87,17 +94,16 @@ class ClassifyConfig:
             "mixing.groups",
             f"{self.mixing.groups} does not divide run.batch_size, {self.run.batch_size}",
         )
-        if self.optimizer.warmup_steps > self.run.steps:
-            raise ConfigError(
-                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than run.steps,"
-                f" {self.run.steps}"
-            )
+        check_warmup(self.optimizer, self.run)
 
 
-def run(config: ClassifyConfig, *, workdir: str) -> dict[str, Any]:
+def run(config: ClassifyConfig, *, workdir: str) -> JsonObject:
     """Fine-tunes, or only evaluates; writes `summary.json` and returns it."""
-    began, begun = time.perf_counter(), startup.Startup()
-    loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
+    return run_job(config, build=build_job, workdir=workdir)
+
+
+def build_job(config: ClassifyConfig, context: RunContext) -> Job:
+    """Opens the images, whose classes complete the config, and builds the model."""
     feed, classes = labelled_feed(config.data, run=config.run)
     config = with_classes(config, classes)
     model = classifier(
@@ -106,38 +112,37 @@ def run(config: ClassifyConfig, *, workdir: str) -> dict[str, Any]:
         pooling=config.pooling,
         init_scale=config.head_init_scale,
     )
-    task = classify_task(model, config=config)
     if config.reference:
         logging.info("published reference: %s", config.reference)
-    if config.evaluate_only:
-        return evaluate_only(task, feed, config=config, workdir=workdir)
-    training = show_first(feed.training, config=config, workdir=workdir)
-    begun.done("data")
-    trained = loop.train(
-        task,
-        dataclasses.replace(feed, training=training),
-        run=config.run,
-        optimizer_config=config.optimizer,
+    draw = functools.partial(first_batch_picture, config=config)
+    return Job(
+        task=classify_task(model, config=config),
+        feed=draw_first_batch(feed, draw, workdir=context.workdir),
+        finish=figures,
         config=config,
-        workdir=workdir,
-        begun=begun,
+        evaluate_only=config.evaluate_only,
+        headline=headline,
     )
-    figures = trained.evaluation | {"best": trained.best}
-    return write_summary(figures, trained=trained, workdir=workdir, began=began)
 
 
 def with_classes(config: ClassifyConfig, classes: tuple[str, ...]) -> ClassifyConfig:
-    """The config with the images' classes filled in.
+    """Fills in the images' classes.
 
     Raises:
-      ConfigError: it asks for another number of classes than the images have.
+      ConfigError: the config asks for other classes, or another number of them, than the images
+        have.
     """
     check_class_count(config.classes, classes, source=config.data.source)
+    check(
+        config.labels in ((), classes),
+        "config.labels",
+        f"these are not the classes of {config.data.source}; leave it empty",
+    )
     return dataclasses.replace(config, classes=len(classes), labels=classes)
 
 
 def classify_task(model: Functional, *, config: ClassifyConfig) -> Task:
-    """The job as the train loop wants it; sums are over images.
+    """The job as the train loop takes it; sums are over images.
 
     Args:
       model: from `classifier`.
@@ -145,31 +150,33 @@ def classify_task(model: Functional, *, config: ClassifyConfig) -> Task:
     """
     smoothing = config.label_smoothing
 
-    def prepare(frozen: Any, batch: Batch, key: jax.Array | None) -> Batch:
+    def prepare(frozen: PyTree, batch: Batch, key: jax.Array | None) -> Batch:
         del frozen
         return prepared(batch, key, config=config)
 
-    def loss(params: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Sums]:
+    def loss(
+        params: Params, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, Sums]:
         del step
         logits = model.apply(params, batch["image"], drop_path_key=key)
         own = smoothed_cross_entropy(logits, batch["label"], smoothing=smoothing)
         other = smoothed_cross_entropy(logits, batch["partner"], smoothing=smoothing)
-        each = batch["share"] * own + (1 - batch["share"]) * other
-        total = (each * batch["weight"]).sum()
+        mixed = batch["share"] * own + (1 - batch["share"]) * other
+        total = (mixed * batch["weight"]).sum()
         return total, {"loss": total, "weight": batch["weight"].sum()}
 
-    def evaluate(params: Any, frozen: Any, batch: Batch) -> Sums:
+    def evaluate(params: Params, frozen: PyTree, batch: Batch) -> Sums:
         """Plain cross-entropy, top-1 and top-5."""
         batch = prepare(frozen, batch, None)
         logits = model.apply(params, batch["image"])
         labels, weight = batch["label"], batch["weight"]
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        right = best == labels[:, None]
+        correct = best == labels[:, None]
         plain = smoothed_cross_entropy(logits, labels, smoothing=0.0)
         return {
             "loss": (plain * weight).sum(),
-            "top1": (right[:, 0] * weight).sum(),
-            "top5": (right.any(axis=1) * weight).sum(),
+            "top1": (correct[:, 0] * weight).sum(),
+            "top5": (correct.any(axis=1) * weight).sum(),
             "weight": weight.sum(),
         }
 
@@ -192,19 +199,20 @@ def classify_task(model: Functional, *, config: ClassifyConfig) -> Task:
 
 
 def prepared(batch: Batch, key: jax.Array | None, *, config: ClassifyConfig) -> Batch:
-    """What the host sends → normalised, erased, mixed images; both labels and their shares.
+    """Normalises, erases and mixes images.
 
     Args:
-      batch: `image` uint8 [b, s, s, 3], `label` int32 [b]; held-out ones have `valid` [b].
-      key: None is evaluation: nothing random.
+      batch: `image` uint8 `[b, s, s, 3]`, `label` int32 `[b]`; of held-out images also `valid`
+        `[b]`.
+      key: randomness; None (evaluation) neither erases nor mixes.
       config: normalisation, erasing, mixing.
+
+    Returns:
+      `image` float32 `[b, s, s, 3]`; `label` and `partner`, int32 `[b]`, with the `share` of the
+      former in the target; `weight`, float32 `[b]`.
     """
     images, labels = normalize(batch["image"], kind=config.data.normalization), batch["label"]
-    # Where nothing could be decoded there is a grey image without a class.
-    weight = (labels >= 0).astype(jnp.float32)
-    if "valid" in batch:  # padding of a last batch counts for nothing
-        weight = weight * batch["valid"]
-    labels = jnp.maximum(labels, 0)
+    labels = jnp.maximum(labels, 0)  # without a class, `image_weights` is 0
     partner, share = labels, jnp.ones(labels.shape, jnp.float32)
     if key is not None:
         erasing, mixing = jax.random.split(key)
@@ -216,62 +224,40 @@ def prepared(batch: Batch, key: jax.Array | None, *, config: ClassifyConfig) -> 
         "label": labels,
         "partner": partner,
         "share": share,
-        "weight": weight,
+        "weight": image_weights(batch),
     }
 
 
-def evaluate_only(
-    task: Task, feed: loop.Feed, *, config: ClassifyConfig, workdir: str
-) -> dict[str, Any]:
-    """Evaluates what training would start from, on all held-out images.
+def first_batch_picture(batch: HostBatch, *, config: ClassifyConfig) -> np.ndarray:
+    """Draws views as they come from the host, and as the model is given them: erased and mixed.
 
-    Raises:
-      ConfigError: there is neither a checkpoint in the run's directory nor `run.init_from`.
+    Groups of the global batch are mixed, which may be spread over hosts; for the picture this
+    host's part is one group.
+
+    Args:
+      batch: this host's part of a training batch.
+      config: the job's.
+
+    Returns:
+      uint8 `[h, w, 3]`.
     """
-    mesh = loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
-    optimizer = optim.adamw(config.optimizer)
-    average = config.optimizer.ema_decay is not None
-    shapes = state.state_shapes(task, optimizer, mesh, average=average)
-    checkpoints = checkpoint.Checkpoints(workdir, run=config.run, config=config)
-    check(
-        bool(config.run.init_from) or checkpoints.latest_step() is not None,
-        "config.run.init_from",
-        f"nothing to evaluate: no checkpoint in {workdir} either",
+    alone = dataclasses.replace(config, mixing=dataclasses.replace(config.mixing, groups=1))
+    prepare = jax.jit(functools.partial(prepared, config=alone))
+    whole = prepare(batch, jax.random.key(config.run.seed))
+    mean, std = NORMALIZATIONS[config.data.normalization]
+    given = np.asarray(whole["image"][:PICTURES]) * np.asarray(std) + np.asarray(mean)
+    return pictures.columns_sheet(
+        {"view": batch["image"][:PICTURES], "given": pictures.to_uint8(given)}
     )
-    train_state = loop.restore_or_init(task, optimizer, checkpoints, shapes=shapes, run=config.run)
-    checkpoints.close()
-    evaluation = loop.evaluator(task, feed, frozen={}, mesh=mesh)(train_state)
-    if evaluation is None:
-        raise loop.cluster.Preempted(int(train_state.step))
-    summary = {"steps": int(train_state.step), **evaluation}
-    if jax.process_index() == 0:
-        path = epath.Path(workdir) / "evaluation.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(summary, indent=2) + "\n")
-        print(f"top-1 {summary['top1']:.2%}  top-5 {summary['top5']:.2%}  {path}")
-    return summary
 
 
-def show_first(
-    training: Callable[[int], Iterator[dict[str, np.ndarray]]],
-    *,
-    config: ClassifyConfig,
-    workdir: str,
-) -> Callable[[int], Iterator[dict[str, np.ndarray]]]:
-    """Writes `first_batch.png` when the first batch is read: what the model is really given."""
+def figures(trained: Trained) -> JsonObject:
+    """The job's part of `summary.json`."""
+    return trained.evaluation | {"best": trained.best}
 
-    def draw(batch: dict[str, np.ndarray]) -> None:
-        # Mixing is within groups of the whole batch, which may be on several hosts: here only this
-        # host's part, in one group.
-        alone = dataclasses.replace(config, mixing=dataclasses.replace(config.mixing, groups=1))
-        prepare = jax.jit(functools.partial(prepared, config=alone))
-        whole = prepare(batch, jax.random.key(config.run.seed))
-        mean, std = NORMALIZATIONS[config.data.normalization]
-        given = np.asarray(whole["image"][:PICTURES]) * np.asarray(std) + np.asarray(mean)
-        columns = {"view": batch["image"][:PICTURES], "given": pictures.to_uint8(given)}
-        rows = [list(row) for row in zip(*columns.values(), strict=True)]
-        pictures.save_png(
-            f"{workdir}/first_batch.png", pictures.contact_sheet(rows, captions=list(columns))
-        )
 
-    return with_first(training, draw)
+def headline(evaluation: Mapping[str, float]) -> str:
+    """An evaluation in one line."""
+    if not evaluation:
+        return "no held-out images"
+    return f"top-1 {evaluation['top1']:.2%}  top-5 {evaluation['top5']:.2%}"

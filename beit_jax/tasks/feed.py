@@ -1,23 +1,26 @@
-"""Images from their source to this host's batches, as every image job reads them."""
+"""Images from their source to this host's batches, for every job that reads images."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
+from beit_jax import pictures
 from beit_jax.config import DataConfig, LabelledDataConfig, RunConfig, SourceConfig, check
 from beit_jax.distributed import cluster
-from beit_jax.training import loop
+from beit_jax.training.job import Feed
+from beit_jax.types import HostBatch
 
 if TYPE_CHECKING:
-    # Elsewhere inside the functions: a job's step is measured where TensorFlow is not installed.
+    # At run time imported inside functions: a step also runs where TensorFlow is not installed.
     from beit_jax.data.pipeline import Views
     from beit_jax.data.sources import Source
 
 
 def image_sources(config: SourceConfig) -> tuple["Source", "Source"]:
-    """Training and held-out images."""
+    """Opens the training and the held-out images."""
     from beit_jax.data import sources
 
     return (
@@ -33,16 +36,16 @@ def image_feed(
     grid: int,
     keys: tuple[str, ...],
     sources: tuple["Source", "Source"] | None = None,
-) -> loop.Feed:
-    """Training and held-out batches of this host, for pre-training and the tokenizer.
+) -> Feed:
+    """This host's training and held-out batches, for pre-training and the tokenizer.
 
     Args:
       config: the source and the views.
       run: the seed, the global batch and how much to evaluate.
       grid: patches along one side, for the masks.
-      keys: what the job takes to the devices, nothing else is made; held-out batches also have
-        `valid`.
-      sources: of `image_sources`, where they are already open.
+      keys: the parts of a batch that the job needs; nothing else is made. Held-out batches also
+        have `valid`.
+      sources: from `image_sources`, where they are already open.
     """
     from beit_jax.data import views
 
@@ -57,11 +60,11 @@ def image_feed(
     )
 
 
-def labelled_feed(config: LabelledDataConfig, *, run: RunConfig) -> tuple[loop.Feed, tuple]:
+def labelled_feed(config: LabelledDataConfig, *, run: RunConfig) -> tuple[Feed, tuple[str, ...]]:
     """Batches of `image` and `label`, and the names of the classes.
 
     Raises:
-      ConfigError: the images have no classes, or training and held-out images have different ones.
+      ConfigError: the images have no classes, or the held-out images have other classes.
     """
     from beit_jax.data import views
 
@@ -78,10 +81,10 @@ def labelled_feed(config: LabelledDataConfig, *, run: RunConfig) -> tuple[loop.F
 
 
 def labelled_sources(config: LabelledDataConfig) -> tuple["Source", "Source"]:
-    """Training and held-out images of the same classes.
+    """Opens training and held-out images, which have the same classes.
 
     Raises:
-      ConfigError: the images have no classes, or training and held-out images have different ones.
+      ConfigError: the images have no classes, or the held-out images have other classes.
     """
     training, evaluation = image_sources(config)
     check_classes(training, evaluation)
@@ -96,19 +99,22 @@ def check_class_count(wanted: int, classes: tuple[str, ...], *, source: str) -> 
 
 
 def check_classes(training: "Source", evaluation: "Source") -> None:
-    """Labels are places in the list of classes: both sources must have the same list."""
+    """Raises ConfigError unless both sources have the same, non-empty list of classes.
+
+    A label is an index into that list.
+    """
     check(
         bool(training.classes),
         "config.data.source",
-        "its images have no classes; a folder needs a folder for each class, and no images beside",
+        "its images have no classes; a folder needs a folder for every class and no images beside",
     )
-    ours, theirs = set(training.classes), set(evaluation.classes)
+    trained, held_out = set(training.classes), set(evaluation.classes)
     check(
         training.classes == evaluation.classes,
         "config.data.eval_source",
         "its classes are not those of config.data.source; only there:"
-        f" {', '.join(sorted(ours - theirs)[:5]) or 'none'}; only here:"
-        f" {', '.join(sorted(theirs - ours)[:5]) or 'none'}",
+        f" {', '.join(sorted(trained - held_out)[:5]) or 'none'}; only here:"
+        f" {', '.join(sorted(held_out - trained)[:5]) or 'none'}",
     )
 
 
@@ -121,8 +127,18 @@ def feed_of(
     evaluation: "Source",
     repeats: int = 1,
     cycle: int = 0,
-) -> loop.Feed:
-    """What `views` make of two sources, for this host; the rest as `pipeline.training_batches`."""
+) -> Feed:
+    """This host's batches of two sources.
+
+    Args:
+      views: what is made of an image.
+      config: decoding and reading.
+      run: the seed, the global batch and how much to evaluate.
+      training: the training images.
+      evaluation: the held-out images.
+      repeats: as in `pipeline.training_batches`.
+      cycle: likewise.
+    """
     from beit_jax.data import pipeline
     from beit_jax.data.bad_images import BadImages
 
@@ -138,10 +154,10 @@ def feed_of(
     }
     bookkeeping = ("index", "replaced")
 
-    def only_views(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def only_views(batch: HostBatch) -> HostBatch:
         return {key: value for key, value in batch.items() if key not in bookkeeping}
 
-    def training_batches(start_step: int) -> Iterator[dict[str, np.ndarray]]:
+    def training_batches(start_step: int) -> Iterator[HostBatch]:
         batches = pipeline.training_batches(
             training,
             **shared,
@@ -154,42 +170,48 @@ def feed_of(
             bad.count(batch)
             yield only_views(batch)
 
-    def eval_batches() -> Iterable[dict[str, np.ndarray]]:
+    def eval_batches() -> Iterable[HostBatch]:
         for number, batch in enumerate(pipeline.eval_batches(evaluation, **shared)):
             if run.eval_batches and number == run.eval_batches:
                 return
-            # What can't be decoded counts for nothing: another image stands in its place.
+            # An image that cannot be decoded is replaced by another, which must not count twice.
             batch["valid"] = batch["valid"] & ~batch["replaced"]
             yield only_views(batch)
 
-    return loop.Feed(
+    return Feed(
         training=training_batches,
         evaluation=eval_batches,
         metrics=lambda: {"replaced_images": float(bad.bad)},
     )
 
 
-def with_first(
-    training: Callable[[int], Iterator[dict[str, np.ndarray]]],
-    look: Callable[[dict[str, np.ndarray]], None],
-) -> Callable[[int], Iterator[dict[str, np.ndarray]]]:
-    """`training`, whose first batch process 0 looks at when it is read."""
+def draw_first_batch(feed: Feed, draw: Callable[[HostBatch], np.ndarray], *, workdir: str) -> Feed:
+    """Has process 0 write `first_batch.png` when the first batch is read: what the model is given.
 
-    def shown(start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        batches = training(start_step)
+    Args:
+      feed: the data.
+      draw: this host's part of a batch → uint8 `[h, w, 3]`.
+      workdir: the run's directory.
+    """
+
+    def training(start_step: int) -> Iterator[HostBatch]:
+        batches = feed.training(start_step)
         first = next(batches)
         if jax.process_index() == 0:
-            look(first)
+            pictures.save_png(f"{workdir}/first_batch.png", draw(first))
         yield first
         yield from batches
 
-    return shown
+    return dataclasses.replace(feed, training=training)
 
 
-def first_images(
-    batches: Iterable[dict[str, np.ndarray]], *, count: int
-) -> dict[str, np.ndarray] | None:
-    """The first held-out images of this host, for pictures."""
+def first_images(batches: Iterable[HostBatch], *, count: int) -> HostBatch | None:
+    """The first valid images of this host, for pictures; None where there are no batches.
+
+    Args:
+      batches: held-out batches, with `valid`.
+      count: at most so many images.
+    """
     for batch in batches:
         valid = batch["valid"].astype(bool)
         return {name: values[valid][:count] for name, values in batch.items()}

@@ -7,14 +7,13 @@ and the checkpoint, runs both evaluations and writes one summary; what they comp
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar
 
 import jax
 from absl import logging
-from etils import epath
 from jax.sharding import Mesh
 
 from beit_jax.config import (
@@ -28,6 +27,8 @@ from beit_jax.config import (
     to_dict,
 )
 from beit_jax.config.differences import differences
+from beit_jax.config.optimizer import check_warmup
+from beit_jax.config.unused import Unused
 from beit_jax.evaluation.features import (
     KINDS,
     FeatureSpec,
@@ -39,6 +40,7 @@ from beit_jax.evaluation.features import (
 from beit_jax.evaluation.knn import KnnConfig, block_accuracy
 from beit_jax.evaluation.linear_probe import feature_function, probe_task, stored_feed
 from beit_jax.tasks.feed import check_class_count, feed_of, labelled_sources
+from beit_jax.tasks.summary import write_summary
 from beit_jax.text_table import text_table
 from beit_jax.training import loop, metrics
 from beit_jax.types import HostBatch, JsonObject
@@ -64,6 +66,11 @@ class ProbeConfig:
         used in turn. The held-out images' are then kept too.
       reference: the published figure, logged at the start.
     """
+
+    UNUSED: ClassVar[dict[str, Unused]] = {
+        "run.picture_every": Unused("a probe draws no pictures"),
+        "optimizer.decay_relative_positions": Unused("the encoder is frozen"),
+    }
 
     task: str = "probe"
     run: RunConfig
@@ -103,11 +110,7 @@ class ProbeConfig:
         )
         check(optimizer.layer_decay == 1, "optimizer.layer_decay", "must be 1: nothing is stacked")
         check(optimizer.ema_decay is None, "optimizer.ema_decay", "must be None in a probe")
-        if optimizer.warmup_steps > self.run.steps:
-            raise ConfigError(
-                f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than run.steps,"
-                f" {self.run.steps}"
-            )
+        check_warmup(optimizer, self.run)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,10 +163,8 @@ def run(config: ProbeConfig, *, workdir: str) -> JsonObject:
         )
         summary["knn"] = summarize_neighbours(accuracy)
     summary["seconds"] = time.perf_counter() - began
+    path = write_summary(summary, workdir=workdir)
     if jax.process_index() == 0:
-        path = epath.Path(workdir) / "summary.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(summary, indent=2) + "\n")
         print(f"{table(summary)}\n\nsummary: {path}")
     return summary
 
@@ -241,14 +242,15 @@ def train_probe(
             steps=min(math.ceil(epochs), config.run.steps),
             blocks=spec.blocks,
         )
+    task = probe_task(encoder, spec=spec, classes=config.classes, stored=bool(config.cached_views))
     return loop.train(
-        probe_task(encoder, spec=spec, classes=config.classes, stored=bool(config.cached_views)),
-        feed,
+        loop.Job(task=task, feed=feed),
         # The loop would look for the classifiers in `init_from`.
         run=dataclasses.replace(config.run, init_from=""),
         optimizer_config=config.optimizer,
         config=config,
         workdir=workdir,
+        mesh=mesh,
     )
 
 

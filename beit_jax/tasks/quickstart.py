@@ -1,23 +1,29 @@
 """The whole story in one command.
 
-Train a tokenizer, pre-train with its tokens, and show what was learned: masked tokens named right,
-and what the weights are worth to a classifier, beside the same model without pre-training.
+Train a tokenizer, pre-train with its tokens, and show what was learned: how many masked tokens are
+predicted right, and what the weights are worth to a classifier, beside the same model without
+pre-training.
 """
 
 import dataclasses
-import json
+import math
 import statistics
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar, TypeVar
 
 import jax
 from absl import logging
 from etils import epath
 
 from beit_jax.config import RunConfig, check, to_dict
+from beit_jax.config.unused import Unused
 from beit_jax.distributed import cluster
 from beit_jax.models.heads import masked_image_model
 from beit_jax.tasks import classify, pretrain, probe, tokenizer
+from beit_jax.tasks.summary import read_summary, write_summary
+from beit_jax.text_table import text_table
+from beit_jax.types import Json, JsonObject
 from beit_jax.weights.native import write_params
 
 SIZES = ("layers", "width", "heads", "mlp_width", "image_size", "patch_size")
@@ -25,16 +31,33 @@ SIZES = ("layers", "width", "heads", "mlp_width", "image_size", "patch_size")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """Jobs, one after the other; each finds what it needs in what the ones before wrote.
+    """Jobs that run one after the other; a job reads what earlier ones wrote.
 
     Attributes:
       tokenizer: writes the tokenizer that `pretrain.tokenizer.path` is then set to.
       pretrain: masked image modelling.
       probe: k-NN, and perhaps a linear probe, of the encoder before and after pre-training.
-      classify: fine-tuning, once from the pre-trained weights and once from scratch, alike in
-        everything else.
-      seeds: fine-tuning is done for each.
+      classify: fine-tuning, once from the pre-trained weights and once from scratch, with the same
+        settings otherwise.
+      seeds: of fine-tuning, which is repeated for every seed.
     """
+
+    UNUSED: ClassVar[dict[str, Unused]] = {
+        "pretrain.tokenizer.path": Unused("the first job writes the tokenizer"),
+        "probe.run.init_from": Unused("the pre-trained weights are probed", ("pretrain",)),
+        "classify.run.init_from": Unused("fine-tuning starts from pre-training and from scratch"),
+        "classify.run.seed": Unused("fine-tuning has config.seeds"),
+        **{
+            f"{job}.run.compilation_cache": Unused(
+                "config.pretrain.run.compilation_cache is that of all jobs"
+            )
+            for job in ("tokenizer", "probe", "classify")
+        },
+        **{
+            f"{job}.evaluate_only": Unused("the quickstart trains")
+            for job in ("pretrain", "classify")
+        },
+    }
 
     task: str = "quickstart"
     tokenizer: tokenizer.TokenizerTaskConfig
@@ -43,10 +66,10 @@ class QuickstartConfig:
     classify: classify.ClassifyConfig
     seeds: tuple[int, ...] = (0,)
 
-    def __post_init__(self):
-        ours = dataclasses.replace(self.pretrain.tokenizer, path="")
+    def __post_init__(self) -> None:
+        frozen = dataclasses.replace(self.pretrain.tokenizer, path="")
         check(
-            ours == dataclasses.replace(self.tokenizer.tokenizer, path=""),
+            frozen == dataclasses.replace(self.tokenizer.tokenizer, path=""),
             "pretrain.tokenizer",
             "must be the tokenizer that the first job trains",
         )
@@ -61,11 +84,11 @@ class QuickstartConfig:
 
     @property
     def run(self) -> RunConfig:
-        """What holds for the whole process."""
+        """The settings that hold for the whole process."""
         return self.pretrain.run
 
 
-def run(config: QuickstartConfig, *, workdir: str) -> dict[str, Any]:
+def run(config: QuickstartConfig, *, workdir: str) -> JsonObject:
     """Runs all jobs, or what is left of them; writes `summary.json` and `reconstruction.png`."""
     began = time.perf_counter()
     logging.info("1 of 4: train a tokenizer")
@@ -79,51 +102,54 @@ def run(config: QuickstartConfig, *, workdir: str) -> dict[str, Any]:
     pretrained = f"{workdir}/pretrain"
     summary = pretrain.run(pretrain_config, workdir=pretrained)
 
-    logging.info("3 of 4: what its features know, before and after pre-training")
-    write_untrained(pretrain_config, path=f"{workdir}/untrained")
+    logging.info("3 of 4: probe its features, before and after pre-training")
+    untrained = f"{workdir}/untrained"
+    write_untrained(pretrain_config, path=untrained)
     probes = {
         name: probe.run(
-            dataclasses.replace(
-                config.probe, run=dataclasses.replace(config.probe.run, init_from=weights)
-            ),
-            workdir=f"{workdir}/probe_{name}",
+            _starting_from(config.probe, init_from=weights), workdir=f"{workdir}/probe_{name}"
         )
-        for name, weights in (("before", f"{workdir}/untrained"), ("after", pretrained))
+        for name, weights in (("before", untrained), ("after", pretrained))
     }
 
     logging.info("4 of 4: fine-tune it, and the same model from scratch")
-    classified: dict[str, list[dict[str, Any]]] = {"pretrained": [], "scratch": []}
+    classified: dict[str, list[JsonObject]] = {"pretrained": [], "scratch": []}
     for seed in config.seeds:
         for name, weights in (("pretrained", pretrained), ("scratch", "")):
-            run_config = dataclasses.replace(config.classify.run, seed=seed, init_from=weights)
-            classified[name].append(
-                classify.run(
-                    dataclasses.replace(config.classify, run=run_config),
-                    workdir=f"{workdir}/classify_{name}_{seed}",
-                )
+            result = classify.run(
+                _starting_from(config.classify, init_from=weights, seed=seed),
+                workdir=f"{workdir}/classify_{name}_{seed}",
             )
+            classified[name].append(result)
     if jax.process_index() != 0:
         return summary
 
-    path = epath.Path(workdir) / "summary.json"
-    if path.exists():  # continued: the time adds up
-        began -= json.loads(path.read_text())["seconds"]
+    # Where the quickstart was continued, the time adds up.
+    began -= read_summary(workdir).get("seconds", 0.0)
     summary |= {
         "seconds": time.perf_counter() - began,
         "tokenizer": first,
         "probe": probes,
         "classify": classified,
     }
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    path = write_summary(summary, workdir=workdir)
     picture = epath.Path(workdir) / "reconstruction.png"
     (epath.Path(workdir) / "pretrain" / "reconstruction.png").copy(picture, overwrite=True)
-    print(table(summary))
+    print(report(summary))
     print(f"\npicture: {picture}\nsummary: {path}")
     return summary
 
 
+C = TypeVar("C", probe.ProbeConfig, classify.ClassifyConfig)
+
+
+def _starting_from(config: C, **run_settings: Json) -> C:
+    """The config with other weights to start from, and perhaps another seed."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **run_settings))
+
+
 def write_untrained(config: pretrain.PretrainConfig, *, path: str) -> None:
-    """The encoder that pre-training started from, as a checkpoint."""
+    """Writes the encoder that pre-training started from as a checkpoint."""
     if not (epath.Path(path) / "state").exists():
         model = masked_image_model(config.model, vocabulary=config.tokenizer.vocabulary)
         params = jax.jit(model.init)(jax.random.key(config.run.seed))
@@ -131,60 +157,66 @@ def write_untrained(config: pretrain.PretrainConfig, *, path: str) -> None:
     cluster.barrier("to have the untrained weights")
 
 
-def table(summary: dict[str, Any]) -> str:
-    """What was learned, against what needs no learning."""
-    first = summary["tokenizer"]
+def report(summary: JsonObject) -> str:
+    """What the model has learned, beside what takes no learning: two tables and a few numbers."""
+    first, speed = summary["tokenizer"], summary["images_per_second"]
+    numbers = (
+        f"tokenizer: {first['codes_used']:.0f} codes in use, perplexity"
+        f" {first['code_perplexity']:.1f}, reconstruction error {first['reconstruction_l1']:.4f}"
+        " (mean |Δ|, RGB in [-1, 1])\n"
+        f"{summary['steps']} pre-training steps"
+        + (f", {speed:.0f} images/s" if speed else "")
+        + f", {summary['classify']['scratch'][0]['steps']} of fine-tuning,"
+        f" {summary['seconds']:.0f} s in all"
+    )
+    return "\n".join(["", _tokens_table(summary), "", _classes_table(summary), "", numbers])
+
+
+def _tokens_table(summary: JsonObject) -> str:
     rows = [
-        ("held-out masked tokens", "loss (nats)", "accuracy"),
         ("this model", f"{summary['loss']:.3f}", f"{summary['accuracy']:.1%}"),
         (
             "always the most frequent tokens",
             f"{summary['token_entropy']:.3f}",
             f"{summary['majority_accuracy']:.1%}",
         ),
-        ("chance", f"{summary['chance_loss']:.3f}", f"{_chance(summary):.1%}"),
-        None,
-        ("held-out images, classified", "without", "pre-trained"),
-    ]
-    before, after = summary["probe"]["before"], summary["probe"]["after"]
-    for what, part, figure in (
-        ("k nearest neighbours", "knn", "accuracy"),
-        ("linear probe", "linear", "top1"),
-    ):
-        if part in before:
-            figures = (f"{each[part]['best'][figure]:.1%}" for each in (before, after))
-            rows.append((what, *figures))
-    rows.append(
         (
-            "fine-tuned, the same way",
-            _spread(summary["classify"]["scratch"]),
-            _spread(summary["classify"]["pretrained"]),
+            "chance",
+            f"{summary['chance_loss']:.3f}",
+            f"{math.exp(-summary['chance_loss']):.1%}",
+        ),
+    ]
+    return _aligned(rows, header=("held-out masked tokens", "loss (nats)", "accuracy"))
+
+
+def _classes_table(summary: JsonObject) -> str:
+    before, after = summary["probe"]["before"], summary["probe"]["after"]
+    rows = [
+        (title, *(f"{result[part]['best'][figure]:.1%}" for result in (before, after)))
+        for title, part, figure in (
+            ("k nearest neighbours", "knn", "accuracy"),
+            ("linear probe", "linear", "top1"),
         )
-    )
-    lines = []
-    for row in rows:
-        lines.append("" if row is None else f"{row[0]:<34}{row[1]:>16}{row[2]:>16}")
-        if row is not None and row[0].startswith("held-out"):
-            lines.append("-" * 66)
-    speed = summary["images_per_second"]
-    lines.append(
-        f"\ntokenizer: {first['codes_used']:.0f} codes in use, perplexity"
-        f" {first['code_perplexity']:.1f}, reconstruction error {first['reconstruction_l1']:.4f}"
-        " (mean |Δ|, RGB in [-1, 1])"
-        f"\n{summary['steps']} pre-training steps"
-        + (f", {speed:.0f} images/s" if speed else "")
-        + f", {summary['classify']['scratch'][0]['steps']} of fine-tuning,"
-        f" {summary['seconds']:.0f} s in all"
-    )
-    return "\n" + "\n".join(lines)
+        if part in before
+    ]
+    classified = summary["classify"]
+    tuned = (_spread(classified["scratch"]), _spread(classified["pretrained"]))
+    rows.append(("fine-tuned, the same way", *tuned))
+    return _aligned(rows, header=("held-out images, classified", "without", "pre-trained"))
 
 
-def _spread(runs: list[dict[str, Any]]) -> str:
+def _aligned(rows: Sequence[tuple[str, ...]], *, header: tuple[str, ...]) -> str:
+    """A table as wide as the other one: columns of 34 and twice 16 characters."""
+    widths = (34, 16, 16)
+    padded = [
+        (row[0].ljust(widths[0]), *(cell.rjust(widths[1]) for cell in row[1:]))
+        for row in (header, *rows)
+    ]
+    return text_table(padded[1:], header=padded[0], align="lrr", gap="")
+
+
+def _spread(runs: list[JsonObject]) -> str:
     """Top-1 at the end of the runs: the mean and, of several, the sample's standard deviation."""
-    values = [each["top1"] for each in runs]
+    values = [run["top1"] for run in runs]
     mean = f"{statistics.mean(values):.1%}"
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
-
-
-def _chance(summary: dict[str, Any]) -> float:
-    return 2.718281828459045 ** -summary["chance_loss"]

@@ -1,41 +1,53 @@
-"""`summary.json`: what a run reached and took."""
+"""`summary.json`: what a run achieved and how long it took."""
 
 import json
 import time
-from typing import Any
 
 import jax
 from etils import epath
 
-from beit_jax.training import loop
+from beit_jax.files import write_json
+from beit_jax.training.job import Trained
+from beit_jax.types import JsonObject
 
 
-def write_summary(
-    figures: dict[str, Any], *, trained: loop.Trained, workdir: str, began: float
-) -> dict[str, Any]:
-    """Writes and returns `summary.json`; the speed of an earlier call that did the work is kept.
+def read_summary(workdir: str) -> JsonObject:
+    """The summary of an earlier call in this directory; {} where there is none."""
+    path = epath.Path(workdir) / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_summary(summary: JsonObject, *, workdir: str) -> str:
+    """Writes `summary.json` on process 0 and returns its path."""
+    path = f"{workdir}/summary.json"
+    if jax.process_index() == 0:
+        write_json(path, summary)
+    return path
+
+
+def summarize(figures: JsonObject, *, trained: Trained, workdir: str, began: float) -> JsonObject:
+    """Writes and returns a training run's summary.
+
+    Where no step was left to do, speed and times are those of the earlier call that did the work.
 
     Args:
-      figures: the job's own.
-      trained: how the run ended.
+      figures: the job's own part.
+      trained: the result of the run.
       workdir: the run's directory.
       began: `time.perf_counter()` at the job's start.
     """
-    path = epath.Path(workdir) / "summary.json"
-    first = jax.process_index() == 0
-    before = json.loads(path.read_text()) if first and path.exists() else {}
-    speed, seconds = trained.images_per_second, time.perf_counter() - began
-    first_step = trained.time_to_first_step
-    if speed is None:  # nothing was left to do
-        speed, seconds = before.get("images_per_second"), before.get("seconds", seconds)
-        first_step = before.get("time_to_first_step")
-    summary = {
-        "steps": int(trained.state.step),
-        **figures,
-        "images_per_second": speed,
-        "seconds": seconds,
-        "time_to_first_step": first_step,
+    timing = {
+        "images_per_second": trained.images_per_second,
+        "seconds": time.perf_counter() - began,
+        "time_to_first_step": trained.time_to_first_step,
     }
-    if first:
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+    if trained.images_per_second is None:
+        before = read_summary(workdir) if jax.process_index() == 0 else {}
+        timing = {
+            "images_per_second": before.get("images_per_second"),
+            "seconds": before.get("seconds", timing["seconds"]),
+            "time_to_first_step": before.get("time_to_first_step"),
+        }
+    summary = {"steps": int(trained.state.step), **figures, **timing}
+    write_summary(summary, workdir=workdir)
     return summary

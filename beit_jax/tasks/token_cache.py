@@ -1,25 +1,18 @@
-"""Token ids on disk: with `config.data.augmentation_cycle` the tokenizer sees each view once.
+"""Token ids on disk: with `config.data.augmentation_cycle` the tokenizer sees every view once.
 
-A step's batch then holds the same views as that of a cycle before (`pipeline.training_batches`), on
-the same host at the same places, so ids are kept by step: row `step mod rows` of one file on each
-host's own disk. The file is trusted only so far as it can be checked:
+A step's batch then holds the same views as the batch one cycle earlier
+(`pipeline.training_batches`), on the same host and in the same order. So ids are stored by step, in
+row `step mod rows` of a file on each host's own disk. The file is verified before it is trusted:
 
-- A JSON file beside it names what ids depend on. Where that is missing or says something else, the
-  file is started anew.
-- A row has a checksum, and a fingerprint of each image that its ids belong to. A row that is not
-  there, is damaged or is of other images (one could not be read, the first time) is made again.
+- A JSON file beside it records what the ids depend on. Where it is missing or differs, the file is
+  started anew.
+- A row has a checksum, and a fingerprint of every image that its ids belong to. A row that is
+  missing, damaged or of other images (one was unreadable the first time) is computed again.
 
-So a killed run, a lost disk or another number of hosts cost time and nothing else.
-
-    with open_cache(folder, facts=facts, rows=rows, images=local_batch, tokens=196) as cache:
-        named = name_tokens(full, lean=lean, cache=cache, encode=local_encoder(tokenizer, params))
-        batch = next(named.training(0))
-        batch["token_ids"]  # uint16 [local_batch, 196]; there is no token_image
+A killed run, a lost disk or another number of hosts therefore cost time and nothing else.
 """
 
-import collections
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -28,14 +21,12 @@ import pathlib
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, BinaryIO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beit_jax.config import (
     ConfigError,
@@ -47,29 +38,25 @@ from beit_jax.config import (
 )
 from beit_jax.config.differences import differences
 from beit_jax.distributed import cluster
-from beit_jax.files import write_whole
+from beit_jax.files import write_json
 from beit_jax.models.blocks import compute_dtype
-from beit_jax.models.functional import Params, flatten
-from beit_jax.preprocessing import JITTER_FIELDS
-from beit_jax.tokenizers.tokenizer import Tokenizer
-from beit_jax.training import loop
-from beit_jax.training.device_jitter import jitter_batch
-from beit_jax.training.state import Batch
+from beit_jax.models.functional import flatten
+from beit_jax.types import JsonObject, Params
 
 if TYPE_CHECKING:
     from beit_jax.data.sources import Source
 
 FORMAT = 1
-VOCABULARY = 1 << 16  # what two bytes can name
-# Before a row's contents: a mark that it was written, and the checksum of its number and contents.
+VOCABULARY = 1 << 16  # ids that fit in two bytes
+# A row starts with a mark that it was written, and the checksum of its number and content.
 ROW_HEADER = struct.Struct("<II")
 WRITTEN = 0x746F6B31
-FINGERPRINT_SIDE = 16  # pixels of view 1 that are looked at, along each side
+FINGERPRINT_SIDE = 16  # pixels of view 1 that a fingerprint covers, along either side
 
-# Settings of the data that make no difference to what the tokenizer is given. All others may.
+# Settings of the data that do not change the images the tokenizer is given. All others may.
 IRRELEVANT = frozenset(
     {
-        "eval_source",  # which images are withheld shows in the source's names
+        "eval_source",  # which images are withheld is seen in the source's names
         "eval_split",
         "mask",
         "max_bad_share",
@@ -80,18 +67,18 @@ IRRELEVANT = frozenset(
         "workers",
     }
 )
-NAMED = 1000  # images whose names are looked at
+NAMED = 1000  # images whose names are compared
 
 
 class TokenCache:
-    """One host's rows of ids, from `open_cache`. Threads may share it.
+    """The rows of ids of one host, from `open_cache`. Threads may share it.
 
     Attributes:
       rows: batches in a cycle.
     """
 
     def __init__(self, file: BinaryIO, *, rows: int, images: int, tokens: int):
-        """An open file, and what it has room for: `rows` of `images` × `tokens` ids."""
+        """Takes an open file with room for `rows` of `images` × `tokens` ids."""
         self.rows = rows
         self._file = file
         self._row = np.dtype(
@@ -101,14 +88,14 @@ class TokenCache:
         self._reported = -1
 
     def read(self, step: int, *, images: np.ndarray) -> np.ndarray | None:
-        """What is known of a step's batch.
+        """Reads the ids of a step's batch.
 
         Args:
           step: of the run.
           images: the batch's first view, uint8 `[b, s, s, 3]`.
 
         Returns:
-          ids, uint16 `[b, tokens]`; None where they are not known or not to be trusted.
+          Ids, uint16 `[b, tokens]`; None where they are missing or fail the checks.
         """
         row, size = step % self.rows, ROW_HEADER.size + self._row.itemsize
         try:
@@ -137,14 +124,14 @@ class TokenCache:
         return found["ids"].astype(np.uint16)
 
     def _report(self, message: str, row: int, *rest: int) -> None:
-        if row != self._reported:  # it is looked at twice, see `name_tokens`
+        if row != self._reported:  # a row may be read twice, see `known_tokens`
             logging.error(message, row, *rest)
         self._reported = row
 
     def write(self, step: int, *, images: np.ndarray, ids: np.ndarray) -> None:
-        """Keeps the ids, uint16 `[b, tokens]`, of a step's batch; see `read`.
+        """Stores the ids, uint16 `[b, tokens]`, of a step's batch; see `read`.
 
-        A disk that fails is logged, and the row made again in the next cycle.
+        A failing disk is logged, and the row is computed again in the next cycle.
         """
         row = step % self.rows
         values = np.zeros((), self._row)
@@ -152,7 +139,7 @@ class TokenCache:
         content = values.tobytes()
         stored = ROW_HEADER.pack(WRITTEN, _checksum(row, content)) + content
         try:
-            # Not through mapped memory: there, a full disk ends the process.
+            # Not through mapped memory, where a full disk would kill the process.
             os.pwrite(self._file.fileno(), stored, row * len(stored))
         except OSError as error:
             if not self._failed:
@@ -161,10 +148,10 @@ class TokenCache:
 
 
 def fingerprints(images: np.ndarray) -> np.ndarray:
-    """A checksum of some pixels of each image: uint8 `[b, s, s, 3]` → uint32 `[b]`."""
+    """Checksums of some pixels of every image: uint8 `[b, s, s, 3]` → uint32 `[b]`."""
     stride = max(1, images.shape[1] // FINGERPRINT_SIDE)
-    some = np.ascontiguousarray(images[:, stride // 2 :: stride, stride // 2 :: stride])
-    return np.array([zlib.crc32(each) for each in some], np.uint32)
+    sampled = np.ascontiguousarray(images[:, stride // 2 :: stride, stride // 2 :: stride])
+    return np.array([zlib.crc32(pixels) for pixels in sampled], np.uint32)
 
 
 def _checksum(row: int, content: bytes) -> int:
@@ -172,7 +159,7 @@ def _checksum(row: int, content: bytes) -> int:
 
 
 def folder(config: DataConfig, *, workdir: str) -> str:
-    """Where the ids are kept; "" where none are.
+    """The folder for token ids; "" where none are kept.
 
     Raises:
       ConfigError: the run's directory is not on a local disk and no other folder is named.
@@ -182,7 +169,7 @@ def folder(config: DataConfig, *, workdir: str) -> str:
     check(
         bool(config.token_cache) or "://" not in workdir,
         "config.data.token_cache",
-        f"token ids are kept on a local disk, which {workdir} is not: name a folder on each host's"
+        f"token ids need a local disk, which {workdir} is not: name a folder on every host's"
         " disk, or set config.data.augmentation_cycle to 0",
     )
     return config.token_cache or f"{workdir}/token_cache"
@@ -192,25 +179,26 @@ def folder(config: DataConfig, *, workdir: str) -> str:
 def open_cache(
     folder: str,
     *,
-    facts: dict[str, Any],
+    facts: JsonObject,
     rows: int,
     images: int,
     tokens: int,
     shard: int = 0,
     shards: int = 1,
 ) -> Iterator[TokenCache]:
-    """Opens this host's file, or starts it anew where it is not for these facts.
+    """Opens this host's file, or starts it anew where it was written for other facts.
 
     Args:
-      folder: on a local disk; it is made.
-      facts: JSON; all that ids depend on, see `cache_facts`.
+      folder: on a local disk; created where it is missing.
+      facts: everything that ids depend on, from `cache_facts`.
       rows: batches in a cycle.
-      images: of a batch, on this host.
-      tokens: of an image.
-      shard, shards: which host this is of how many.
+      images: images of a batch on this host.
+      tokens: tokens of an image.
+      shard: the index of this host.
+      shards: how many hosts there are.
 
     Raises:
-      ConfigError: another run has the file open, or the folder can't be used.
+      ConfigError: another run has the file open, or the folder is unusable.
     """
     facts = facts | {"format": FORMAT, "rows": rows, "images": images, "tokens": tokens}
     facts |= {"shard": shard, "shards": shards}
@@ -238,33 +226,86 @@ def open_cache(
         if different:
             if path.stat().st_size:
                 logging.warning("token cache: %s IS STARTED ANEW; different: %s", path, different)
-            # In this order: at no time do old ids lie beside a new record.
+            # In this order, so that old ids never lie beside a new record.
             record.unlink(missing_ok=True)
             file.truncate(0)
             file.truncate(size)
-            write_whole(record, (json.dumps(facts, indent=2) + "\n").encode())
-        missing = size - 512 * path.stat().st_blocks  # the file has holes
-        free = shutil.disk_usage(path.parent).free
-        logging.info(
-            "token cache: %s, %d batches, %.3g GB, %.3g of them free on its disk",
-            path,
-            rows,
-            size / 1e9,
-            free / 1e9,
-        )
-        if missing > free:
-            logging.warning(
-                "token cache: %s needs %.3g GB more, its disk has %.3g; what does not fit is"
-                " tokenised in every cycle (config.data.token_cache)",
-                path,
-                missing / 1e9,
-                free / 1e9,
-            )
+            write_json(record, facts)
+        _log_space(path, rows=rows, size=size)
         yield cache
 
 
-def _differences(record: pathlib.Path, facts: dict[str, Any]) -> str:
-    """Which facts differ from the record's; "" where none does."""
+def _log_space(path: pathlib.Path, *, rows: int, size: int) -> None:
+    """Logs the size of the file, and a warning where its disk has no room for it."""
+    missing = size - 512 * path.stat().st_blocks  # the file has holes
+    free = shutil.disk_usage(path.parent).free
+    logging.info(
+        "token cache: %s, %d batches, %.3g GB, %.3g GB free on its disk",
+        path,
+        rows,
+        size / 1e9,
+        free / 1e9,
+    )
+    if missing > free:
+        logging.warning(
+            "token cache: %s needs %.3g GB more and its disk has %.3g; what does not fit is"
+            " tokenised in every cycle (config.data.token_cache)",
+            path,
+            missing / 1e9,
+            free / 1e9,
+        )
+
+
+def open_run_cache(
+    folder: str,
+    *,
+    data: DataConfig,
+    run: RunConfig,
+    tokenizer: TokenizerConfig,
+    params: Params,
+    source: "Source",
+) -> contextlib.AbstractContextManager[TokenCache]:
+    """Opens this host's file for a run with `config.data.augmentation_cycle`.
+
+    Args:
+      folder: from `folder`.
+      data: the images and their views.
+      run: the seed and the batch.
+      tokenizer: its settings.
+      params: the weights that encoding needs.
+      source: the training images.
+
+    Raises:
+      ConfigError: the folder is unusable, another run has the file open, or a batch is larger than
+        the data set.
+    """
+    # Imported here because `data` imports TensorFlow, which a step does not need.
+    from beit_jax.data import pipeline
+
+    hosts = jax.process_count()
+    steps = pipeline.steps_per_epoch(source, batch_size=run.batch_size, shards=hosts)
+    check(steps > 0, "config.run.batch_size", f"{run.batch_size} is more than all images")
+    rows = data.augmentation_cycle * steps
+    if run.steps <= rows:
+        logging.warning(
+            "config.data.augmentation_cycle: a cycle is %d steps and the run ends at %d: no token"
+            " is used twice",
+            rows,
+            run.steps,
+        )
+    return open_cache(
+        folder,
+        facts=cache_facts(data, run=run, tokenizer=tokenizer, params=params, source=source),
+        rows=rows,
+        images=run.batch_size // hosts,
+        tokens=tokenizer.grid**2,
+        shard=jax.process_index(),
+        shards=hosts,
+    )
+
+
+def _differences(record: pathlib.Path, facts: JsonObject) -> str:
+    """The names of facts that differ from the record's; "" where none does."""
     try:
         found = json.loads(record.read_text())
     except (OSError, ValueError):
@@ -281,17 +322,17 @@ def cache_facts(
     tokenizer: TokenizerConfig,
     params: Params,
     source: "Source",
-) -> dict[str, Any]:
-    """All that token ids depend on, as plain JSON.
+) -> JsonObject:
+    """Everything that token ids depend on.
 
-    Of the images only their number and the names of a thousand are looked at; that their pixels are
-    still the same is what a row's fingerprints are for.
+    Of the images, this records their number and the names of a thousand; a row's fingerprints
+    detect changed pixels.
 
     Args:
       data: the images and their views.
       run: the seed and the batch.
       tokenizer: its settings.
-      params: what encoding needs of its weights.
+      params: the weights that encoding needs.
       source: the training images.
     """
     settings = {name: value for name, value in to_dict(data).items() if name not in IRRELEVANT}
@@ -301,7 +342,7 @@ def cache_facts(
     weights = hashlib.sha256()
     for name, leaf in flatten(params).items():
         weights.update(f"{name} {leaf.shape} {leaf.dtype}".encode())
-        weights.update(np.ascontiguousarray(leaf))
+        weights.update(np.ascontiguousarray(leaf).data)
     package = pathlib.Path(__file__).parent.parent
     versions = cluster.library_versions()
     return {
@@ -316,100 +357,8 @@ def cache_facts(
             "dtype": compute_dtype(tokenizer).name,
         },
         "weights": weights.hexdigest(),
-        # These may round otherwise.
+        # Another device or version may round differently.
         "device": jax.local_devices()[0].device_kind,
         "versions": {name: versions.get(name) for name in ("jax", "tensorflow")},
         "code": [cluster.code_version(package / part) for part in ("data", "tokenizers")],
     }
-
-
-def local_encoder(tokenizer: Tokenizer, params: Params) -> Callable[[loop.HostBatch], jax.Array]:
-    """Names the tokens of this host's images on this host's devices, without waiting.
-
-    Args:
-      tokenizer: the tokenizer.
-      params: what encoding needs; they are put on the devices here, beside the train step's own.
-
-    Returns:
-      A batch with `token_image`, uint8 `[b, s, s, 3]`, and its jitter where that is left to the
-      device (`training.device_jitter`) → uint16 `[b, tokens]`. b must divide over the host's
-      devices.
-    """
-    mesh = Mesh(np.array(jax.local_devices()), ("images",), axis_types=(AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec("images"))
-    placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-
-    def name(params: Params, batch: Batch) -> jax.Array:
-        ids = tokenizer.encode(params, jitter_batch(batch)["token_image"])
-        return ids.reshape(ids.shape[0], -1).astype(jnp.uint16)
-
-    encode = jax.jit(name, out_shardings=split)
-
-    def started(batch: loop.HostBatch) -> jax.Array:
-        needed = {name: batch[name] for name in ("token_image", *JITTER_FIELDS) if name in batch}
-        return encode(placed, jax.device_put(needed, split))
-
-    return started
-
-
-def name_tokens(
-    full: loop.Feed,
-    *,
-    lean: loop.Feed,
-    cache: TokenCache,
-    encode: Callable[[loop.HostBatch], jax.Array],
-) -> loop.Feed:
-    """`full` with `token_ids`, uint16 `[b, tokens]`, in place of `token_image`.
-
-    Ids come from the cache, or else from `encode`, which is set to work one batch ahead: a device
-    has done it before it comes to the step that needs them. As long as the cache knows them, `lean`
-    is read in place of `full`.
-
-    Args:
-      full: with `image` and `token_image`.
-      lean: the same without `token_image`.
-      cache: this host's.
-      encode: `local_encoder`'s.
-    """
-    counts = {"tokenized_images": 0.0, "images_with_known_tokens": 0.0}
-
-    def started(start_step: int) -> Iterator[tuple[int, loop.HostBatch, Any, bool]]:
-        """Steps, batches, their ids (or ids being computed), and whether these are new."""
-        step, reads_lean, lean_failed_at, lean_works = start_step, False, -1, True
-        while True:
-            for batch in (lean if reads_lean else full).training(step):
-                ids = cache.read(step, images=batch["image"])
-                if reads_lean and ids is None:
-                    reads_lean, lean_failed_at = False, step
-                    break  # this batch once more, with what the tokenizer needs
-                new = ids is None
-                if new:
-                    ids = encode(batch)
-                counts["tokenized_images" if new else "images_with_known_tokens"] += len(ids)
-                batch.pop("token_image", None)
-                yield step, batch, ids, new
-                if not new and not reads_lean and step == lean_failed_at:
-                    logging.warning("token cache: view 1 depends on view 2; both are made always")
-                    lean_works = False
-                step += 1
-                if not new and not reads_lean and lean_works:
-                    reads_lean = True
-                    break
-
-    def training(start_step: int) -> Iterator[loop.HostBatch]:
-        ahead: collections.deque = collections.deque()
-        for each in started(start_step):
-            ahead.append(each)
-            if len(ahead) < 2:
-                continue
-            step, batch, ids, new = ahead.popleft()
-            ids = np.asarray(ids)
-            if new:
-                cache.write(step, images=batch["image"], ids=ids)
-            yield batch | {"token_ids": ids}
-
-    def metrics() -> dict[str, float]:
-        both, also = full.metrics(), lean.metrics()
-        return {name: value + also[name] for name, value in both.items()} | counts
-
-    return dataclasses.replace(full, training=training, metrics=metrics)

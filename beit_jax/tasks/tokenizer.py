@@ -1,17 +1,16 @@
-"""Train a discrete VAE of one's own: the tokenizer for images DALL-E's was not made for.
+"""Training of a discrete VAE: a tokenizer for images that DALL-E's was not made for.
 
 Official counterpart: modeling_discrete_vae.py, which has no training script.
 
-Gumbel-softmax over the vocabulary with an annealed temperature, reconstruction error and a
-divergence from the uniform distribution that keeps codes in use. Ends with `tokenizer.safetensors`,
-which `config.tokenizer.path` of a pre-training run takes.
+A Gumbel-softmax over the vocabulary with an annealed temperature, a reconstruction error, and a
+divergence from the uniform distribution that keeps codes in use. The result is
+`tokenizer.safetensors`, which `config.tokenizer.path` of a pre-training run takes.
 """
 
 import dataclasses
 import functools
 import math
-import time
-from typing import Annotated, Any
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,33 +20,38 @@ from absl import logging
 from beit_jax import pictures
 from beit_jax.config import (
     DataConfig,
+    MaskConfig,
     OptimizerConfig,
     RunConfig,
     TokenizerConfig,
     check,
+    one_of,
 )
-from beit_jax.distributed import cluster
+from beit_jax.config.optimizer import check_warmup
+from beit_jax.config.unused import Unused
 from beit_jax.models.flops import matmul_flops
 from beit_jax.tasks.feed import first_images, image_feed
-from beit_jax.tasks.summary import write_summary
+from beit_jax.tasks.run_job import run_job
 from beit_jax.tokenizers import dvae
 from beit_jax.tokenizers.kinds import BY_KIND, trainable, training
 from beit_jax.tokenizers.loading import open_tokenizer, save_params
 from beit_jax.tokenizers.tokenizer import join
-from beit_jax.training import device_jitter, loop, sharding, startup
-from beit_jax.training.state import Batch, Sums, Task, TrainState
-from beit_jax.types import Params, Variables
+from beit_jax.training import device_jitter, sharding
+from beit_jax.training.batch_augment import image_weights
+from beit_jax.training.job import Job, Picture, RunContext, Trained, picture_of
+from beit_jax.training.state import Task, TrainState
+from beit_jax.types import Batch, HostBatch, JsonObject, Params, PyTree, Sums, Variables
 
 PICTURES = 8
-COLLAPSED = 0.05  # a perplexity under this share of the vocabulary is shouted about
+COLLAPSED = 0.05  # a perplexity under this share of the vocabulary is logged as an error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VaeConfig:
     """The discrete VAE's losses.
 
-    Defaults are the official module's (modeling_discrete_vae.py:124-136), temperature apart: it is
-    annealed, as DALL-E's was (from 1 to 1/16).
+    The defaults are the official module's (modeling_discrete_vae.py:124-136), except for the
+    temperature, which is annealed as DALL-E's was (from 1 to 1/16).
     """
 
     temperature_start: float = 1.0
@@ -57,7 +61,7 @@ class VaeConfig:
     straight_through: bool = False
     reconstruction: str = "mse"  # or "smooth_l1"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self.temperature_end > 0, "temperature_end", "must be positive")
         check(
             self.temperature_start >= self.temperature_end,
@@ -66,12 +70,29 @@ class VaeConfig:
         )
         check(self.kl_weight >= 0, "kl_weight", "must not be negative")
         check(self.temperature_steps >= 0, "temperature_steps", "must not be negative")
-        check(self.reconstruction in ("mse", "smooth_l1"), "reconstruction", "is mse or smooth_l1")
+        one_of(self.reconstruction, "reconstruction", "mse", "smooth_l1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerTaskConfig:
-    """Everything a tokenizer run is made of."""
+    """Everything a tokenizer run is made of.
+
+    The data section is pre-training's, so that both jobs can share it; only view 2 is made of the
+    images, whatever `data.image_size` is.
+    """
+
+    UNUSED: ClassVar[dict[str, Unused]] = {
+        "tokenizer.path": Unused("this job writes the file"),
+        "tokenizer.random_weights": Unused("this job trains the weights"),
+        "tokenizer.sha256": Unused("this job writes the file"),
+        "data.normalization": Unused("it is of view 1, which this job does not read"),
+        "data.token_cache": Unused("no token ids are kept while the tokenizer trains"),
+        # The accepted mask is that of configs/dvae.py.
+        "data.mask": Unused(
+            "a tokenizer sees whole images", (MaskConfig(kind="random", count=1, min_block=1),)
+        ),
+        "optimizer.decay_relative_positions": Unused("a tokenizer has no relative positions"),
+    }
 
     task: str = "tokenizer"
     run: RunConfig
@@ -80,7 +101,7 @@ class TokenizerTaskConfig:
     data: DataConfig
     optimizer: OptimizerConfig
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(
             self.tokenizer.kind in trainable(),
             "tokenizer.kind",
@@ -91,72 +112,65 @@ class TokenizerTaskConfig:
             "data.token_image_size",
             f"{self.data.token_image_size}, but the tokenizer takes {self.tokenizer.image_size}",
         )
+        check_warmup(self.optimizer, self.run)
 
 
-def run(config: TokenizerTaskConfig, *, workdir: str) -> dict[str, Any]:
+def run(config: TokenizerTaskConfig, *, workdir: str) -> JsonObject:
     """Trains a tokenizer; writes its weights, `summary.json` and `reconstruction.png`."""
-    began, begun = time.perf_counter(), startup.Startup()
-    loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
-    task = tokenizer_task(config)
+    return run_job(config, build=build_job, workdir=workdir)
+
+
+def build_job(config: TokenizerTaskConfig, context: RunContext) -> Job:
+    """Opens the images and builds the tokenizer."""
     feed = image_feed(
-        config.data,
-        run=config.run,
-        grid=config.tokenizer.grid,
-        keys=("token_image",),
+        config.data, run=config.run, grid=config.tokenizer.grid, keys=("token_image",)
     )
     sample = first_images(feed.evaluation(), count=PICTURES)
-    begun.done("data")
-
-    def draw(train_state: TrainState) -> np.ndarray | None:
-        # Of all hosts, together.
-        params = sharding.to_host(join(train_state.params, train_state.variables))
-        if jax.process_index() != 0:
-            return None
-        return reconstructions(params, sample, config=config)
-
-    trained = loop.train(
-        task,
-        feed,
-        run=config.run,
-        optimizer_config=config.optimizer,
-        config=config,
-        workdir=workdir,
-        picture=draw if sample else None,
-        begun=begun,
+    drawn: dict[str, Picture] = {}
+    if sample is not None:
+        draw = functools.partial(reconstructions, sample=sample, config=config)
+        drawn["reconstruction"] = picture_of(draw, of=all_params)
+    return Job(
+        task=tokenizer_task(config),
+        feed=feed,
+        pictures=drawn,
+        finish=functools.partial(write_tokenizer, config=config, workdir=context.workdir),
     )
+
+
+def all_params(train_state: TrainState) -> Params:
+    """The tokenizer's params: those that were trained, and the variables beside them."""
+    return join(train_state.params, train_state.variables)
+
+
+def write_tokenizer(trained: Trained, *, config: TokenizerTaskConfig, workdir: str) -> JsonObject:
+    """Writes `tokenizer.safetensors`; returns the job's part of `summary.json`."""
     shout_if_collapsed(trained.evaluation, vocabulary=config.tokenizer.vocabulary)
-    params = sharding.to_host(join(trained.state.params, trained.state.variables))
-    picture = draw(trained.state) if sample else None
-    weights = f"{workdir}/tokenizer.safetensors"
+    params = sharding.to_host(all_params(trained.state))
+    path = f"{workdir}/tokenizer.safetensors"
     if jax.process_index() == 0:
-        save_params(weights, params, config=config.tokenizer)
-        if picture is not None:
-            pictures.save_png(f"{workdir}/reconstruction.png", picture)
-    figures = {**trained.evaluation, "tokenizer": weights}
-    summary = write_summary(figures, trained=trained, workdir=workdir, began=began)
-    cluster.barrier("to have the tokenizer")  # another job may read it next
-    return summary
+        save_params(path, params, config=config.tokenizer)
+    return {**trained.evaluation, "tokenizer": path}
 
 
 def temperature(config: VaeConfig, *, steps: int, step: jax.Array) -> jax.Array:
-    """Geometric from start to end over the anneal, then constant."""
+    """The temperature at a step: geometric from start to end over the anneal, then constant."""
     share = jnp.clip(step / (config.temperature_steps or steps), 0.0, 1.0)
     log_start, log_end = math.log(config.temperature_start), math.log(config.temperature_end)
     return jnp.exp(log_start + share * (log_end - log_start))
 
 
 def tokenizer_task(config: TokenizerTaskConfig) -> Task:
-    """The job as the train loop wants it; sums are over images, code counts over positions."""
+    """The job as the train loop takes it; sums are over images, code counts over positions."""
     trained = training(config.tokenizer)
     network = trained.network(config.tokenizer)
     vocabulary = config.tokenizer.vocabulary
 
-    def prepare(frozen: Any, batch: Batch, key: jax.Array | None) -> Batch:
+    def prepare(frozen: PyTree, batch: Batch, key: jax.Array | None) -> Batch:
         del frozen, key
         batch = device_jitter.jitter_batch(batch)
         pixels = trained.normalize(batch["token_image"].astype(jnp.float32) / 255.0)
-        valid = batch.get("valid", jnp.ones(pixels.shape[0], bool))
-        return {"pixels": pixels, "valid": valid.astype(jnp.float32)}
+        return {"pixels": pixels, "valid": image_weights(batch)}
 
     def sums(reconstruction: jax.Array, logits: jax.Array, batch: Batch) -> Sums:
         pixels, valid = batch["pixels"], batch["valid"]
@@ -192,8 +206,8 @@ def tokenizer_task(config: TokenizerTaskConfig) -> Task:
         result["objective"] = result["objective"] + config.vae.kl_weight * result["kl"]
         return result["objective"], result, variables
 
-    def evaluate(params: Params, variables: Variables, frozen: Params, batch: Batch) -> Sums:
-        """With hard tokens, as the tokenizer is used."""
+    def evaluate(params: Params, variables: Variables, frozen: PyTree, batch: Batch) -> Sums:
+        """Evaluates with hard tokens, as pre-training uses the tokenizer."""
         batch = prepare(frozen, batch, None)
         apply = functools.partial(network.apply, params, variables=variables)
         logits = apply(batch["pixels"], method="logits")
@@ -239,7 +253,7 @@ def tokenizer_task(config: TokenizerTaskConfig) -> Task:
 
 
 def shout_if_collapsed(evaluation: dict[str, float], *, vocabulary: int) -> None:
-    """Logs an error where few codes carry all images."""
+    """Logs an error where a few codes encode all images."""
     if not evaluation:
         return
     perplexity, used = evaluation["code_perplexity"], evaluation["codes_used"]
@@ -254,11 +268,10 @@ def shout_if_collapsed(evaluation: dict[str, float], *, vocabulary: int) -> None
 
 
 def reconstructions(
-    params: Any, sample: dict[str, np.ndarray], *, config: TokenizerTaskConfig
+    params: Params, *, sample: HostBatch, config: TokenizerTaskConfig
 ) -> np.ndarray:
-    """A picture: originals and what is left of them after the tokens."""
+    """Draws originals, and their reconstructions from the tokens: uint8 `[h, w, 3]`."""
     tokenizer = open_tokenizer(config.tokenizer)
     ids = jax.jit(tokenizer.encode)(params, sample["token_image"])
     decoded = pictures.to_uint8(jax.jit(tokenizer.decode)(params, ids))
-    rows = [list(row) for row in zip(sample["token_image"], decoded, strict=True)]
-    return pictures.contact_sheet(rows, captions=["original", "tokenizer"])
+    return pictures.columns_sheet({"original": sample["token_image"], "tokenizer": decoded})

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from beit_jax.config import MixingConfig, check
+from beit_jax.types import Batch
 
 # timm 0.3.2's RandomErasing as the official script calls it (datasets.py:127-169).
 ERASE_AREA = (0.02, 1 / 3)  # share of the image, uniform
@@ -266,6 +267,21 @@ def mix(images: jax.Array, labels: jax.Array, *, key: jax.Array, config: MixingC
     if config.mixup == 0 and config.cutmix == 0:
         return Mixed(images, labels.astype(jnp.int32), jnp.ones(batch))
     return apply_mixture(images, labels, draw_mixture(key, size=size, config=config))
+
+
+def image_weights(batch: Batch) -> jax.Array:
+    """How much every image counts: float32 `[b]`, 1 or 0.
+
+    0 is for the padding of a last batch (`valid`), and for a grey image in place of one that could
+    not be decoded, which has no class (`label` under 0).
+    """
+    size = next(iter(batch.values())).shape[0]
+    weights = jnp.ones(size, jnp.float32)
+    if "valid" in batch:
+        weights = weights * batch["valid"]
+    if "label" in batch:
+        weights = weights * (batch["label"] >= 0)
+    return weights
 
 
 def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float) -> jax.Array:

@@ -1,111 +1,88 @@
-"""The train loop of every job: `train` reads like a table of contents."""
+"""The train loop of every job: `train` reads like a table of contents, `TrainingRun` like a diary.
+
+trained = train(
+    Job(task=task, feed=feed),
+    run=config.run,
+    optimizer_config=config.optimizer,
+    config=config,
+    workdir="runs/a",
+)
+"""
 
 import collections
-import concurrent.futures
-import dataclasses
 import functools
 import hashlib
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import NoReturn
 
 import jax
 import numpy as np
+import optax
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from beit_jax.config import OptimizerConfig, RunConfig, RunError
+from beit_jax.config import OptimizerConfig, RunConfig, RunError, check
 from beit_jax.distributed import cluster
+from beit_jax.files import write_json
 from beit_jax.training import checkpoint, metrics, optim, sharding, startup, state
-from beit_jax.training.state import Task, TrainState
-from beit_jax.types import Params, Variables
+from beit_jax.training.evaluation_pass import Evaluator, evaluator
+from beit_jax.training.evaluation_pass import run_evaluation as run_evaluation
+from beit_jax.training.first_batch import FirstBatch
 
-HostBatch = dict[str, np.ndarray]
-# Steps dispatched before the host waits for the device: enough to hide the host's work, few enough
-# to bound the batches in flight.
+# Part of this module's interface: what a job hands to `train`, and what it gets back.
+from beit_jax.training.job import Feed as Feed
+from beit_jax.training.job import Job as Job
+from beit_jax.training.job import Trained as Trained
+from beit_jax.training.job import joined
+from beit_jax.training.state import Task, TrainState
+from beit_jax.types import Batch, JsonObject, PyTree
+from beit_jax.types import HostBatch as HostBatch
+
+# Steps that are dispatched before the host waits for the device: enough to hide the host's work,
+# few enough to bound the batches in flight.
 STEPS_IN_FLIGHT = 2
+
+# One step on devices: (train state, frozen, batch) → train state, metrics.
+Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class NonFiniteError(RunError):
     """Too many updates in a row were not finite."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Feed:
-    """What a job reads.
-
-    Attributes:
-      training: `start_step -> iterator` of this host's part of every global batch, without end.
-      evaluation: a fresh pass over the held-out images, this host's part.
-      metrics: numbers about the data so far (images replaced, say).
-    """
-
-    training: Callable[[int], Iterator[HostBatch]]
-    evaluation: Callable[[], Iterable[HostBatch]]
-    metrics: Callable[[], dict[str, float]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
-    """How a run ended.
-
-    Attributes:
-      state: the last train state.
-      evaluation: metrics on the held-out images; of the average, if there is one, as `ema_*`.
-      best: the best of the task's metric over the run: `value`, `step` and `weights` ("last" or
-        "ema"); None where the task names none.
-      images_per_second: median over the logged intervals; None where no step was left to do.
-      seconds: of the whole call.
-      time_to_first_step: seconds from the start by what they went into (`Startup.finish`); None
-        where no step was left to do.
-    """
-
-    state: TrainState
-    evaluation: dict[str, float]
-    best: dict[str, Any] | None
-    images_per_second: float | None
-    seconds: float
-    time_to_first_step: dict[str, float] | None
-
-
 def train(
-    task: Task,
-    feed: Feed,
+    job: Job,
     *,
     run: RunConfig,
     optimizer_config: OptimizerConfig,
     config: checkpoint.Settings,
     workdir: str,
-    picture: Callable[[TrainState], np.ndarray | None] | None = None,
-    begun: startup.Startup | None = None,
+    mesh: Mesh | None = None,
+    timer: startup.Startup | None = None,
 ) -> Trained:
-    """Trains to `run.steps`, from wherever the run's directory stands.
+    """Trains up to `run.steps`, starting from whatever the run's directory holds.
 
     Args:
-      task: the job.
-      feed: its data.
+      job: parameters, loss, data and pictures.
       run: length, batch, logging, checkpoints.
       optimizer_config: AdamW and its schedule.
       config: the job's config, saved beside the checkpoints; a dataclass says what they fix.
       workdir: the run's directory.
-      picture: draws the model's work, uint8 `[h, w, 3]`; called every `run.picture_every` steps, on
-        every process, though only what process 0 draws is kept.
-      begun: since when, and with what, the time to the first step has been running; None: now.
+      mesh: from `open_mesh`; None opens one.
+      timer: measures the time to the first step; None starts one.
 
     Raises:
-      ConfigError: something does not fit, before anything is compiled.
-      Preempted: SIGTERM came (see `cluster`); the checkpoint is complete.
+      ConfigError: settings that do not fit together, before anything is compiled.
+      Preempted: SIGTERM arrived (see `cluster`); the checkpoint is complete.
       NonFiniteError: `optimizer_config.max_bad_steps` updates in a row were not finite.
     """
     began = time.perf_counter()
-    begun = begun or startup.Startup()
-    mesh = open_mesh(run=run, accumulate=optimizer_config.accumulate)
+    timer = timer or startup.Startup()
+    mesh = mesh or open_mesh(run=run, accumulate=optimizer_config.accumulate)
     optimizer = optim.adamw(optimizer_config)
-    schedule = optim.learning_rate(optimizer_config, steps=run.steps)
-    average = optimizer_config.ema_decay is not None
-    shapes = state.state_shapes(task, optimizer, mesh, average=average)
+    shapes = _shapes(job.task, optimizer, optimizer_config, mesh)
     _log_size(shapes, mesh)
     if run.print_sharding and jax.process_index() == 0:
         print(sharding.table(shapes.params))
@@ -113,102 +90,286 @@ def train(
     checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
     checkpoints.write_config()
     expected = checkpoints.latest_step() or 0
-    first = FirstBatch(feed.training, step=expected) if expected < run.steps else None
-    train_state = restore_or_init(task, optimizer, checkpoints, shapes=shapes, run=run)
-    start_step = int(train_state.step)
-    log = metrics.MetricsLog(workdir, start_step=start_step)
-    cluster.check_agreement("parameters that are not trained", _digest(task.frozen))
-    frozen = sharding.replicate(task.frozen, mesh)
-    begun.done("state")
-    evaluate = evaluator(task, feed, frozen=frozen, mesh=mesh)
-    keep_best = functools.partial(_keep_best, checkpoints, task.best)
-
-    step_function = functools.partial(
-        state.train_step,
-        task=task,
-        config=optimizer_config,
+    first = FirstBatch(job.feed.training, step=expected) if expected < run.steps else None
+    train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
+    start = int(train_state.step)
+    cluster.check_agreement("parameters that are not trained", _digest(job.task.frozen))
+    under_way = TrainingRun(
+        job,
+        train_state,
+        run=run,
+        optimizer_config=optimizer_config,
         optimizer=optimizer,
-        schedule=schedule,
-        seed=run.seed,
         mesh=mesh,
+        checkpoints=checkpoints,
+        log=metrics.MetricsLog(workdir, start_step=start),
+        timer=timer,
     )
-    speeds: list[float] = []
-    seconds_to_first = None
+    timer.done("state")
     try:
-        if start_step < run.steps:
-            train_state, speeds, seconds_to_first = _run_steps(
-                step_function,
-                train_state,
-                frozen,
-                task=task,
-                feed=feed,
-                batches=first.batches(start_step) if first else feed.training(start_step),
-                run=run,
-                max_bad_steps=optimizer_config.max_bad_steps,
-                mesh=mesh,
-                checkpoints=checkpoints,
-                log=log,
-                evaluate=evaluate,
-                keep_best=keep_best,
-                picture=picture,
-                begun=begun,
-            )
-            checkpoints.save(train_state, step=run.steps)
-        evaluation = evaluate(train_state)
-        if evaluation is None:
-            raise cluster.Preempted(run.steps)
-        if evaluation:
-            log.write(run.steps, {f"eval_{name}": value for name, value in evaluation.items()})
-            logging.info("step %d held-out: %s", run.steps, _join(evaluation))
-        best = keep_best(train_state, evaluation, step=run.steps)
+        if start < run.steps:
+            under_way.do_steps(first.batches(start) if first else job.feed.training(start))
+            under_way.save()
+        evaluation = under_way.evaluate()
     finally:
-        checkpoints.close()
-        log.close()
+        under_way.close()
     cluster.barrier("to have the last checkpoint")
     cluster.set_running(False)
     return Trained(
-        state=train_state,
+        state=under_way.state,
         evaluation=evaluation,
-        best=best,
-        images_per_second=float(np.median(speeds)) if speeds else None,
+        best=under_way.best,
+        images_per_second=float(np.median(under_way.speeds)) if under_way.speeds else None,
         seconds=time.perf_counter() - began,
-        time_to_first_step=seconds_to_first,
+        time_to_first_step=under_way.time_to_first_step,
     )
 
 
-class FirstBatch:
-    """Reads the first batch in the background, while the state is made or restored.
+class TrainingRun:
+    """A run in progress: its train state, and everything that happens to it between steps.
 
-    Args:
-      training: `Feed.training`.
-      step: where the run will most likely start.
+    Attributes:
+      state: the newest train state.
+      step: steps done.
+      speeds: images per second of each logged interval.
+      best: the best evaluation so far (`Trained.best`).
+      time_to_first_step: seconds by phase; None until the first step is done.
     """
 
-    def __init__(self, training: Callable[[int], Iterator[HostBatch]], *, step: int):
-        self._training, self._step = training, step
-        self._read: concurrent.futures.Future = concurrent.futures.Future()
-        # A daemon: should the state fail, nobody waits for the data.
-        threading.Thread(target=self._start, name="first batch", daemon=True).start()
+    def __init__(
+        self,
+        job: Job,
+        train_state: TrainState,
+        *,
+        run: RunConfig,
+        optimizer_config: OptimizerConfig,
+        optimizer: optax.GradientTransformationExtraArgs,
+        mesh: Mesh,
+        checkpoints: checkpoint.Checkpoints,
+        log: metrics.MetricsLog,
+        timer: startup.Startup,
+    ):
+        self.state = train_state
+        self.step = int(train_state.step)
+        self.speeds: list[float] = []
+        self.best: JsonObject | None = None
+        self.time_to_first_step: dict[str, float] | None = None
+        self._job, self._run, self._mesh = job, run, mesh
+        self._optimizer_config, self._optimizer = optimizer_config, optimizer
+        self._checkpoints, self._log, self._timer = checkpoints, log, timer
+        self._frozen = sharding.replicate(job.task.frozen, mesh)
+        self._evaluate: Evaluator = evaluator(job.task, job.feed, frozen=self._frozen, mesh=mesh)
+        self._clock = metrics.Clock(
+            images_per_step=run.batch_size,
+            flops_per_image=job.task.flops_per_image,
+            steps=run.steps,
+        )
+        # Metrics of steps that the device may still be working on, by the number of the step.
+        self._in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self._metrics: dict[str, jax.Array] = {}  # of the newest step
 
-    def _start(self) -> None:
-        try:
-            batches = self._training(self._step)
-            self._read.set_result((next(batches), batches))
-        except BaseException as error:  # raised where the batch is wanted
-            self._read.set_exception(error)
+    def do_steps(self, batches: Iterator[HostBatch]) -> None:
+        """Trains until `run.steps`.
 
-    def batches(self, step: int) -> Iterator[HostBatch]:
-        """The batches from `step` on; raises what went wrong with the first."""
-        if step != self._step:  # the newest checkpoint could not be read
-            yield from self._training(step)
+        Args:
+          batches: this host's part of every global batch from `step` on.
+        """
+        batch = sharding.to_devices(next(batches), self._mesh)
+        self._timer.done("first batch")
+        compiled = self._compile(batch)
+        self._timer.done("compile")
+        self._clock.restart(step=self.step)
+        cluster.set_running(True)
+        while True:
+            if cluster.preemption_point():
+                self.leave()
+            self._do_step(compiled, batch)
+            if self.step == self._run.steps:
+                self._do_what_is_due()
+                return
+            # The device works on the step just dispatched while the host fetches the next batch.
+            waiting = time.perf_counter()
+            on_host = next(batches)
+            self._clock.waited(time.perf_counter() - waiting)
+            batch = {}  # frees the old batch before the next one takes memory
+            batch = sharding.to_devices(on_host, self._mesh)
+            self._do_what_is_due()
+
+    def _compile(self, batch: Batch) -> Step:
+        """Compiles the step for these shapes and shardings; it reuses the state's buffers."""
+        function = functools.partial(
+            state.train_step,
+            task=self._job.task,
+            config=self._optimizer_config,
+            optimizer=self._optimizer,
+            schedule=optim.learning_rate(self._optimizer_config, steps=self._run.steps),
+            seed=self._run.seed,
+            mesh=self._mesh,
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        replicated = NamedSharding(self._mesh, sharding.REPLICATED)
+        jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, replicated))
+        began = time.perf_counter()
+        with startup.cache_hits() as hits:
+            compiled = jitted.lower(self.state, self._frozen, batch).compile()
+            cached = hits() > 0
+        logging.info(
+            "compiled the train step in %.1f s%s",
+            time.perf_counter() - began,
+            ", read from the compilation cache" if cached else "",
+        )
+        return compiled
+
+    def _do_step(self, compiled: Step, batch: Batch) -> None:
+        """Dispatches one step; waits only for steps further back than `STEPS_IN_FLIGHT`."""
+        self.state, self._metrics = compiled(self.state, self._frozen, batch)
+        self.step += 1
+        self._in_flight.append((self.step, self._metrics))
+        if self.time_to_first_step is None:
+            jax.block_until_ready(self._metrics)
+            self._timer.done("step")
+            self.time_to_first_step = self._timer.finish()
+        self._settle(STEPS_IN_FLIGHT)
+
+    def _settle(self, in_flight: int) -> None:
+        """Waits until at most `in_flight` steps are unfinished; checks the finished ones."""
+        while len(self._in_flight) > in_flight:
+            step, step_metrics = self._in_flight.popleft()
+            _stop_if_bad(step, step_metrics, limit=self._optimizer_config.max_bad_steps)
+
+    def _do_what_is_due(self) -> None:
+        """Logs, evaluates, draws and saves after a step, where it is time to."""
+        run, step = self._run, self.step
+        logs = step % run.log_every == 0 or step == run.steps
+        evaluates = run.eval_every and step % run.eval_every == 0 and step < run.steps
+        draws = self._job.pictures and run.picture_every and step % run.picture_every == 0
+        saves = self._checkpoints.due(step, meeting=logs)
+        if not (logs or evaluates or draws or saves):
             return
-        batch, batches = self._read.result()
-        yield batch
-        yield from batches
+        self._settle(0)
+        if logs:
+            self.log()
+        if evaluates:
+            self.evaluate()
+        if draws:
+            self.draw()
+        if saves:
+            self.save()
+        self._clock.restart(step=step)
+
+    def log(self) -> None:
+        """Writes the newest step's metrics and the speed since the last time."""
+        values = {name: float(value) for name, value in self._metrics.items()}
+        values |= _sum_over_hosts(self._job.feed.metrics())
+        speed = self._clock.report(step=self.step)
+        self.speeds.append(speed["images_per_second"])
+        self._log.write(self.step, values | speed)
+        line = metrics.console_line(self.step, steps=self._run.steps, metrics=values, speed=speed)
+        logging.info("%s", line)
+        self._checkpoints.check()
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates on all held-out images, logs the result and keeps the best parameters.
+
+        Raises:
+          Preempted: SIGTERM arrived meanwhile; the checkpoint is complete.
+        """
+        evaluation = self._evaluate(self.state)
+        if evaluation is None:
+            self.leave()
+        if evaluation:
+            self._log.write(self.step, {f"eval_{name}": v for name, v in evaluation.items()})
+            logging.info("step %d held-out: %s", self.step, joined(evaluation))
+        self.best = self._keep_best(evaluation)
+        return evaluation
+
+    def _keep_best(self, evaluation: Mapping[str, float]) -> JsonObject | None:
+        """Saves the parameters (or their average) where they are the best so far."""
+        metric = self._job.task.best
+        if not metric or not evaluation:
+            return None
+        candidates = [(evaluation[metric], "last", self.state.params)]
+        if self.state.ema:
+            candidates.append((evaluation[f"ema_{metric}"], "ema", self.state.ema))
+        value, weights, params = max(candidates, key=lambda candidate: candidate[0])
+        best = self._checkpoints.best()
+        if best is None or value > best["value"]:
+            note = {"metric": metric, "value": value, "weights": weights}
+            self._checkpoints.save_best(
+                params, variables=self.state.variables, step=self.step, note=note
+            )
+            best = self._checkpoints.best()
+        return best
+
+    def draw(self) -> None:
+        """Draws the job's pictures for TensorBoard."""
+        for name, picture in self._job.pictures.items():
+            drawn = picture(self.state)
+            if drawn is not None:
+                self._log.write_picture(self.step, name, drawn)
+
+    def save(self) -> None:
+        """Starts saving a checkpoint in the background."""
+        self._checkpoints.save(self.state, step=self.step)
+
+    def leave(self) -> NoReturn:
+        """Saves and ends the run, because SIGTERM arrived.
+
+        Raises:
+          Preempted: always; the checkpoint is complete once `close` returns.
+        """
+        self._settle(0)
+        self.save()
+        raise cluster.Preempted(self.step)
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and closes the log."""
+        self._checkpoints.close()
+        self._log.close()
+
+
+def evaluate_only(
+    job: Job,
+    *,
+    run: RunConfig,
+    optimizer_config: OptimizerConfig,
+    config: checkpoint.Settings,
+    workdir: str,
+    mesh: Mesh,
+) -> JsonObject:
+    """Evaluates what training would start from; writes and returns `evaluation.json`.
+
+    Args are those of `train`.
+
+    Raises:
+      ConfigError: there is neither a checkpoint in the run's directory nor `run.init_from`.
+      Preempted: SIGTERM arrived.
+    """
+    optimizer = optim.adamw(optimizer_config)
+    shapes = _shapes(job.task, optimizer, optimizer_config, mesh)
+    checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
+    check(
+        bool(run.init_from) or checkpoints.latest_step() is not None,
+        "config.run.init_from",
+        f"nothing to evaluate: no checkpoint in {workdir} either",
+    )
+    train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
+    checkpoints.close()
+    frozen = sharding.replicate(job.task.frozen, mesh)
+    evaluation = evaluator(job.task, job.feed, frozen=frozen, mesh=mesh)(train_state)
+    step = int(train_state.step)
+    if evaluation is None:
+        raise cluster.Preempted(step)
+    summary = {"steps": step, **evaluation}
+    if jax.process_index() == 0:
+        path = f"{workdir}/evaluation.json"
+        write_json(path, summary)
+        print(f"{job.headline(evaluation)}  {path}")
+    return summary
 
 
 def open_mesh(*, run: RunConfig, accumulate: int) -> Mesh:
-    """The mesh of all devices, once the batch is known to divide over it."""
+    """The mesh of all devices; raises ConfigError where the batch does not divide over it."""
     mesh = sharding.make_mesh(fsdp=run.fsdp)
     sharding.check_batch(
         run.batch_size, accumulate=accumulate, mesh=mesh, processes=jax.process_count()
@@ -218,7 +379,7 @@ def open_mesh(*, run: RunConfig, accumulate: int) -> Mesh:
 
 def restore_or_init(
     task: Task,
-    optimizer: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
     checkpoints: checkpoint.Checkpoints,
     *,
     shapes: TrainState,
@@ -229,12 +390,14 @@ def restore_or_init(
     if restored is not None:
         logging.info("resumed at step %d of %d", int(restored.step), run.steps)
         return restored
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     if run.init_from:
         params = checkpoint.restore_params(
             run.init_from,
             shapes=shapes.params,
-            fresh=lambda: jax.jit(task.init, out_shardings=places.params)(jax.random.key(run.seed)),
+            fresh=lambda: jax.jit(task.init, out_shardings=shardings.params)(
+                jax.random.key(run.seed)
+            ),
             allow_missing=run.init_allow_missing,
             allow_unused=run.init_allow_unused,
         )
@@ -243,198 +406,25 @@ def restore_or_init(
             run.init_from,
             shapes=shapes.variables,
             fresh=lambda: jax.jit(
-                functools.partial(state.init_variables, task), out_shardings=places.variables
+                functools.partial(state.init_variables, task), out_shardings=shardings.variables
             )(jax.random.key(run.seed)),
         )
         fresh = functools.partial(
             state.state_from_params, optimizer=optimizer, average=bool(shapes.ema)
         )
-        return jax.jit(fresh, out_shardings=places)(params, variables=variables)
+        return jax.jit(fresh, out_shardings=shardings)(params, variables=variables)
     fresh = functools.partial(state.init_state, task, optimizer, average=bool(shapes.ema))
-    return jax.jit(fresh, out_shardings=places)(jax.random.key(run.seed))
+    return jax.jit(fresh, out_shardings=shardings)(jax.random.key(run.seed))
 
 
-def evaluator(
-    task: Task, feed: Feed, *, frozen: Any, mesh: Mesh
-) -> Callable[[TrainState], dict[str, float] | None]:
-    """`evaluate_state` for this job: a train state → its metrics on all held-out images."""
-    sums = jax.jit(
-        sharding.on_mesh(state.stateful_evaluate(task), mesh),
-        out_shardings=NamedSharding(mesh, sharding.REPLICATED),
-    )
-    run = functools.partial(run_evaluation, sums, task, feed, frozen, mesh)
-    return functools.partial(evaluate_state, run)
-
-
-def run_evaluation(
-    evaluate: Callable,
+def _shapes(
     task: Task,
-    feed: Feed,
-    frozen: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer_config: OptimizerConfig,
     mesh: Mesh,
-    params: Params,
-    variables: Variables,
-) -> dict[str, float] | None:
-    """Metrics over all held-out images; empty where there are none, None where SIGTERM came."""
-    total = None
-    for batch in feed.evaluation():
-        if cluster.preemption_point():
-            return None
-        sums = evaluate(params, variables, frozen, sharding.to_devices(batch, mesh))
-        total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
-    if total is None:
-        return {}
-    return {name: float(value) for name, value in task.metrics(total).items()}
-
-
-def evaluate_state(
-    evaluate: Callable[[Params, Variables], dict[str, float] | None], train_state: TrainState
-) -> dict[str, float] | None:
-    """`run_evaluation` of the parameters and, where there is one, of their average (`ema_*`).
-
-    The average is of parameters only; it is evaluated with the variables as they are now.
-    """
-    result = evaluate(train_state.params, train_state.variables)
-    if not result or not train_state.ema:
-        return result
-    averaged = evaluate(train_state.ema, train_state.variables)
-    if averaged is None:
-        return None
-    return result | {f"ema_{name}": value for name, value in averaged.items()}
-
-
-def _keep_best(
-    checkpoints: checkpoint.Checkpoints,
-    metric: str,
-    train_state: TrainState,
-    evaluation: dict[str, float],
-    *,
-    step: int,
-) -> dict[str, Any] | None:
-    """Saves the parameters (or their average) if they beat the best so far; what is best now."""
-    if not metric or not evaluation:
-        return None
-    candidates = [(evaluation[metric], "last", train_state.params)]
-    if train_state.ema:
-        candidates.append((evaluation[f"ema_{metric}"], "ema", train_state.ema))
-    value, weights, params = max(candidates, key=lambda each: each[0])
-    best = checkpoints.best()
-    if best is None or value > best["value"]:
-        note = {"metric": metric, "value": value, "weights": weights}
-        checkpoints.save_best(params, variables=train_state.variables, step=step, note=note)
-        best = checkpoints.best()
-    return best
-
-
-def _run_steps(
-    step_function,
-    train_state,
-    frozen,
-    *,
-    task,
-    feed,
-    batches,
-    run,
-    max_bad_steps,
-    mesh,
-    checkpoints,
-    log,
-    evaluate,
-    keep_best,
-    picture,
-    begun,
-):
-    """Steps until `run.steps`, with everything that happens between them."""
-    step = int(train_state.step)
-    clock = metrics.Clock(
-        images_per_step=run.batch_size, flops_per_image=task.flops_per_image, steps=run.steps
-    )
-    batch = sharding.to_devices(next(batches), mesh)
-    begun.done("first batch")
-    compiled = _compile(step_function, train_state, frozen, batch)
-    begun.done("compile")
-    seconds_to_first = None
-    in_flight: collections.deque = collections.deque()
-    speeds = []
-
-    def leave():
-        while in_flight:
-            _stop_if_bad(*in_flight.popleft(), limit=max_bad_steps)
-        checkpoints.save(train_state, step=step)  # complete when `train` is left
-        raise cluster.Preempted(step)
-
-    clock.restart(step=step)
-    cluster.set_running(True)
-    while step < run.steps:
-        if cluster.preemption_point():
-            leave()
-        train_state, step_metrics = compiled(train_state, frozen, batch)
-        step += 1
-        in_flight.append((step, step_metrics))
-        if seconds_to_first is None:
-            jax.block_until_ready(step_metrics)
-            begun.done("step")
-            seconds_to_first = begun.finish()
-        while len(in_flight) > STEPS_IN_FLIGHT:
-            _stop_if_bad(*in_flight.popleft(), limit=max_bad_steps)
-        if step < run.steps:
-            # The device works on the step just dispatched while the host fetches the next batch.
-            waiting = time.perf_counter()
-            batch = next(batches)
-            clock.waited(time.perf_counter() - waiting)
-            batch = sharding.to_devices(batch, mesh)
-
-        logs = step % run.log_every == 0 or step == run.steps
-        evaluates = run.eval_every and step % run.eval_every == 0 and step < run.steps
-        draws = picture is not None and run.picture_every and step % run.picture_every == 0
-        saves = checkpoints.due(step, meeting=logs)
-        if not (logs or evaluates or draws or saves):
-            continue
-        while in_flight:
-            _stop_if_bad(*in_flight.popleft(), limit=max_bad_steps)
-        if logs:
-            values = {name: float(value) for name, value in step_metrics.items()}
-            values |= _sum_over_hosts(feed.metrics())
-            speed = clock.report(step=step)
-            speeds.append(speed["images_per_second"])
-            log.write(step, values | speed)
-            logging.info(
-                "%s", metrics.console_line(step, steps=run.steps, metrics=values, speed=speed)
-            )
-            checkpoints.check()
-        if evaluates:
-            evaluation = evaluate(train_state)
-            if evaluation is None:
-                leave()
-            if evaluation:
-                log.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
-                logging.info("step %d held-out: %s", step, _join(evaluation))
-            keep_best(train_state, evaluation, step=step)
-        if draws:
-            drawn = picture(train_state)
-            if drawn is not None:
-                log.write_picture(step, "reconstruction", drawn)
-        if saves:
-            checkpoints.save(train_state, step=step)
-        clock.restart(step=step)
-    return train_state, speeds, seconds_to_first
-
-
-def _compile(step_function, train_state, frozen, batch):
-    """Compiles the step for these shapes and places; the state's buffers are reused."""
-    began = time.perf_counter()
-    places = jax.tree.map(lambda leaf: leaf.sharding, train_state)
-    everywhere = NamedSharding(train_state.step.sharding.mesh, sharding.REPLICATED)
-    jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(places, everywhere))
-    with startup.cache_hits() as hits:
-        compiled = jitted.lower(train_state, frozen, batch).compile()
-        read = hits() > 0
-    logging.info(
-        "compiled the train step in %.1f s%s",
-        time.perf_counter() - began,
-        ", read from the compilation cache" if read else "",
-    )
-    return compiled
+) -> TrainState:
+    average = optimizer_config.ema_decay is not None
+    return state.state_shapes(task, optimizer, mesh, average=average)
 
 
 def _stop_if_bad(step: int, step_metrics: dict[str, jax.Array], *, limit: int) -> None:
@@ -461,8 +451,8 @@ def _stop_if_bad(step: int, step_metrics: dict[str, jax.Array], *, limit: int) -
         )
 
 
-def _digest(tree: Any) -> str:
-    """A hash of every array of this host's; empty in a process on its own, where nobody asks."""
+def _digest(tree: PyTree) -> str:
+    """Hash of all arrays on this host; "" in a single process, which has nobody to agree with."""
     if jax.process_count() == 1:
         return ""
     digest = hashlib.sha256()
@@ -475,8 +465,8 @@ def _digest(tree: Any) -> str:
 def _sum_over_hosts(values: dict[str, float]) -> dict[str, float]:
     if jax.process_count() == 1:
         return values
-    every = multihost_utils.process_allgather(np.asarray(list(values.values()), np.float32))
-    return dict(zip(values, every.sum(axis=0).tolist(), strict=True))
+    gathered = multihost_utils.process_allgather(np.asarray(list(values.values()), np.float32))
+    return dict(zip(values, gathered.sum(axis=0).tolist(), strict=True))
 
 
 def _log_size(shapes: TrainState, mesh: Mesh) -> None:
@@ -489,7 +479,3 @@ def _log_size(shapes: TrainState, mesh: Mesh) -> None:
         device.device_kind,
         " × ".join(f"{name} {size}" for name, size in mesh.shape.items()),
     )
-
-
-def _join(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,11 +1,11 @@
-"""From the command to the first step: compiled programs are kept, and it's said where time went.
+"""From the command to the first step: the compilation cache, and where the time goes.
 
 startup.keep_compiled("auto", workdir=workdir)  # once, before anything is compiled
-begun = startup.Startup()
+timer = startup.Startup()
 ...
-begun.done("data")
+timer.done("data")
 ...
-begun.finish()  # {"start": 7.1, "data": 0.4, ..., "total": 31.0}
+timer.finish()  # {"start": 7.1, "data": 0.4, ..., "total": 31.0}
 """
 
 import contextlib
@@ -27,27 +27,27 @@ _HIT = "/jax/compilation_cache/cache_hits"
 def keep_compiled(
     setting: str, *, workdir: str, environment: Mapping[str, str] = os.environ
 ) -> str:
-    """Has JAX keep compiled programs on disk, so that the same run's next start reads its step.
+    """Keeps compiled programs on disk, so that the next start of the same run reads its step.
 
-    JAX's rules hold: programs that took less than a second are not kept, of several processes the
-    first writes and all read (on CPUs only the first: there jax 0.10.2's key differs between
-    processes), what can't be read is a warning and compiled again, and nothing is ever deleted.
-    Who can write to the folder can run code in whoever reads it.
+    JAX's rules apply: a program that compiled in under a second is not kept; of several processes
+    the first writes and all read (on CPUs only the first reads, since jax 0.10.2's key differs
+    between processes there); an unreadable entry is a warning and compiled again; nothing is ever
+    deleted. Anyone who can write to the folder can run code in the processes that read it.
 
-    JAX's key knows the program, the versions, the flags and the chips. On a CPU the folder is one
-    for each kind of processor besides: code made for one may hold instructions another lacks, and
-    homes are shared between machines.
+    JAX's key covers the program, the versions, the flags and the chips. On a CPU the folder is also
+    split by processor model: code compiled for one may use instructions that another lacks, and
+    home directories are shared between machines.
 
     Args:
-      setting: `RunConfig.compilation_cache`. "auto": what JAX_COMPILATION_CACHE_DIR says; else, for
-        runs of several processes or with a remote workdir, a folder in it, since all processes must
-        see it and a preempted machine comes back with an empty disk; else one in the user's cache
-        directory.
+      setting: `RunConfig.compilation_cache`. "auto" means JAX_COMPILATION_CACHE_DIR where it is
+        set; else a folder in the workdir, for runs of several processes or with a remote workdir,
+        since all processes must see it and a preempted machine comes back with an empty disk; else
+        a folder in the user's cache directory.
       workdir: the run's directory.
-      environment: variables.
+      environment: environment variables.
 
     Returns:
-      The folder; "" where nothing was set.
+      The folder; "" where JAX's own settings are left alone.
     """
     if not setting or (setting == "auto" and environment.get("JAX_COMPILATION_CACHE_DIR")):
         return ""
@@ -65,12 +65,13 @@ def keep_compiled(
         except OSError:
             writable = False
         if not writable:
-            logging.warning("%s: can't be written, so compiled programs are not kept", folder)
+            logging.warning("%s is not writable: compiled programs are not kept", folder)
             return ""
     elif jax.default_backend() == "gpu":
-        # XLA's own caches lie in the same folder, written by code that knows local files only.
+        # XLA's own caches would go to the same folder, and their code writes local files only.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    if jax.config.jax_compilation_cache_dir != folder:
+    # JAX adds the attributes of its settings at run time.
+    if jax.config.jax_compilation_cache_dir != folder:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()  # another folder may be in use already
     logging.info("compiled programs are kept in %s", folder)
@@ -83,19 +84,19 @@ def _user_folder(environment: Mapping[str, str]) -> str:
 
 
 def _processor() -> str:
-    """The processor's instructions as 12 hexadecimal digits; its architecture where unknown."""
-    said = {platform.machine()}
+    """Hash of the processor's model and instruction set, or of its architecture where unknown."""
+    facts = {platform.machine()}
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")
             if name.strip() in ("flags", "Features", "model name"):
-                said.add(value.strip())
-    return hashlib.sha256("\n".join(sorted(said)).encode()).hexdigest()[:12]
+                facts.add(value.strip())
+    return hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
 def cache_hits() -> Iterator[Callable[[], int]]:
-    """Counts the programs that are read instead of compiled while the context lasts."""
+    """Counts the programs read from the cache instead of compiled, inside the context."""
     hits = 0
 
     def count(event: str, **_: Any) -> None:
@@ -109,32 +110,50 @@ def cache_hits() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_listener(count)
 
 
-class Startup:
-    """The time from the start to the first step, by what it went into.
+def count_from(began: float) -> None:
+    """Sets the moment that the first `Startup` of this process counts from.
 
-    Starts with the process the first time, where the system tells when that was; later jobs of the
-    same process start now.
+    The kernel's start time of a process survives `exec`: a launcher that installs packages and then
+    replaces itself with Python would be counted in. So the program says when Python started.
+
+    Args:
+      began: `time.perf_counter()` in the program's first lines.
+    """
+    Startup.process_began = began
+
+
+class Startup:
+    """Splits the time to the first step into named phases.
+
+    The first timer of a process starts with the process, its first phase being "start"; the timers
+    of later jobs start when they are made.
+
+    Attributes:
+      process_began: from `count_from`; None asks the system when the process started.
     """
 
+    process_began: float | None = None
     _process_taken = False
 
-    def __init__(self):
+    def __init__(self) -> None:
         now = time.perf_counter()
-        age = 0.0 if Startup._process_taken else _process_age()
-        Startup._process_taken = True
-        self._began = self._last = now - age
+        self._began = self._last = now
         self._seconds: dict[str, float] = {}
-        if age:
-            self.done("start")
+        if not Startup._process_taken:
+            Startup._process_taken = True
+            began = Startup.process_began
+            self._began = self._last = now - _process_age() if began is None else began
+            if self._began < now:  # the system may not know
+                self.done("start")
 
     def done(self, name: str) -> None:
-        """What was done since the last call was this; times of the same name add up."""
+        """Ends the phase `name`, begun at the last call; phases of the same name add up."""
         now = time.perf_counter()
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
 
     def finish(self) -> dict[str, float]:
-        """Logs a line; returns seconds by name, and their sum as "total"."""
+        """Logs a line and returns the seconds of each phase, and their sum as "total"."""
         seconds = self._seconds | {"total": self._last - self._began}
         logging.info(
             "first step after %.1f s: %s",
@@ -145,9 +164,9 @@ class Startup:
 
 
 def _process_age() -> float:
-    """Seconds since this process was started; 0 where the system doesn't tell (not Linux)."""
+    """Seconds since the kernel started this process; 0 where it is not known (not on Linux)."""
     try:
-        # Fields are counted from behind the name, which may hold anything.
+        # The fields are counted from behind the name, which may contain spaces and brackets.
         fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 0.0)

@@ -96,8 +96,7 @@ def feed(config: RegressionConfig) -> loop.Feed:
 def run(config: RegressionConfig, *, workdir: str) -> dict:
     """The job, as `beit_jax.jobs` starts it."""
     trained = loop.train(
-        regression(config),
-        feed(config),
+        loop.Job(task=regression(config), feed=feed(config)),
         run=config.run,
         optimizer_config=config.optimizer,
         config=to_dict(config),

@@ -18,7 +18,9 @@ from beit_jax import jobs
 from beit_jax.models.flops import encoder_flops, matmul_flops
 from beit_jax.models.heads import masked_image_model
 from beit_jax.tasks import pretrain
-from beit_jax.tokenizers.loading import open_tokenizer
+from beit_jax.tasks.token_statistics import token_statistics
+from beit_jax.tokenizers.loading import load_params, open_tokenizer
+from beit_jax.tokenizers.tokenizer import Tokenizer
 from beit_jax.training import checkpoint, metrics
 from configs import beit_base, beit_large
 from tests.tasks import tiny
@@ -147,7 +149,7 @@ def test_held_out_loss_equals_plain_numpy(finished):
     )
     params = checkpoint.restore_params(str(workdir), shapes=shapes)
     tokenizer = open_tokenizer(config.tokenizer)
-    tokenizer_params = pretrain.load_params(config.tokenizer)
+    tokenizer_params = load_params(config.tokenizer)
     source = sources.open_source(config.data, training=False)
     apply, encode = jax.jit(model.apply), jax.jit(tokenizer.encode)
     total, correct, seen = [], [], 0
@@ -170,7 +172,7 @@ def test_held_out_loss_equals_plain_numpy(finished):
 
 def test_token_statistics_by_hand():
     """Entropy and majority over masked tokens of valid images only."""
-    tokenizer = pretrain.Tokenizer(
+    tokenizer = Tokenizer(
         vocabulary=4,
         image_size=2,
         grid=2,
@@ -186,12 +188,12 @@ def test_token_statistics_by_hand():
         "mask": np.array([[[1, 1], [1, 1]], [[1, 1], [0, 0]], [[1, 1], [1, 1]]], bool),
         "valid": np.array([True, True, False]),
     }
-    statistics = pretrain.token_statistics(tokenizer, {}, [batch])
+    statistics = token_statistics(tokenizer, {}, [batch])
     shares = np.array([1, 4, 1]) / 6  # tokens 0, 1 and 2
     assert statistics.entropy == pytest.approx(-(shares * np.log(shares)).sum())
     assert statistics.majority_accuracy == pytest.approx(4 / 6)
     assert (statistics.codes_used, statistics.tokens) == (3, 6)
-    assert pretrain.token_statistics(tokenizer, {}, []) is None
+    assert token_statistics(tokenizer, {}, []) is None
 
 
 def test_flops_of_the_recipes():

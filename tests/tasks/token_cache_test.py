@@ -12,7 +12,7 @@ import pytest
 
 from beit_jax import jobs
 from beit_jax.config import ConfigError, DataConfig, MaskConfig, RunConfig
-from beit_jax.tasks import feed, pretrain, token_cache
+from beit_jax.tasks import feed, pretrain, token_cache, token_feed
 from beit_jax.tokenizers.loading import load_params, open_tokenizer
 from beit_jax.training import loop, metrics
 from tests.tasks import tiny
@@ -192,7 +192,7 @@ def host(folder, *, shard, shards, take, monkeypatch, count=None):
         str(folder), facts=FACTS, rows=4, images=8 // shards, tokens=4, shard=shard, shards=shards
     )
     with cache as rows:
-        made = token_cache.name_tokens(
+        made = token_feed.known_tokens(
             read(keys=("image", "token_image", "mask")),
             lean=read(keys=("image", "mask")),
             cache=rows,
@@ -232,7 +232,7 @@ def test_ids_of_this_hosts_devices():
     config = jobs.parse_job(tiny.pretrain().to_dict()).tokenizer
     tokenizer, params = open_tokenizer(config), load_params(config)
     images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
-    encode = token_cache.local_encoder(tokenizer, tokenizer.encoding_params(params))
+    encode = token_feed.local_encoder(tokenizer, tokenizer.encoding_params(params))
     ids = encode({"token_image": images, "mask": None})
     assert (ids.shape, ids.dtype) == ((16, 16), np.uint16)
     expected = jax.jit(tokenizer.encode)(params, images)
@@ -264,7 +264,7 @@ def test_where_the_lean_view_differs_both_are_made(tmp_path, caplog):
         )
 
     with opened(str(tmp_path)) as cache:
-        named = token_cache.name_tokens(
+        named = token_feed.known_tokens(
             made("full", 0),
             lean=made("lean", 9),
             cache=cache,
@@ -276,7 +276,7 @@ def test_where_the_lean_view_differs_both_are_made(tmp_path, caplog):
         numbers = named.metrics()
     assert starts == ["full", "lean", "full"]
     assert [batch["token_ids"][0, 0] for batch in batches] == 4 * list(range(ROWS))
-    assert "both are made always" in caplog.text
+    assert "both are made for every batch" in caplog.text
     assert numbers["tokenized_images"] == ROWS * IMAGES
     assert numbers["replaced_images"] == 2.0
 

@@ -77,8 +77,7 @@ def feed(*, crash_at=None, poison=(), batch_size=8, held_out=21) -> loop.Feed:
 
 def train(workdir, *, run=RUN, **settings):
     return loop.train(
-        regression(),
-        feed(**settings),
+        loop.Job(task=regression(), feed=feed(**settings)),
         run=run,
         optimizer_config=OPTIMIZER,
         config={"model": {}},
@@ -192,13 +191,11 @@ def test_pictures_are_drawn_when_asked(tmp_path):
         return np.zeros((4, 4, 3), np.uint8)
 
     loop.train(
-        regression(),
-        feed(),
+        loop.Job(task=regression(), feed=feed(), pictures={"line": picture}),
         run=dataclasses.replace(RUN, picture_every=8),
         optimizer_config=OPTIMIZER,
         config={},
         workdir=str(tmp_path),
-        picture=picture,
     )
     assert drawn == [8, 16]
 

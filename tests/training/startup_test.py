@@ -1,4 +1,4 @@
-"""Compiled programs are kept where they should be, and the first step's time is told."""
+"""The folder of the compilation cache, and the time to the first step by phases."""
 
 import json
 import os
@@ -66,6 +66,45 @@ def test_times_add_up():
     assert list(seconds) == ["data", "state", "total"]
     assert seconds["data"] >= 0.03 > seconds["state"]
     assert seconds["total"] == pytest.approx(seconds["data"] + seconds["state"])
+
+
+def test_the_first_timer_starts_where_the_program_says(monkeypatch):
+    monkeypatch.setattr(startup.Startup, "_process_taken", False)
+    monkeypatch.setattr(startup.Startup, "process_began", None)
+    startup.count_from(time.perf_counter() - 5.0)
+    first = startup.Startup().finish()
+    assert first["start"] == first["total"] == pytest.approx(5.0, abs=0.5)
+    assert startup.Startup().finish() == {"total": 0.0}
+
+
+@pytest.mark.slow
+def test_a_launcher_that_execs_python_is_not_counted(tmp_path):
+    """The kernel keeps a process' start time over exec: three seconds of shell are not "start"."""
+    (tmp_path / "regression.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "from tests.distributed.processes import values\n"
+        "def get_config():\n    return ConfigDict(values(run__steps=1))\n"
+    )
+    program = (
+        "import sys; sys.modules['clu'] = None; import main; from beit_jax import jobs;"
+        "from tests.distributed import worker as w;"
+        "jobs.JOBS['regression'] = (w.RegressionConfig, w.run);"
+        f"main._parse_flags(['main', '--config={tmp_path}/regression.py',"
+        f" '--workdir={tmp_path}/run']); main.main(['main']);"
+        "from beit_jax.training import startup;"
+        "print('age', startup._process_age())"
+    )
+    began = time.perf_counter()
+    done = subprocess.run(
+        ["sh", "-c", f'sleep 3; exec {sys.executable} -c "$0"', program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    waited = time.perf_counter() - began
+    line = next(line for line in done.stderr.splitlines() if "first step after" in line)
+    assert float(line.split("first step after ")[1].split(" s")[0]) < waited - 3
+    assert float(done.stdout.split("age ")[1]) > 3
 
 
 def test_the_age_of_this_process():

@@ -1,0 +1,81 @@
+"""The pictures of pre-training: the first batch, and what the model fills in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beit_jax import pictures
+from beit_jax.models.functional import Functional
+from beit_jax.preprocessing import normalize
+from beit_jax.tokenizers.tokenizer import Tokenizer
+from beit_jax.training import device_jitter
+from beit_jax.types import HostBatch, Params
+
+PICTURES = 8  # images in a picture
+
+
+def first_batch_picture(batch: HostBatch) -> np.ndarray:
+    """Draws both views and the masks as the model is given them, jitter included.
+
+    Args:
+      batch: `image`, `token_image` and `mask`, and the jitter where it is left to the device.
+
+    Returns:
+      uint8 `[h, w, 3]`.
+    """
+    device_batch = {name: jnp.asarray(values[:PICTURES]) for name, values in batch.items()}
+    views = {n: np.asarray(v) for n, v in device_jitter.jitter_batch(device_batch).items()}
+    side = views["image"].shape[1]
+    columns = {
+        "view 1": views["image"],
+        "masked": pictures.hide_patches(views["image"], views["mask"]),
+        "view 2": pictures.to_uint8(views["token_image"] / 255.0, side=side),
+    }
+    return pictures.columns_sheet(columns)
+
+
+def reconstructions(
+    params: Params,
+    *,
+    model: Functional,
+    tokenizer: Tokenizer,
+    tokenizer_params: Params,
+    sample: HostBatch,
+    normalization: str,
+) -> np.ndarray:
+    """Draws originals, masked images, and both decoded: predicted tokens, then true tokens.
+
+    In the third column the tokens of visible patches are the true ones. Both decoded columns are
+    left out where the tokenizer has no decoder.
+
+    Args:
+      params: the model's, on this host.
+      model: from `masked_image_model`.
+      tokenizer: the frozen tokenizer.
+      tokenizer_params: its parameters, the decoder's included where there is one.
+      sample: `image`, `token_image` and `mask` of some held-out images.
+      normalization: of the model's pixels.
+
+    Returns:
+      uint8 `[h, w, 3]`.
+    """
+    grid, side = tokenizer.grid, sample["image"].shape[1]
+    ids = jax.jit(tokenizer.encode)(
+        tokenizer.encoding_params(tokenizer_params), sample["token_image"]
+    )
+    logits = jax.jit(model.apply)(
+        params,
+        normalize(jnp.asarray(sample["image"]), kind=normalization),
+        mask=sample["mask"],
+    )
+    predicted = jnp.argmax(logits, axis=-1).reshape(-1, grid, grid).astype(jnp.int32)
+    filled = jnp.where(sample["mask"].astype(bool), predicted, ids)
+    columns = {
+        "original": sample["image"],
+        "masked": pictures.hide_patches(sample["image"], sample["mask"]),
+    }
+    if tokenizer.paints(tokenizer_params):
+        decode = jax.jit(tokenizer.decode)
+        columns["predicted"] = pictures.to_uint8(decode(tokenizer_params, filled), side=side)
+        columns["tokenizer"] = pictures.to_uint8(decode(tokenizer_params, ids), side=side)
+    return pictures.columns_sheet(columns)

@@ -1,0 +1,86 @@
+"""The frame of every job that trains: mesh, data, training or evaluation alone, summary, pictures.
+
+def build(config: MyConfig, context: RunContext) -> Job: ...
+
+def run(config: MyConfig, *, workdir: str) -> JsonObject:
+    return run_job(config, build=build, workdir=workdir)
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from beit_jax import pictures
+from beit_jax.config import OptimizerConfig, RunConfig
+from beit_jax.distributed import cluster
+from beit_jax.tasks.summary import summarize
+from beit_jax.training import loop
+from beit_jax.training.job import Job, RunContext
+from beit_jax.training.startup import Startup
+from beit_jax.types import JsonObject
+
+
+class JobConfig(Protocol):
+    """What the config of every job has: a frozen dataclass with these sections."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Length, batch, devices, logging and checkpoints."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """AdamW and its schedule."""
+
+
+C = TypeVar("C", bound=JobConfig)
+
+
+def run_job(config: C, *, build: Callable[[C, RunContext], Job], workdir: str) -> JsonObject:
+    """Trains, or only evaluates; leaves `summary.json` (`evaluation.json`) and the pictures behind.
+
+    Args:
+      config: the job's settings.
+      build: makes the job; called once the batch is known to divide over the mesh.
+      workdir: the run's directory, local or gs://.
+
+    Returns:
+      The summary.
+
+    Raises:
+      ConfigError: settings that do not fit together, before anything is compiled.
+      Preempted: SIGTERM arrived (see `cluster`); the checkpoint is complete.
+      RunError: the run cannot go on.
+    """
+    began, timer = time.perf_counter(), Startup()
+    mesh = loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
+    with contextlib.ExitStack() as resources:
+        context = RunContext(workdir=workdir, mesh=mesh, timer=timer, resources=resources)
+        job = build(config, context)
+        timer.done("data")
+        settings = job.config or config
+        if job.evaluate_only:
+            return loop.evaluate_only(
+                job,
+                run=config.run,
+                optimizer_config=config.optimizer,
+                config=settings,
+                workdir=workdir,
+                mesh=mesh,
+            )
+        trained = loop.train(
+            job,
+            run=config.run,
+            optimizer_config=config.optimizer,
+            config=settings,
+            workdir=workdir,
+            mesh=mesh,
+            timer=timer,
+        )
+    summary = summarize(job.finish(trained), trained=trained, workdir=workdir, began=began)
+    for name, picture in job.pictures.items():
+        drawn = picture(trained.state)
+        if drawn is not None:
+            pictures.save_png(f"{workdir}/{name}.png", drawn)
+    cluster.barrier("to have the results")  # another job may read them next
+    return summary

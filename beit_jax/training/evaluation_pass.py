@@ -1,0 +1,63 @@
+"""A pass over all held-out images, between steps, at the end of a run, or on its own."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from beit_jax.distributed import cluster
+from beit_jax.training import sharding, state
+from beit_jax.training.job import Feed
+from beit_jax.training.state import Sums, Task, TrainState
+from beit_jax.types import Batch, Params, PyTree, Variables
+
+# A train state → its metrics; empty without held-out images, None where SIGTERM came.
+Evaluator = Callable[[TrainState], dict[str, float] | None]
+
+
+def evaluator(task: Task, feed: Feed, *, frozen: PyTree, mesh: Mesh) -> Evaluator:
+    """`evaluate_state` of a job: a train state → its metrics on all held-out images."""
+    sums = jax.jit(
+        sharding.on_mesh(state.stateful_evaluate(task), mesh),
+        out_shardings=NamedSharding(mesh, sharding.REPLICATED),
+    )
+    run = functools.partial(run_evaluation, sums, task, feed, frozen, mesh)
+    return functools.partial(evaluate_state, run)
+
+
+def run_evaluation(
+    evaluate: Callable[[Params, Variables, PyTree, Batch], Sums],
+    task: Task,
+    feed: Feed,
+    frozen: PyTree,
+    mesh: Mesh,
+    params: Params,
+    variables: Variables,
+) -> dict[str, float] | None:
+    """Metrics over all held-out images; empty where there are none, None where SIGTERM came."""
+    total = None
+    for batch in feed.evaluation():
+        if cluster.preemption_point():
+            return None
+        sums = evaluate(params, variables, frozen, sharding.to_devices(batch, mesh))
+        total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
+    if total is None:
+        return {}
+    return {name: float(value) for name, value in task.metrics(total).items()}
+
+
+def evaluate_state(
+    evaluate: Callable[[Params, Variables], dict[str, float] | None], train_state: TrainState
+) -> dict[str, float] | None:
+    """`run_evaluation` of the parameters and, where there is one, of their average (`ema_*`).
+
+    The average is of parameters only; it is evaluated with the variables as they are now.
+    """
+    result = evaluate(train_state.params, train_state.variables)
+    if not result or not train_state.ema:
+        return result
+    averaged = evaluate(train_state.ema, train_state.variables)
+    if averaged is None:
+        return None
+    return result | {f"ema_{name}": value for name, value in averaged.items()}
