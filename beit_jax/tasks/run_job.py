@@ -18,10 +18,10 @@ from beit_jax.tasks.summary import summarize
 from beit_jax.training import loop
 from beit_jax.training.job import Job, RunContext
 from beit_jax.training.startup import Startup
-from beit_jax.types import JsonObject
+from beit_jax.types import ConfigDataclass, JsonObject
 
 
-class JobConfig(Protocol):
+class JobConfig(ConfigDataclass, Protocol):
     """What the config of every job has: a frozen dataclass with these sections."""
 
     @property
