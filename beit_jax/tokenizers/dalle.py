@@ -15,6 +15,7 @@ Kernels are `[height, width, in, out]`: an original weight `[out, in, height, wi
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -94,7 +95,7 @@ def _conv(
         padding="SAME",
         dtype=dtype,
         param_dtype=jnp.float32,
-        precision=precision,
+        precision=precision,  # type: ignore[arg-type]  # nnx's annotation lacks DotAlgorithm
         kernel_init=_kernel_init,
         rngs=rngs,
     )
@@ -113,14 +114,14 @@ class Block(nnx.Module):
         precision: jax.lax.PrecisionLike,
         rngs: nnx.Rngs,
     ):
-        settings = dict(dtype=dtype, precision=precision, rngs=rngs)
+        conv = functools.partial(_conv, dtype=dtype, precision=precision, rngs=rngs)
         hidden = outputs // 4
-        self.conv_1 = _conv(inputs, hidden, sizes[0], **settings)
-        self.conv_2 = _conv(hidden, hidden, sizes[1], **settings)
-        self.conv_3 = _conv(hidden, hidden, sizes[2], **settings)
-        self.conv_4 = _conv(hidden, outputs, sizes[3], **settings)
+        self.conv_1 = conv(inputs, hidden, sizes[0])
+        self.conv_2 = conv(hidden, hidden, sizes[1])
+        self.conv_3 = conv(hidden, hidden, sizes[2])
+        self.conv_4 = conv(hidden, outputs, sizes[3])
         if inputs != outputs:
-            self.identity = _conv(inputs, outputs, 1, **settings)
+            self.identity = conv(inputs, outputs, 1)
         self.widens = inputs != outputs
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -135,9 +136,21 @@ class Block(nnx.Module):
 class Group(nnx.Module):
     """`BLOCKS_PER_GROUP` blocks of one width and resolution."""
 
-    def __init__(self, inputs: int, outputs: int, **settings):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        sizes: tuple[int, int, int, int],
+        dtype: jnp.dtype,
+        precision: jax.lax.PrecisionLike,
+        rngs: nnx.Rngs,
+    ):
+        block_of = functools.partial(
+            Block, sizes=sizes, dtype=dtype, precision=precision, rngs=rngs
+        )
         for index in range(1, BLOCKS_PER_GROUP + 1):
-            block = Block(inputs if index == 1 else outputs, outputs, **settings)
+            block = block_of(inputs if index == 1 else outputs, outputs)
             setattr(self, f"block_{index}", block)
 
     def outputs(self, x: jax.Array) -> dict[str, jax.Array]:
@@ -160,16 +173,18 @@ class Encoder(nnx.Module):
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ):
-        settings = dict(dtype=dtype, precision=precision, rngs=rngs)
-        self.input = _conv(3, width, 7, **settings)
+        conv = functools.partial(_conv, dtype=dtype, precision=precision, rngs=rngs)
+        group_of = functools.partial(
+            Group, sizes=(3, 3, 3, 1), dtype=dtype, precision=precision, rngs=rngs
+        )
+        self.input = conv(3, width, 7)
         channels = width
         for index in range(1, GROUPS + 1):
             outputs = width * 2 ** (index - 1)
-            group = Group(channels, outputs, sizes=(3, 3, 3, 1), **settings)
-            setattr(self, f"group_{index}", group)
+            setattr(self, f"group_{index}", group_of(channels, outputs))
             channels = outputs
         # The original keeps this one convolution in float32 when the others are float16.
-        self.output = _conv(channels, vocabulary, 1, **(settings | {"dtype": jnp.float32}))
+        self.output = conv(channels, vocabulary, 1, dtype=jnp.float32)
 
     def stages(self, images: jax.Array) -> dict[str, jax.Array]:
         """Everything on the way, by the name of its parameters ("input", "group_1/block_1", ...).
@@ -244,15 +259,17 @@ class Decoder(nnx.Module):
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ):
-        settings = dict(dtype=dtype, precision=precision, rngs=rngs)
+        conv = functools.partial(_conv, dtype=dtype, precision=precision, rngs=rngs)
+        group_of = functools.partial(
+            Group, sizes=(1, 3, 3, 3), dtype=dtype, precision=precision, rngs=rngs
+        )
         channels = width // 2  # original: n_init = 128 with n_hid = 256
         self.input = TokenConv(vocabulary, channels, rngs=rngs)  # always float32
         for index in range(1, GROUPS + 1):
             outputs = width * 2 ** (GROUPS - index)
-            group = Group(channels, outputs, sizes=(1, 3, 3, 3), **settings)
-            setattr(self, f"group_{index}", group)
+            setattr(self, f"group_{index}", group_of(channels, outputs))
             channels = outputs
-        self.output = _conv(channels, 6, 1, **settings)
+        self.output = conv(channels, 6, 1)
 
     def stages(self, ids: jax.Array) -> dict[str, jax.Array]:
         """Everything on the way, as `Encoder.stages`.
@@ -292,16 +309,27 @@ def dalle_networks(
     Returns:
       "encoder" and "decoder", each with its own parameters.
     """
-    settings = dict(
-        width=config.width,
-        vocabulary=config.vocabulary,
-        dtype=compute_dtype(config),
-        precision=precision,
-    )
-    return {
-        "encoder": functional(lambda rngs: Encoder(**settings, rngs=rngs)),
-        "decoder": functional(lambda rngs: Decoder(**settings, rngs=rngs)),
-    }
+    dtype = compute_dtype(config)
+
+    def encoder(rngs: nnx.Rngs) -> Encoder:
+        return Encoder(
+            width=config.width,
+            vocabulary=config.vocabulary,
+            dtype=dtype,
+            precision=precision,
+            rngs=rngs,
+        )
+
+    def decoder(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(
+            width=config.width,
+            vocabulary=config.vocabulary,
+            dtype=dtype,
+            precision=precision,
+            rngs=rngs,
+        )
+
+    return {"encoder": functional(encoder), "decoder": functional(decoder)}
 
 
 def dalle_tokenizer(config: DalleConfig, *, precision: jax.lax.PrecisionLike = None) -> Tokenizer:

@@ -20,6 +20,7 @@ The same params serve `dvae_tokenizer(config)`.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -148,8 +149,8 @@ class Doubling(nnx.Module):
     ):
         # PyTorch takes the second axis of the weight, the outputs, for the fan-in.
         init = _torch_init(16 * outputs)
-        self.kernel = nnx.Param(init["kernel_init"](rngs.params(), (4, 4, inputs, outputs)))
-        self.bias = nnx.Param(init["bias_init"](rngs.params(), (outputs,)))
+        self.kernel = nnx.Param(init(rngs.params(), (4, 4, inputs, outputs)))
+        self.bias = nnx.Param(init(rngs.params(), (outputs,)))
         self.dtype = dtype
         self.precision = precision
 
@@ -186,22 +187,27 @@ class Level(nnx.Module):
         precision: jax.lax.PrecisionLike,
         rngs: nnx.Rngs,
     ):
-        settings = dict(dtype=dtype, precision=precision, rngs=rngs)
+        conv = functools.partial(_conv, dtype=dtype, precision=precision, rngs=rngs)
+        self.resample: nnx.Conv | Doubling
         if direction == "down":
+            init = _torch_init(16 * inputs)
             self.resample = nnx.Conv(
                 inputs,
                 width,
                 (4, 4),
                 strides=2,
                 padding=((1, 1), (1, 1)),
-                **_torch_init(16 * inputs),
-                **settings,
+                kernel_init=init,
+                bias_init=init,
+                dtype=dtype,
+                precision=precision,  # type: ignore[arg-type]  # nnx: without DotAlgorithm
+                rngs=rngs,
             )
         else:
-            self.resample = Doubling(inputs, width, **settings)
-        self.conv_1 = _conv(width, width, 3, **settings)
-        self.conv_2 = _conv(width, width, 3, **settings)
-        self.conv_3 = _conv(width, width, 1, **settings)
+            self.resample = Doubling(inputs, width, dtype=dtype, precision=precision, rngs=rngs)
+        self.conv_1 = conv(width, width, 3)
+        self.conv_2 = conv(width, width, 3)
+        self.conv_3 = conv(width, width, 1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[b, h, w, in]` -> `[b, h/2, w/2, width]` or `[b, 2h, 2w, width]`."""
@@ -211,26 +217,40 @@ class Level(nnx.Module):
         return x + self.conv_3(residual)
 
 
-def _torch_init(fan_in: int) -> dict[str, nnx.Initializer]:
+def _torch_init(fan_in: int) -> nnx.Initializer:
     """PyTorch's default for convolutions: kernel and bias uniform in ±1/√fan_in."""
     bound = 1 / math.sqrt(fan_in)
 
-    def uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    def uniform(
+        key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+    ) -> jax.Array:
         # Drawn flat: the same numbers, but XLA takes a quarter of the time to compile the draw.
         return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
 
-    return {"kernel_init": uniform, "bias_init": uniform}
+    return uniform
 
 
-def _conv(inputs: int, outputs: int, size: int, **settings) -> nnx.Conv:
+def _conv(
+    inputs: int,
+    outputs: int,
+    size: int,
+    *,
+    dtype: jnp.dtype,
+    precision: jax.lax.PrecisionLike,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
     """Stride 1, the resolution kept."""
+    init = _torch_init(inputs * size**2)
     return nnx.Conv(
         inputs,
         outputs,
         (size, size),
         padding="SAME",
-        **_torch_init(inputs * size**2),
-        **settings,
+        kernel_init=init,
+        bias_init=init,
+        dtype=dtype,
+        precision=precision,  # type: ignore[arg-type]  # nnx's annotation lacks DotAlgorithm
+        rngs=rngs,
     )
 
 
@@ -250,14 +270,13 @@ class Pyramid(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.levels = levels
-        settings = dict(precision=precision, rngs=rngs)
+        level_of = functools.partial(
+            Level, direction=direction, dtype=dtype, precision=precision, rngs=rngs
+        )
         for index in range(1, levels + 1):
-            level = Level(
-                inputs if index == 1 else width, width, direction=direction, dtype=dtype, **settings
-            )
-            setattr(self, f"level_{index}", level)
+            setattr(self, f"level_{index}", level_of(inputs if index == 1 else width, width))
         # float32 as the DALL-E encoder's: ids are decided here.
-        self.output = _conv(width, outputs, 1, dtype=jnp.float32, **settings)
+        self.output = _conv(width, outputs, 1, dtype=jnp.float32, precision=precision, rngs=rngs)
 
     def features(self, x: jax.Array) -> jax.Array:
         """All but the last convolution: `[b, h, w, in]` -> `[b, h', w', width]`."""
@@ -284,11 +303,13 @@ class DiscreteVAE(nnx.Module):
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
     ):
-        settings = dict(width=width, levels=levels, dtype=dtype, precision=precision, rngs=rngs)
-        self.encoder = Pyramid(3, vocabulary, direction="down", **settings)
+        pyramid = functools.partial(
+            Pyramid, width=width, levels=levels, dtype=dtype, precision=precision, rngs=rngs
+        )
+        self.encoder = pyramid(3, vocabulary, direction="down")
         codes = jax.random.normal(rngs.params(), (vocabulary, codebook_width), jnp.float32)
         self.codebook = nnx.Param(codes)  # N(0, 1), as PyTorch's Embedding
-        self.decoder = Pyramid(codebook_width, 3, direction="up", **settings)
+        self.decoder = pyramid(codebook_width, 3, direction="up")
         self.precision = precision
 
     def logits(self, images: jax.Array) -> jax.Array:
