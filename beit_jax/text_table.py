@@ -18,8 +18,8 @@ def text_table(
       rows: cells, every row of the same length.
       header: cells of the first line, underlined; empty for none.
       align: one letter per column, "l" or "r"; columns without one are aligned left.
-      gap: what separates columns.
-      gaps: separators of the first columns where they differ from `gap`, one after each column.
+      gap: separator between columns.
+      gaps: separators after the first columns, where they differ from `gap`.
       widths: fixed widths of the first columns, so that several tables are aligned with each other;
         a longer cell shifts the rest of its line. Other columns are as wide as their longest cell.
 

@@ -72,7 +72,7 @@ TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_AD
 
 
 def start(settings: Settings, *, config: Mapping[str, Json], workdir: str) -> None:
-    """Joins the cluster, if there is one, and checks that it is what the run needs.
+    """Joins the cluster, if there is one, and checks the hosts' agreement and the platform.
 
     Call it once, from the main thread, before anything touches a device.
 
@@ -123,7 +123,7 @@ def check_platform(expected: str, environment: Mapping[str, str] = os.environ) -
 
     Args:
       expected: "tpu", "gpu", "cpu"; or "any". With "any", a machine that says it has a TPU is
-        expected to use it, unless JAX_PLATFORMS says what to use.
+        expected to use it, unless JAX_PLATFORMS names a platform.
       environment: the environment variables.
 
     Raises:
@@ -153,7 +153,7 @@ def check_platform(expected: str, environment: Mapping[str, str] = os.environ) -
 
 
 def _log_process() -> None:
-    """Logs one line: which process of how many this is, on which host, with what."""
+    """Logs one line: which process of how many this is, its host, devices and versions."""
     devices = jax.local_devices()
     versions = library_versions()
     logging.info(

@@ -11,15 +11,15 @@ from beit_jax.config import check, one_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How processes find each other, what they must run on, and how long each waits for the rest.
+    """How processes find each other, the platform they must run on, and how long they wait.
 
     Attributes:
       multihost: "auto" joins a cluster where one is found or an address is given; "yes" makes it an
         error if there is none; "no" runs a process on its own whatever is around it.
-      coordinator_address: host:port of process 0; "" takes JAX_COORDINATOR_ADDRESS, or what the
-        cluster says.
-      num_processes: 0 takes JAX_NUM_PROCESSES, or what the cluster says.
-      process_id: -1 takes JAX_PROCESS_ID, or what the cluster says.
+      coordinator_address: host:port of process 0; "" takes JAX_COORDINATOR_ADDRESS, or the
+        cluster's.
+      num_processes: 0 takes JAX_NUM_PROCESSES, or the cluster's.
+      process_id: -1 takes JAX_PROCESS_ID, or the cluster's.
       platform: "tpu", "gpu" or "cpu" makes any other platform an error; "any" accepts all.
       start_timeout: seconds that hosts wait for each other at the start.
       heartbeat_timeout: seconds of silence after which a process is taken for dead.

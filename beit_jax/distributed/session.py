@@ -1,4 +1,4 @@
-"""The state that this process keeps about its cluster, and what the other modules share of it.
+"""The state that this process keeps about its cluster, shared by the modules of this package.
 
 There is one `session` per process, as there is one coordination service and one SIGTERM.
 """

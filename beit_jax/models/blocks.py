@@ -126,7 +126,7 @@ def project(
 
     The scale is multiplied into the weights, in float32, which costs a pass over one matrix.
     Multiplied into the result it would cost a pass over all activations, and its gradient would
-    need them kept. With fewer rows than the matrix has (two images) it is the other way round.
+    need them kept. With fewer rows than the matrix has (two images) the opposite is cheaper.
 
     Args:
       linear: has a kernel `[d, f]` and a bias.

@@ -1,4 +1,4 @@
-"""FLOPs of matrix products and convolutions, two per multiply-add: what MFU is measured against.
+"""FLOPs of matrix products and convolutions, two per multiply-add: the basis of MFU.
 
 Formulas for the encoder and its heads, and a counter that reads any function's jaxpr. Unlike XLA's
 count the counter gives the same on every backend: convolutions at the padded border count in full,

@@ -18,7 +18,7 @@ Parameters, as a plain nested dict:
     (* where the configuration has it)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ class Encoder(nnx.Module):
         return self.final_norm(x)
 
     def final_norm(self, tokens: jax.Array) -> jax.Array:
-        """The last block's output → what `__call__` returns; as it is without a final norm."""
+        """Normalises the last block's output; returns it unchanged where there is no final norm."""
         return self.norm(tokens) if hasattr(self, "norm") else tokens
 
     def block_outputs(
@@ -209,7 +209,7 @@ class Encoder(nnx.Module):
         if kept is not None:
             depth = kept[-1] if kept else 0
             params = jax.tree.map(lambda stacked: stacked[:depth], params)
-            # Where each block's output goes; out of range means that it is not kept.
+            # The index of every block's output among the kept ones; out of range: not kept.
             numbers = np.arange(1, depth + 1)
             slots = np.where(np.isin(numbers, kept), np.searchsorted(kept, numbers), len(kept))
             outputs = jnp.zeros((len(kept), *x.shape), x.dtype)
@@ -225,12 +225,17 @@ class Encoder(nnx.Module):
                 outputs = outputs.at[slot].set(x, mode="drop")
             return (x, outputs), None
 
-        if config.remat == "full":
-            body = jax.checkpoint(body)
-        elif config.remat == "dots":
-            body = jax.checkpoint(
-                body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            )
+        body = _rematerialized(body, kind=config.remat)
         unroll = min(config.blocks_per_step, depth)
         (x, outputs), _ = jax.lax.scan(body, (x, outputs), (params, factors, slots), unroll=unroll)
         return x, outputs
+
+
+def _rematerialized(function: Callable, *, kind: str) -> Callable:
+    """The function with its activations recomputed in the backward pass, by `ModelConfig.remat`."""
+    if kind == "full":
+        return jax.checkpoint(function)
+    if kind == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(function, policy=policy)
+    return function

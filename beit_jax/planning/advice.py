@@ -1,4 +1,4 @@
-"""What limits a planned run, in words, and what to change where it does not fit or wastes chips."""
+"""Names the bottleneck of a planned run, and advises where it does not fit or wastes chips."""
 
 from beit_jax.planning.estimate import Plan
 from beit_jax.planning.report import gib
@@ -11,7 +11,7 @@ IMAGES_PER_VCPU = 75
 
 
 def bound(plan: Plan) -> str:
-    """What limits the step."""
+    """The bottleneck of the step, in words."""
     if plan.memory.fits is False:
         return "memory: it does not fit"
     if plan.time is None:
@@ -29,7 +29,7 @@ def bound(plan: Plan) -> str:
 
 
 def advice(plan: Plan, config: PretrainConfig) -> list[str]:
-    """What to change, one sentence each; empty where the run fits and uses the chips well."""
+    """Changes to make, one sentence per change; empty where the run fits and wastes no chips."""
     lines = _memory_advice(plan, config)
     held = plan.memory.parameters + plan.memory.optimizer
     if config.run.fsdp > 1 and held * config.run.fsdp < 0.25 * plan.memory.available:
@@ -73,7 +73,7 @@ def _memory_advice(plan: Plan, config: PretrainConfig) -> list[str]:
 
 
 def _too_big(plan: Plan, config: PretrainConfig, *, needed: float, fixed: float) -> list[str]:
-    """What makes a run fit: smaller micro-batches, recomputing, sharding.
+    """Lists changes that make a run fit: smaller micro-batches, recomputation, sharding.
 
     Args:
       plan: needs too much memory.

@@ -3,8 +3,8 @@
 libtpu holds the compiler; everything else is shapes: no weights, no images, no tokenizer file.
 
     compiled = compile_step(config, parse_slice("v4-128"))
-    compiled.needed  # bytes on each chip
-    compiled.program.cycles  # None for `program` where it does not fit, or can't be read
+    compiled.needed  # bytes on one chip
+    compiled.program.cycles  # `program` is None where it does not fit or cannot be read
 """
 
 import collections
@@ -38,12 +38,12 @@ SHALLOW_LAYERS = (2, 4)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler said of one program.
+    """The compiler's numbers about one program.
 
     Attributes:
       needed: bytes on a chip.
       missing: why there is no `program`; "" where there is one.
-      program: what its text says.
+      program: read from its text.
       arguments, temporary, code: the parts of `needed`; None where it does not fit.
       hbm_bytes: operands and results of everything; None where loops hide it.
       flops: as the compiler counts them; None where loops hide some.
@@ -103,7 +103,11 @@ def task_of_shapes(config: PretrainConfig) -> Task:
 
 
 def compile_step(config: PretrainConfig, tpu_slice: Slice) -> Compiled:
-    """Compiles the train step for a slice and reads what the compiler says about it."""
+    """Compiles the train step for a slice and reads the compiler's numbers.
+
+    Raises:
+      RunError: libtpu does not answer, or the compiler fails for another reason than memory.
+    """
     mesh = sharding.make_mesh(fsdp=config.run.fsdp, devices=devices(tpu_slice))
     lowered = lower_step(config, mesh)
     layers, unroll = config.model.layers, config.model.blocks_per_step
@@ -157,20 +161,23 @@ def compile_with_dump(lowered: jax.stages.Lowered, dump: str) -> jax.stages.Comp
 
 
 def program_text(compiled: jax.stages.Compiled, dump: str) -> tuple[str | None, str]:
-    """The compiled program as text, and why it's missing where it is.
+    """The compiled program as text.
 
-    `compiled.as_text()` has it second hand: JAX parses what libtpu hands over. jax 0.10.2 can't
-    parse what libtpu 0.0.52 makes for chips whose gathers run on SparseCores (v5p, v6e). libtpu's
-    own dump is the same text, so it comes first.
+    `compiled.as_text()` is indirect: JAX parses libtpu's serialised program. jax 0.10.2 cannot
+    parse the programs that libtpu 0.0.52 makes for chips whose gathers run on SparseCores (v5p,
+    v6e). libtpu's own dump is the same text, so it comes first.
 
     Args:
       compiled: the executable.
       dump: the folder that the compiler wrote to.
+
+    Returns:
+      The text, and the reason where it is None.
     """
     written = []
     for path in pathlib.Path(dump).glob("*.txt"):
         text = path.read_text(errors="replace")
-        # Of the stages it writes, the last has them.
+        # The compiler writes the program after several stages; the last one has the cycles.
         if text.startswith("HloModule") and '"estimated_cycles"' in text:
             written.append(text)
     if written:
@@ -183,17 +190,19 @@ def program_text(compiled: jax.stages.Compiled, dump: str) -> tuple[str | None, 
         return None, f"the compiled program's text can't be had from this libtpu ({reason})"
 
 
-def devices(tpu_slice: Slice) -> list:
+def devices(tpu_slice: Slice) -> list[jax.Device]:
     """The slice's devices, described by libtpu.
 
     Raises:
-      RunError: libtpu doesn't answer.
+      RunError: libtpu does not answer.
     """
-    # No metadata server to ask, and no TPU to lock: several plans may be made at once.
+    # There is no metadata server to ask and no TPU to lock; several plans may be made at once.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")  # only so that it isn't looked for
+    os.environ.setdefault(
+        "TPU_ACCELERATOR_TYPE", "v4-8"
+    )  # only so that libtpu does not look for one
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"chips_per_host_bounds": tpu_slice.host_bounds}
@@ -219,12 +228,12 @@ def lower_step(config: PretrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     replicated = NamedSharding(mesh, sharding.REPLICATED)
     split = NamedSharding(mesh, sharding.BATCH)
 
-    def placed(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    def sharded(leaf: Any, layout: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
-    frozen = jax.tree.map(functools.partial(placed, where=replicated), task.frozen)
+    frozen = jax.tree.map(functools.partial(sharded, layout=replicated), task.frozen)
     batch = batch_shapes(config, batch_size=config.run.batch_size)
-    batch = {name: placed(leaf, split) for name, leaf in batch.items()}
+    batch = {name: sharded(leaf, split) for name, leaf in batch.items()}
     step = functools.partial(
         state.train_step,
         task=task,
@@ -240,7 +249,7 @@ def lower_step(config: PretrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def memory_exceeded(message: str) -> float | None:
-    """Bytes a program needs, from the compiler's complaint that there are too few; else None."""
+    """Bytes a program needs, from the compiler's out-of-memory message; None for other messages."""
     found = re.search(r"[Rr]an out of memory.*?\(?([\d.]+)([KMGT])\)? exceeds", message, re.DOTALL)
     if not found:
         found = re.search(r"Ran out of memory in memory space hbm.*?Used ([\d.]+)([KMGT])", message)
@@ -250,7 +259,7 @@ def memory_exceeded(message: str) -> float | None:
 
 
 def compile_shallow(config: PretrainConfig, tpu_slice: Slice) -> Compiled:
-    """Two shallow programs, and the straight line through them at the model's depth."""
+    """Compiles two shallow programs and extrapolates linearly to the model's depth."""
     low, high = (
         compile_step(
             dataclasses.replace(

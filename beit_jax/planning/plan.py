@@ -1,32 +1,32 @@
-"""Know before renting: what a pre-training run needs and takes on a named TPU slice.
+"""Know before renting: the memory and time that a pre-training run takes on a named TPU slice.
 
     python main.py --config=configs/beit_large.py --plan=v4-128
     python main.py --config=configs/beit_base.py --plan=v4-8,v5litepod-16,v6e-8
 
 Compiles the run's own train step (`training.state.train_step`: real task, optimizer, mesh,
-shardings, donated state) ahead of time for the slice, from shapes alone: no TPU, no images and no
-tokenizer file, but libtpu (`pip install libtpu`), which holds the compiler. Without it only what
-can be counted by hand is printed.
+shardings, donated state) ahead of time for the slice, from shapes alone. That needs no TPU, no
+images and no tokenizer file, but libtpu (`pip install libtpu`), which holds the compiler. Without
+libtpu only the numbers that can be counted by hand are printed.
 
-What the numbers are:
+The numbers:
 - Parameters and FLOPs are counted exactly: two per multiply-add, matrix products and convolutions
-  only, head on the scored patches, tokenizer once forward, nothing twice where it is recomputed.
+  only, the head on the scored patches, the tokenizer once forward, recomputation not counted.
 - Memory is the compiler's own assignment of buffers.
 - The step time is a model, not a measurement: the compiler's `estimated_cycles` of every
   instruction, over the chip's clock, and the collectives, which have no cycles, as bytes over
   links (an all-reduce moves its bytes twice; fewer links where a small slice has no wrap-around).
   Against the two published v4 runs that it can be compared with (deit3-jax, ViT-B and ViT-L) the
-  cycles alone are 8 and 12 % too many, the same way; other chips were not compared, and v6e's
-  clock is a guess. Input, checkpoints and evaluation are not in it. Gathers, scatters and sorts
-  have no cycles and are listed; so is a Pallas kernel that declares no cost.
+  cycles alone are 8 and 12 % too high; other chips were not compared, and v6e's clock is a guess.
+  Input, checkpoints and evaluation are not included. Gathers, scatters and sorts have no cycles and
+  are listed; so is a Pallas kernel that declares no cost.
 
-`--plan_program` says which program is compiled. "full" is the one that runs: minutes for an
-unrolled one (BEiT-B 6, BEiT-L 12 on two quiet cores). "shallow" compiles the same step with 2 and
-with 4 layers, all unrolled, and continues the straight line to the model's depth. On v4 its time
-came within 4 % of the full program's (BEiT-B at 64 images per chip 127 for 124 ms, BEiT-L at 32:
-162 for 169 ms) and its memory within 0.5 %. A rolled scan would be no stand-in: 165 ms and 1.6
-times the temporary memory for BEiT-B. Where a shallow plan is a few per cent over the memory, ask
-for the full one: the compiler recomputes to make a program fit.
+`--plan_program` chooses the program to compile. "full" is the one that runs; compiling it unrolled
+takes minutes (BEiT-B 6, BEiT-L 12 on two quiet cores). "shallow" compiles the same step with 2 and
+with 4 layers, all unrolled, and extrapolates linearly to the model's depth. On v4 its time came
+within 4 % of the full program's (BEiT-B at 64 images per chip 127 for 124 ms, BEiT-L at 32: 162 for
+169 ms) and its memory within 0.5 %. A rolled scan would be no substitute: 165 ms and 1.6 times the
+temporary memory for BEiT-B. Where a shallow plan is a few per cent over the memory, compile the
+full one: the compiler recomputes to make a program fit.
 """
 
 import dataclasses
@@ -51,6 +51,8 @@ from beit_jax.planning.ahead_of_time import (
 from beit_jax.planning.estimate import (
     PUBLISHED_MFU,
     Plan,
+    StepTime,
+    Workload,
     memory_of_state,
     step_time,
     traffic,
@@ -137,7 +139,7 @@ def assemble(
     Args:
       config: the run.
       tpu_slice: where it is to run.
-      compiled: what the compiler said; None for the analytic part alone.
+      compiled: the compiler's answer; None for the analytic part alone.
       described: which program that is about.
     """
     work, memory = workload(config), memory_of_state(config, tpu_slice)
@@ -157,10 +159,7 @@ def assemble(
         flops = work.flops["step"] * images
         time = step_time(program, tpu_slice, flops_per_chip=flops, hbm_bytes=compiled.hbm_bytes)
     at_peak = chip.peak * tpu_slice.chips / work.flops["step"]
-    if time is None:
-        slow, fast = (share * at_peak for share in PUBLISHED_MFU)
-    else:
-        slow = fast = work.batch_size / time.seconds
+    slow, fast = _speed_range(work, time, at_peak=at_peak)
     total = work.steps * work.batch_size
     plan = Plan(
         slice=tpu_slice.name,
@@ -190,3 +189,11 @@ def assemble(
         advice=(),
     )
     return dataclasses.replace(plan, bound=bound(plan), advice=tuple(advice(plan, config)))
+
+
+def _speed_range(work: Workload, time: StepTime | None, *, at_peak: float) -> tuple[float, float]:
+    """Images per second on all chips; without an estimate, what published runs would make of it."""
+    if time is None:
+        low, high = PUBLISHED_MFU
+        return low * at_peak, high * at_peak
+    return work.batch_size / time.seconds, work.batch_size / time.seconds

@@ -1,4 +1,4 @@
-"""Plans as text: a table for one slice, and one line for each slice to compare them."""
+"""Plans as text: a table for a slice, and a table that compares slices."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _WIDTHS = (17, 13)  # of names and values, so that tables of several slices are 
 
 
 def table(plan: Plan) -> str:
-    """The plan of one slice: a line for each number, with what it means."""
+    """The plan of one slice: a line per number, with its meaning."""
     rows = [
         *_run_rows(plan),
         *_memory_rows(plan),
@@ -24,7 +24,7 @@ def table(plan: Plan) -> str:
 
 
 def _run_rows(plan: Plan) -> _Rows:
-    """The slice and the run, and what is counted without a compiler."""
+    """The slice, the run, and the numbers that need no compiler."""
     work = plan.workload
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     count, flops = work.parameters, work.flops
@@ -162,7 +162,7 @@ def _outlook_rows(plan: Plan) -> _Rows:
 
 
 def comparison(plans: Sequence[Plan]) -> str:
-    """One line for each slice."""
+    """One line per slice."""
     head = ("slice", "chips", "hosts", "batch", "memory", "of", "step", "images/s", "MFU", "days")
     rows = [(*head, "chip-hours", "input/host", "bound")]
     for plan in plans:

@@ -1,4 +1,4 @@
-"""TPU slices by Google's names: chips, shapes, hosts, and what a chip can do.
+"""TPU slices by Google's names: chips, shapes, hosts, and the chips' capabilities.
 
 parse_slice("v4-128")  # 64 chips of TPU v4, 4 × 4 × 4, 16 hosts
 """
@@ -23,14 +23,14 @@ class Chip:
       device_kind: as JAX names it; `hardware.PEAK_FLOPS` has its peak.
       topology: libtpu's name for the family.
       config_name: libtpu's name for two cores working as one device; "" where a chip is one core.
-      cores_per_chip: what the number in the accelerator's name counts, per chip.
+      cores_per_chip: the number in the accelerator's name, divided by chips.
       axes: of the interconnect, 3 or 2.
       largest: chips of the largest slice.
-      hbm: bytes a program may use, as the compiler says when it runs out.
+      hbm: bytes a program may use, from the compiler's message when it runs out.
       hbm_bandwidth: bytes/s.
-      clock: Hz, of `estimated_cycles`.
-      link: bytes/s of one interconnect link, one way.
-      vcpus: of a host with 1, 4 or 8 chips.
+      clock: Hz; `estimated_cycles` are cycles of it.
+      link: bytes/s of one interconnect link in one direction.
+      vcpus: vCPUs of a host, by its number of chips.
     """
 
     device_kind: str
@@ -135,12 +135,12 @@ class Slice:
 
     @property
     def hosts(self) -> int:
-        """Machines, each with a process of its own."""
+        """Machines; every one runs a process."""
         return self.chips // math.prod(self.host_bounds)
 
     @property
     def vcpus(self) -> int:
-        """Of one host."""
+        """vCPUs of one host."""
         return self.chip.vcpus[math.prod(self.host_bounds)]
 
     @property
@@ -163,7 +163,7 @@ def parse_slice(name: str) -> Slice:
     The shape is Google's default for that number of chips: the one most like a cube.
 
     Raises:
-      ConfigError: there is no such name; the message lists what there is.
+      ConfigError: there is no such name; the message lists the names that exist.
     """
     found = re.fullmatch(r"(v\w+)-(\d+)", name.strip())
     family = ALIASES.get(found.group(1), found.group(1)) if found else ""

@@ -21,6 +21,7 @@ SETTINGS = [
     "tokenizer.width=16",
     "tokenizer.vocabulary=64",
     "data.mask.count=2",
+    "data.mask.min_block=1",
 ]
 
 
