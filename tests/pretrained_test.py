@@ -346,6 +346,33 @@ def test_every_public_name_is_found_and_listed():
         beit_jax.load_decoder  # noqa: B018
 
 
+@pytest.mark.slow
+def test_a_type_checker_sees_the_public_names(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text("""
+import numpy as np
+import beit_jax
+
+encoder = beit_jax.load_encoder("runs/base")
+reveal_type(encoder(np.zeros((1, 224, 224, 3), np.uint8)).cls)
+reveal_type(beit_jax.load_classifier("x").classes)
+reveal_type(beit_jax.ModelConfig)
+beit_jax.load_encoder("runs/base", image_size="224")
+""")
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--strict"]
+    command += ["--follow-imports=silent", f"--cache-dir={tmp_path}", str(tmp_path / "user.py")]
+    root = Path(beit_jax.__file__).parent.parent
+    done = subprocess.run(
+        command, check=False, timeout=300, capture_output=True, text=True, cwd=root
+    )
+    lines = [line.partition(": ")[2] for line in done.stdout.splitlines()]
+    cls, classes, config, wrong, _ = lines
+    assert cls.endswith('.Array"')
+    assert classes == 'note: Revealed type is "tuple[str, ...]"'
+    assert config.endswith('beit_jax.config.model.ModelConfig"')
+    assert wrong.startswith('error: Argument "image_size" to "load_encoder"')
+
+
 def test_importing_the_package_imports_nothing_else():
     program = """
 import sys
