@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.classes = 21_841
     config.data.source = "folder:imagenet22k"
     config.data.eval_source = ""
-    config.data.holdout = 50_000  # ours: the authors keep no 22k images out
+    config.data.holdout = 50_000  # not official: the authors hold out no 22k images
     config.mixing.mixup = 0.0
     config.mixing.cutmix = 0.0
     config.mixing.groups = 1

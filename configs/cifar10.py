@@ -1,8 +1,8 @@
 """What pre-training is worth, measured on CIFAR-10: the quickstart's story on photographs.
 
-32 × 32 images cut into 4 × 4 patches: 64 tokens, as the quickstart has; own tokenizer, 256 codes.
-Sizes and lengths are ours, for two CPU cores. Images are in class folders: one with
-`train/<class>/*.jpg` and `test/<class>/*.jpg`.
+32 × 32 images cut into 4 × 4 patches: 64 tokens, as in the quickstart; the tokenizer is trained on
+them, with 256 codes. Sizes and lengths are chosen for two CPU cores. The images are in class
+folders: one folder with `train/<class>/*.jpg` and `test/<class>/*.jpg`.
 
     python main.py --config=configs/cifar10.py
 """

@@ -3,8 +3,9 @@
 Model: official `modeling_discrete_vae.py` as `utils.get_d_vae` builds it (112 pixels, 8192 tokens,
 3 levels, codebook 512 wide, 256 channels; 20,081,411 parameters). The official repository has
 neither weights nor a training script, so the recipe is DALL-E's (arXiv 2102.12092, appendix A.2) in
-outline: temperature from 1 to 1/16, a weight on the divergence from uniform. Paper, appendix C: own
-tokenizer's reconstruction error 0.0880 (mean |Δ| of normalised RGB), DALL-E's 0.0856.
+outline: temperature from 1 to 1/16, a weight on the divergence from uniform. In the paper
+(appendix C) the authors' tokenizer has a reconstruction error of 0.0880 (mean |Δ| of normalised
+RGB), DALL-E's 0.0856.
 
     python main.py --config=configs/dvae.py --config.data.source=folder:/data/photos
 """
@@ -21,7 +22,7 @@ def get_config() -> ConfigDict:
     config.task = "tokenizer"
 
     config.run = ConfigDict()
-    config.run.steps = 60 * STEPS_PER_EPOCH  # ours: 150,000, DALL-E's anneal
+    config.run.steps = 60 * STEPS_PER_EPOCH  # 150,000, the length of DALL-E's anneal
     config.run.batch_size = 512  # DALL-E A.2
     config.run.seed = 0
     config.run.fsdp = 1
@@ -46,7 +47,7 @@ def get_config() -> ConfigDict:
     config.tokenizer.width = 256
     config.tokenizer.levels = 3
     config.tokenizer.codebook_width = 512
-    config.tokenizer.dtype = "float32"  # its own training; a frozen one may be "auto"
+    config.tokenizer.dtype = "float32"  # it is trained here; a frozen one may be "auto"
     config.tokenizer.path = ""  # this job writes it
     config.tokenizer.random_weights = False
     config.tokenizer.sha256 = ""
@@ -76,7 +77,7 @@ def get_config() -> ConfigDict:
     config.data.augmentation_cycle = 0
     config.data.token_cache = ""
 
-    config.data.augment = ConfigDict()  # what the tokens will be asked for: pre-training's views
+    config.data.augment = ConfigDict()  # pre-training's views, which will be tokenised
     config.data.augment.min_crop_scale = 0.08
     config.data.augment.max_crop_scale = 1.0
     config.data.augment.brightness = 0.4

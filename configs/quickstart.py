@@ -1,6 +1,6 @@
 """Eight minutes on a laptop: a small tokenizer, a small BEiT, fine-tuning, on images made by code.
 
-No download. Sizes are ours, chosen so that two CPU cores learn something visible in a few minutes;
+No download. Sizes are chosen so that two CPU cores learn something visible in a few minutes;
 only the method is the paper's: 64 × 64 images cut into 8 × 8 patches, one token of 128 for each.
 
     python main.py --config=configs/quickstart.py

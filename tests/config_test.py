@@ -90,7 +90,7 @@ def test_integers_pass_as_floats_and_lists_as_tuples():
 
 
 def test_keys_of_other_kinds_stand_at_their_defaults_or_are_refused():
-    """Config files hold every kind's keys; what the chosen kind has not must change nothing."""
+    """Config files hold every kind's keys; a key that would have no effect is refused."""
     values = beit_base.get_config().to_dict()
     assert jobs.parse_job(values).tokenizer == DalleConfig(path="dalle.safetensors")
     for key, value in (("levels", 2), ("codebook_width", 256), ("levels", "three")):

@@ -29,7 +29,7 @@ class MaskConfig:
     count: int = 75  # official num_mask_patches for 14 x 14
     ratio: float = 0.4  # "block_paper" only
     min_block: int = 16
-    max_block: int | None = None  # None: no limit but what is left
+    max_block: int | None = None  # None: limited only by the patches left to mask
     min_aspect: float = 0.3  # aspect in [min_aspect, 1 / min_aspect]
 
     def __post_init__(self) -> None:
@@ -70,8 +70,8 @@ class SourceConfig:
     """Where images come from, and how they are read.
 
     `source`: "embedded[:N]" (made by code), "folder:PATH" (images at any depth, local or gs://; the
-    first folder under PATH is an image's class, for jobs that need one), "prepared:PATH" (what
-    `data/prepare.py` wrote), "tfds:NAME" (any TFDS data set with an image feature).
+    first folder under PATH is an image's class, for jobs that need one), "prepared:PATH"
+    (written by `data/prepare.py`), "tfds:NAME" (any TFDS data set with an image feature).
     `eval_source`: the held-out images; "" withholds `holdout` images of `source` from training (not
     of a TFDS data set).
     """
@@ -81,7 +81,7 @@ class SourceConfig:
     eval_source: str = ""
     eval_split: str = "validation"  # tfds only
     holdout: int = 0  # images of `source` kept for evaluation where eval_source is ""
-    image_size: int = 224  # what the encoder is given
+    image_size: int = 224  # of the encoder's view, in pixels
     normalization: str = "half"  # a key of `preprocessing.NORMALIZATIONS`
     max_bad_share: float = 0.01  # of the images read; more that can't be decoded end the run
     exif_orientation: bool = True  # turn photographs upright; the official loader does not
@@ -100,18 +100,18 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(SourceConfig):
-    """Images for pre-training, and what becomes of them: two views and a mask.
+    """Images for pre-training, of which two views and a mask are made.
 
     `augmentation_cycle` K repeats the views of K epochs again and again: an image's crop, flip and
     jitter are then functions of (seed, epoch mod K, index), and so is the order; masks stay new in
     every epoch. Token ids are kept from the first K epochs on (two bytes a patch: ImageNet-1k at
     K = 32 takes 16 GB, divided over the hosts) and the tokenizer, a third of BEiT-B's FLOPs, is
-    skipped ever after. What it gives up: an image has K different views, not one for each epoch,
-    and an epoch is whole batches (what is left over is not seen in it).
+    skipped from then on. The cost: an image has K different views instead of a new one in every
+    epoch, and an epoch is whole batches (the remainder is not seen in it).
     """
 
     token_image_size: int = 112  # view 2, for the tokenizer
-    augmentation_cycle: int = 0  # K; 0: every epoch has views of its own
+    augmentation_cycle: int = 0  # K; 0: new views in every epoch
     token_cache: str = ""  # a folder on each host's disk for the ids; "": WORKDIR/token_cache
     augment: AugmentConfig = AugmentConfig()
     mask: MaskConfig = MaskConfig()
@@ -170,8 +170,8 @@ class MixingConfig:
     """Mixup and CutMix (timm's `Mixup`, mode "batch").
 
     A batch is cut into `groups`, each mixed with itself reversed: a GPU's part of the batch in the
-    official code. Given by config and not by the number of devices, so that the numbers don't
-    depend on it; where a group lies on several devices, its images travel.
+    official code. The number of groups is a setting, not the number of devices, so that results do
+    not depend on the hardware; a group that spans several devices costs communication.
     """
 
     mixup: float = 0.8  # both parameters of the Beta distribution; 0: no mixup

@@ -20,9 +20,9 @@ class OptimizerConfig:
     clip_norm: float | None = None  # global norm; None: no clipping
     accumulate: int = 1  # micro-batches per step
     max_bad_steps: int = 10  # non-finite updates in a row that end the run
-    layer_decay: float = 1.0  # rate times this for each layer further from the head; 1: the same
+    layer_decay: float = 1.0  # factor of the rate per layer away from the head; 1: none
     decay_relative_positions: bool = True  # weight decay of the relative-position tables
-    hold_steps: int = 1  # the rate changes only every so many steps
+    hold_steps: int = 1  # the rate changes only every this many steps
     # Of a moving average of the parameters, evaluated too; None: no average.
     ema_decay: float | None = presence_setting(None)
 

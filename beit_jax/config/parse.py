@@ -1,12 +1,11 @@
-"""Settings: frozen dataclasses, and the one place a config file becomes one.
+"""From a config file to frozen dataclasses, the only form of settings that the code below sees.
 
 A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`. `parse` turns it, once, into
 the dataclass of the job it names, and rejects unknown keys, missing keys, wrong types and bad
-values by the key's full name, before anything is compiled. Below this edge the code sees only
-frozen dataclasses: no `config.get(key, default)`.
+values by the key's full name, before anything is compiled. No code below calls
+`config.get(key, default)`.
 
-This file imports nothing of the package but the names of types, so that every other part may import
-it.
+Of the package, this file imports only names of types, so every other part may import it.
 
     config = parse(DataConfig, {"source": "embedded", "image_size": 224, ...}, path="config.data")
 """
@@ -32,13 +31,13 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run can't go on. The message is one line and says why and what is safe."""
+    """A run cannot continue. The message is one line and says why, and what was saved."""
 
 
 def check(condition: bool, name: str, message: str) -> None:
     """Raises `ConfigError("name: message")` unless `condition` holds.
 
-    Inside a dataclass' `__post_init__`, `name` is the field's own name; `parse` puts the path of
+    Inside a dataclass's `__post_init__`, `name` is the field's own name; `parse` puts the path of
     the section in front.
     """
     if not condition:
@@ -46,7 +45,7 @@ def check(condition: bool, name: str, message: str) -> None:
 
 
 class HasConfig(Protocol):
-    """An option of a `Choice`: anything that names the dataclass of its settings."""
+    """An option of a `Choice`: anything with the dataclass of its settings."""
 
     @property
     def config(self) -> type: ...
@@ -73,7 +72,7 @@ class Choice:
 
 
 def shape_setting(default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that fixes the shapes of what is trained, or what those arrays mean.
+    """A dataclass field that fixes the shapes of trained arrays, or their meaning.
 
     A run's checkpoints fit only the value they were written with.
 
@@ -88,7 +87,7 @@ def presence_setting(default: Any = None) -> Any:
 
 
 def fixes(*names: str) -> dict[str, frozenset[str]]:
-    """Metadata of a section of which only these shape settings concern what is trained.
+    """Metadata of a section of which only these shape settings concern trained arrays.
 
     # A frozen part: only the head's size depends on it.
     tokenizer: TokenizerConfig = dataclasses.field(metadata=fixes("vocabulary"))
@@ -100,8 +99,8 @@ def fixed_settings(config: Any, path: str = "") -> dict[str, str]:
     """Which settings a run's checkpoints fix.
 
     Args:
-      config: a parsed config, an instance or (without what a `Choice` adds) a class.
-      path: what names start with.
+      config: a parsed config, or its class (which lacks the settings that a `Choice` adds).
+      path: the prefix of the names.
 
     Returns:
       Full name → `SHAPES` or `PRESENCE`.
@@ -221,7 +220,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
             return None
         (hint,) = [option for option in options if option is not type(None)]
         return _value(hint, value, name)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return parse(hint, value, path=name)
     if origin is tuple:
         item, *_ = typing.get_args(hint)

@@ -7,7 +7,7 @@ from beit_jax.config.parse import check, one_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Length, batch, devices, logging and checkpoints: what every job has."""
+    """Length, batch, devices, logging and checkpoints, the same for every job."""
 
     steps: int
     batch_size: int  # global
@@ -26,9 +26,9 @@ class RunConfig:
     init_allow_missing: tuple[str, ...] = ()  # parameters init_from may lack; they start fresh
     init_allow_unused: tuple[str, ...] = ()  # parameters of init_from that may be left out
     on_corrupt_checkpoint: str = "fall_back"  # to the one before; or "fail"
-    print_sharding: bool = False  # which part of each parameter a device holds, at the start
+    print_sharding: bool = False  # prints at the start how parameters are split over devices
     # Where compiled programs are kept, see `training.startup.keep_compiled`: "auto", a folder, or
-    # "" for what JAX's own settings say.
+    # "" to leave JAX's settings alone.
     compilation_cache: str = "auto"
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
-"""The one place where a module becomes pure functions of plain nested dicts of arrays.
+"""Turns a Flax module into pure functions of plain nested dicts of arrays.
 
 Modules are written with Flax NNX; everything around them (jit, grad, optax, orbax, converters)
-sees `{"block": {"kernel": array, ...}}`. A plain dict costs jit a third of the dispatch time of
-`nnx.State`, and every tool reads it.
+sees `{"block": {"kernel": array, ...}}`. Dispatching a jitted function takes a third of the time
+with a plain dict that it takes with `nnx.State`, and every tool reads a dict.
 
     model = functional(lambda rngs: nnx.Linear(3, 4, rngs=rngs))
     params = jax.jit(model.init)(jax.random.key(0))  # {"bias": [4], "kernel": [3, 4]}

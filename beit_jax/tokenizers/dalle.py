@@ -87,7 +87,7 @@ def _conv(
     precision: jax.lax.PrecisionLike,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """Stride 1, zero padding (size - 1) / 2, parameters float32, computed in `dtype`."""
+    """Stride 1, zero padding (size - 1) / 2, float32 parameters, computed in `dtype`."""
     return nnx.Conv(
         inputs,
         outputs,
@@ -187,21 +187,21 @@ class Encoder(nnx.Module):
         self.output = conv(channels, vocabulary, 1, dtype=jnp.float32)
 
     def stages(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Everything on the way, by the name of its parameters ("input", "group_1/block_1", ...).
+        """All intermediate outputs by parameter name ("input", "group_1/block_1", ...).
 
         Args:
           images: `[b, s, s, 3]` float32, after `map_pixels`; s a multiple of 8.
 
         Returns:
           Name -> `[b, h, w, channels]`, in the order of computation and before pooling. "output"
-          is last: the logits, float32 `[b, s/8, s/8, vocabulary]`. Under jit, what is not used is
-          not kept.
+          is last: the logits, float32 `[b, s/8, s/8, vocabulary]`. Under jit, unused outputs are
+          not computed.
         """
         results = self._blocks(images)
         return results | {"output": self.logits(nnx.relu(results[LAST_BLOCK]))}
 
     def features(self, images: jax.Array) -> jax.Array:
-        """What the logits are made of, position by position.
+        """The last hidden layer, from which each position's logits are computed.
 
         Args:
           images: as for `stages`.
@@ -272,7 +272,7 @@ class Decoder(nnx.Module):
         self.output = conv(channels, 6, 1)
 
     def stages(self, ids: jax.Array) -> dict[str, jax.Array]:
-        """Everything on the way, as `Encoder.stages`.
+        """All intermediate outputs, as `Encoder.stages`.
 
         Args:
           ids: integers `[b, h, w]`.
@@ -300,7 +300,7 @@ class Decoder(nnx.Module):
 def dalle_networks(
     config: DalleConfig, *, precision: jax.lax.PrecisionLike = None
 ) -> dict[str, Functional]:
-    """The networks named by `config`.
+    """The networks that `config` describes.
 
     Args:
       config: its `width`, `vocabulary` and `dtype` are used.

@@ -61,7 +61,7 @@ class DvaeConfig(TokenizerConfig):
 
 
 class GumbelOutput(NamedTuple):
-    """What a training forward pass gives.
+    """The result of a training forward pass.
 
     Attributes:
       reconstruction: float32 `[b, s, s, 3]`, in the inputs' normalised range.
@@ -83,7 +83,7 @@ def denormalize(normalized: jax.Array) -> jax.Array:
 
 
 def kl_to_uniform(logits: jax.Array) -> jax.Array:
-    """KL divergence of each position's token distribution from the uniform one.
+    """KL divergence of every position's token distribution from the uniform distribution.
 
     The official code sums this over the batch and the positions (its `batchmean` divides by the
     length of the uniform vector's first axis, which is 1), so that its weight depends on the batch
@@ -130,8 +130,8 @@ def reconstruction_loss(
 class Doubling(nnx.Module):
     """PyTorch's `ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)`.
 
-    Written as one matrix product that computes, from each 2 × 2 neighbourhood, four pixels of the
-    output, and an interleaving. XLA's convolution of a dilated input multiplies by the inserted
+    Written as one matrix product, which computes four output pixels from every 2 × 2 neighbourhood,
+    followed by an interleaving. XLA's convolution of a dilated input multiplies by the inserted
     zeros, and on CPU its gradient is tens of times slower than this one's.
 
     The kernel is `[4, 4, in, out]`, not flipped: a PyTorch weight `[in, out, h, w]` is flipped
@@ -290,7 +290,7 @@ class Pyramid(nnx.Module):
 
 
 class DiscreteVAE(nnx.Module):
-    """Encoder, codebook and decoder. Images are normalised (`normalize`)."""
+    """Encoder, codebook and decoder, on normalised images (`normalize`)."""
 
     def __init__(
         self,
@@ -317,7 +317,7 @@ class DiscreteVAE(nnx.Module):
         return self.encoder(images)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """Normalised `[b, s, s, 3]` -> what the logits are made of, `[b, h, w, width]`."""
+        """Normalised `[b, s, s, 3]` -> the last hidden layer, `[b, h, w, width]`."""
         return self.encoder.features(images)
 
     def feature_logits(self, features: jax.Array) -> jax.Array:
@@ -329,7 +329,7 @@ class DiscreteVAE(nnx.Module):
         return self.decoder(jnp.take(self.codebook[...], ids, axis=0))
 
     def decode_soft(self, weights: jax.Array) -> jax.Array:
-        """Mixes codes and decodes the mixture.
+        """Decodes mixtures of codes.
 
         Args:
           weights: float32 `[b, h, w, vocabulary]`, summing to 1 over the vocabulary.

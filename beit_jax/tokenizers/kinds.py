@@ -3,8 +3,8 @@
     KINDS["toy"] = TokenizerKind(config=ToyConfig, open=toy_tokenizer, how_to_get="draw some")
 
 `config.tokenizer.kind` picks the row, and the row says the rest: which settings the section has,
-how the tokenizer is opened, and what it can do. No other code tests for a kind by name. A package
-of one's own may add a row before it parses a config.
+how the tokenizer is opened, and what it can do. No other code tests for a kind by name. Code
+outside this package may add a row before a config is parsed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from beit_jax.tokenizers.tokenizer import Tokenizer
 class OpenTokenizer(Protocol):
     """Makes a kind's pure functions; reads no file."""
 
-    # Each kind takes its own config class, the one its row names.
+    # A kind takes the config class that its row names.
     def __call__(self, config: Any, /, *, precision: jax.lax.PrecisionLike = None) -> Tokenizer: ...
 
 

@@ -1,7 +1,7 @@
 """Opens the tokenizer that a config describes, and reads and writes its weights.
 
-A tokenizer file is a safetensors file (no pickle, no PyTorch): float tensors named by their path in
-the parameter tree ("encoder/input/kernel"), and under the metadata key "tokenizer" a JSON object
+A tokenizer file is a safetensors file (no pickle, no PyTorch): float tensors named after their path
+in the parameter tree ("encoder/input/kernel"), and under the metadata key "tokenizer" a JSON object
 with the settings they fit. `kinds.KINDS` says what differs between kinds.
 
     tokenizer = open_tokenizer(config)
@@ -63,8 +63,8 @@ def load_params(config: TokenizerConfig, *, name: str = "config.tokenizer") -> P
     Raises:
       ConfigError: neither `path` nor `random_weights` is set.
       FileNotFoundError: there is no such file; the message says how to get one.
-      TokenizerFileError: the file is not what `sha256` names, is damaged, was made with other
-        settings, or its tensors do not fit.
+      TokenizerFileError: the file has another hash than `sha256`, is damaged, was made with
+        other settings, or its tensors do not fit.
     """
     tokenizer = open_tokenizer(config)
     if config.random_weights:
@@ -93,7 +93,7 @@ def load_params(config: TokenizerConfig, *, name: str = "config.tokenizer") -> P
 
 
 def save_params(path: str | os.PathLike, params: Params, *, config: TokenizerConfig) -> None:
-    """Writes a tokenizer file. Readers see the old file or the whole new one, nothing between.
+    """Writes a tokenizer file atomically: readers see the old file or the whole new one.
 
     Args:
       path: local or `gs://`; the folder is made, an existing file is replaced.
@@ -109,7 +109,7 @@ def save_params(path: str | os.PathLike, params: Params, *, config: TokenizerCon
     expected = _expected_tensors(config, tensors)
     _check_tensors(tensors, expected, path=str(path))
     tensors = {key: np.ascontiguousarray(leaf, np.float32) for key, leaf in tensors.items()}
-    # image_size says what the weights were made for; nothing checks it.
+    # image_size is only a record of what the weights were trained on; nothing checks it.
     settings = {key: getattr(config, key) for key in (*fixed_settings(config), "image_size")}
     content = safetensors.numpy.save(tensors, metadata={METADATA_KEY: json.dumps(settings)})
     write_whole(path, content)
@@ -179,7 +179,7 @@ def _pickled(content: bytes) -> bool:
 def _check_tensors(
     tensors: dict[str, np.ndarray], expected: dict[str, jax.ShapeDtypeStruct], *, path: str
 ) -> None:
-    """Raises one error that names every tensor that is missing, unexpected or misshapen."""
+    """Raises one error that lists every tensor that is missing, unexpected or misshapen."""
     problems = [f"{key} is missing" for key in sorted(expected.keys() - tensors.keys())]
     problems += [f"{key} is unexpected" for key in sorted(tensors.keys() - expected.keys())]
     for key in sorted(expected.keys() & tensors.keys()):

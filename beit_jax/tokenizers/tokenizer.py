@@ -31,6 +31,9 @@ def scores(output: nnx.Conv, features: jax.Array) -> jax.Array:
     Returns:
       float32 `[..., out]`.
     """
+    bias = output.bias
+    if bias is None:
+        raise ValueError("scores need a convolution with a bias")
     product = jnp.matmul(
         features.astype(jnp.float32), output.kernel[0, 0], precision=output.precision
     )
@@ -44,7 +47,7 @@ def join(params: Params, variables: Variables) -> Params:
 
 
 def split(params: Params) -> tuple[Params, Variables]:
-    """The inverse of `join`: what a gradient trained, and what none did."""
+    """The inverse of `join`: the parameters that a gradient trained, and the variables."""
     trained = {name: part for name, part in params.items() if name != "variables"}
     return trained, params.get("variables", {})
 
@@ -60,7 +63,7 @@ class Tokenizer:
       init: key -> params, a plain nested dict of float32 arrays, variables included (`join`).
       encoding_params: params -> those that `encode` and `logits` need, to keep on devices.
       pixel_features: (params, images float32 `[b, s, s, 3]` in [0, 1]) -> `[b, h, w, c]`.
-        Everything but the last 1 × 1 convolution; maps the pixels to the network's own range.
+        Everything but the last 1 × 1 convolution; maps the pixels to the network's range.
       feature_logits: (params, some of these features `[..., c]`) -> float32 `[..., v]`.
       pixel_decode: (params, ids int32 `[b, h, w]`) -> float32 `[b, s, s, 3]` in [0, 1]; None for
         a kind that cannot paint.

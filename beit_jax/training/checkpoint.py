@@ -1,15 +1,15 @@
-"""Checkpoints: saved in the background, restored in a fixed order of precedence, never half.
+"""Checkpoints, saved in the background and restored in a fixed order of precedence.
 
 A run's directory holds `checkpoints/<step>/{state, config}` and `config.json`; where a job names a
-metric for it, `best/checkpoints/<step>/` with the parameters that did best on held-out images. What
-a run starts from, first match wins:
+metric for it, `best/checkpoints/<step>/` with the parameters that did best on held-out images. A
+run starts from the first of these that exists:
 
 1. the newest readable checkpoint of its own directory (the same command resumes);
-2. `config.run.init_from`, parameters from elsewhere (`restore_params`), with a fresh optimizer and
-   step 0;
+2. `config.run.init_from`, parameters of another run or format (`restore_params`), with a fresh
+   optimizer at step 0;
 3. fresh parameters from `config.run.seed`.
 
-A checkpoint that can't be read (cut off while it was copied, say) is set aside under
+A checkpoint that cannot be read (truncated by an interrupted copy, say) is set aside under
 `unreadable_checkpoints/` with a loud warning, and the one before it is taken.
 """
 
@@ -35,12 +35,12 @@ from beit_jax.training.state import TrainState
 from beit_jax.types import ConfigDataclass, Json, JsonObject, Params, PyTree, Variables
 from beit_jax.weights import native
 
-# Part of this file's face: rule 2 above, and what tools read from a checkpoint.
+# Part of this module's interface: rule 2 above, and how tools read a checkpoint.
 from beit_jax.weights.convert import restore_params as restore_params
 from beit_jax.weights.native import saved_config as saved_config
 from beit_jax.weights.native import saved_params_shapes as saved_params_shapes
 
-# The config of a job: its frozen dataclass, or what is left of one as plain nested dicts.
+# The config of a job: its frozen dataclass, or plain nested dicts.
 Settings: TypeAlias = JsonObject | ConfigDataclass
 _FIELDS = ("step", "params", "variables", "ema", "opt_state", "skipped", "skipped_in_row")
 # Written only where a run has them: checkpoints from before they existed stay readable.
@@ -54,8 +54,8 @@ class Checkpoints:
       workdir: the run's directory, local or gs://.
       run: how often to save and how many to keep.
       config: the job's config, saved beside every checkpoint and as `config.json`. Of a dataclass,
-        the settings that it declares to fix what is trained (`config.parse.shape_setting`) must be
-        those of the checkpoints; of a plain dict, nothing is known of any.
+        the settings declared with `config.parse.shape_setting` must be those of the checkpoints; a
+        plain dict declares none.
     """
 
     def __init__(self, workdir: str, *, run: RunConfig, config: Settings):
@@ -81,7 +81,7 @@ class Checkpoints:
         """Writes `config.json`, on process 0.
 
         Raises:
-          ConfigError: the run's own one has another model; or hosts don't see the same directory.
+          ConfigError: the checkpoints are of another model, or hosts see different directories.
         """
         path = self._root / "config.json"
         if jax.process_index() == 0:
@@ -148,7 +148,7 @@ class Checkpoints:
                 state, error = self._read(step, shapes), None
             except Exception as raised:
                 state, error = None, raised
-            # Each host reads its own part: what one can't read, none takes.
+            # Hosts read different parts: a checkpoint that one cannot read is used by none.
             failures = [text for text in cluster.gather("restore", _say(error)) if text]
             if not failures:
                 if first_error is not None:
@@ -193,8 +193,8 @@ class Checkpoints:
 
         Args:
           step: steps done.
-          meeting: the hosts wait for each other anyway, so that process 0's clock can be asked. A
-            process on its own always may.
+          meeting: the hosts synchronise at this step anyway, so that process 0's clock can decide
+            for all. A single process decides at every step.
         """
         run = self._run
         if run.checkpoint_every and step % run.checkpoint_every == 0:
@@ -222,7 +222,7 @@ class Checkpoints:
         self._last_save = time.monotonic()
 
     def best(self) -> dict[str, Any] | None:
-        """What `save_best` last noted; None where there is nothing yet."""
+        """The note of the last `save_best`; None before the first."""
         if not self._best_manager().all_steps():
             return None
         return saved_config(str(self._root / "best"))["best"]
@@ -230,13 +230,13 @@ class Checkpoints:
     def save_best(
         self, params: Params, *, step: int, note: JsonObject, variables: Variables | None = None
     ) -> None:
-        """Keeps these parameters as the best ones, good for `init_from` and export.
+        """Saves these parameters as the best ones, for `init_from` and export.
 
         Args:
           params: nested dict of arrays.
           variables: the model's state that no gradient trains, where it has any.
           step: steps done.
-          note: kept with them, and given back by `best`: their score.
+          note: saved with them and returned by `best`, their score for instance.
         """
         manager = self._best_manager()
         if step in manager.all_steps():  # evaluated again after a restart
@@ -259,11 +259,11 @@ class Checkpoints:
         return self._best
 
     def check(self) -> None:
-        """Raises what went wrong in the background."""
+        """Raises errors of the background thread."""
         self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits for the last save to be complete."""
+        """Waits until the last save is complete."""
         self._manager.wait_until_finished()
         self._manager.close()
         if self._best is not None:
@@ -279,7 +279,7 @@ def restore_variables(
     are: another name or shape anywhere, or a source that has none, gives fresh ones.
 
     Args:
-      source: what `config.run.init_from` names.
+      source: the value of `config.run.init_from`.
       shapes: the wanted variables, `ShapeDtypeStruct`s with shardings.
       fresh: gives new variables, placed as `shapes`.
     """
@@ -298,7 +298,7 @@ def _names_and_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: tuples are lists."""
+    """As it comes back from JSON, with lists for tuples."""
     return json.loads(json.dumps(config))
 
 
@@ -312,7 +312,7 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
 
 
 def _check_shapes(state: TrainState, shapes: TrainState) -> None:
-    """Orbax checks too, but the stored shape of a wrong target once went through silently."""
+    """Orbax checks too, but silently gives a NumPy target of the wrong shape the stored one."""
     for (path, leaf), (_, wanted) in zip(
         jax.tree_util.tree_leaves_with_path(state),
         jax.tree_util.tree_leaves_with_path(shapes),

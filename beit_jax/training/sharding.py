@@ -1,6 +1,6 @@
-"""The device mesh, and which part of each array every device holds.
+"""The device mesh, and which part of an array each device holds.
 
-Two axes: `data` (batches are split, parameters copied) and `fsdp` (batches are split and
+Two axes: `data` (batches are split, parameters copied) and `fsdp` (batches are split, and
 parameters too). Of several TPU slices `data` is the axis between them, over the data-center
 network, and `fsdp` stays inside a slice: gradients cross the network once a step, parameters never.
 Rules go by parameter path, outside the models; the first match wins, and a parameter without a rule
@@ -30,8 +30,8 @@ BATCH = PartitionSpec((DATA, FSDP))
 
 # Paths under `blocks` have the layer axis first. The big matrices are split along the axis that is
 # not contracted with the residual stream where there is a choice; vectors, tokens and tables are
-# too small to be worth a collective. Every parameter is listed: a job of one's own brings rules for
-# what it adds (`Task.sharding_rules`), and what nobody thought of is an error, not replicated.
+# too small to be worth a collective. Every parameter is listed: a job brings rules for those it
+# adds (`Task.sharding_rules`), and one that is forgotten is an error instead of being replicated.
 _ENCODER: Rules[PartitionSpec] = (
     (r"blocks/attention/(query|key|value)/kernel$", PartitionSpec(None, None, FSDP)),
     (r"blocks/attention/proj/kernel$", PartitionSpec(None, FSDP, None)),
@@ -78,11 +78,12 @@ def make_mesh(*, fsdp: int, devices: list | None = None) -> Mesh:
         return Mesh(
             arrange_slices(devices, fsdp=fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2
         )
-    # Split: groups of 8 on 4 × 4 × 4 chips are half a plane, which JAX refuses unless asked.
+    # A group of 8 on 4 × 4 × 4 chips is half a plane, which JAX makes only where splitting physical
+    # axes is allowed.
     grid = mesh_utils.create_device_mesh(
         (n // fsdp, fsdp), devices=devices, allow_split_physical_axes=fsdp > 1
     )
-    # Auto on purpose: explicit sharding, the default now, would put shardings into the models.
+    # Auto on purpose: Explicit, JAX's default now, would put sharding annotations into the models.
     return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -197,7 +198,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     if jax.process_count() == 1:
         return jax.device_put(tree, everywhere)
 
-    # device_put would compare the values over all hosts, which takes hosts times their memory.
+    # device_put would compare the values of all hosts, which takes memory for every host's copy.
     def put(leaf: np.ndarray | jax.Array) -> jax.Array:
         values = np.asarray(leaf)
         return jax.make_array_from_callback(values.shape, everywhere, lambda index: values[index])

@@ -1,4 +1,4 @@
-"""The train state and the train step: what happens to the parameters once a batch is on devices."""
+"""The train state and the train step, from a batch on devices to updated parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,7 +25,7 @@ StatefulLoss: TypeAlias = Callable[
 # `(params, variables, frozen, batch) -> sums`.
 StatefulEvaluate: TypeAlias = Callable[[Params, Variables, PyTree, Batch], Sums]
 
-# Sets the randomness of `Task.prepare` apart from that of micro-batches, numbered from 0.
+# Separates the randomness of `Task.prepare` from that of micro-batches, which count from 0.
 PREPARATION = 1 << 20
 
 
@@ -58,13 +58,14 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a job gives to the shared train loop.
+    """A job, as the shared train loop needs it.
 
     Attributes:
       init: `key -> params`.
-      prepare: `(frozen, batch, key) -> batch`, what needs no gradient (normalise, tokenise, mix).
-      loss: `(params, batch, key, step) -> (loss_sum, sums)`. `sums["weight"]` is what the loss
-        sum and the other sums are divided by; it must not depend on the parameters.
+      prepare: `(frozen, batch, key) -> batch`, everything before the gradient (normalise, tokenise,
+        mix).
+      loss: `(params, batch, key, step) -> (loss_sum, sums)`. `sums["weight"]` divides the
+        loss sum and the other sums; it must not depend on the parameters.
       evaluate: `(params, frozen, batch) -> sums` on held-out images; `batch["valid"]` marks
         padding.
       metrics: sums → scalars by name; "loss" is among them.
@@ -74,8 +75,8 @@ class Task:
         one after the other, and a skipped update leaves them as they were. A batch is global, so a
         plain mean over its first axis is already taken over all devices and hosts.
       sharding_rules: for parameters that `sharding.SHARDING_RULES` does not know; they come first.
-      best: the metric on held-out images, the larger the better, whose best checkpoint is kept;
-        "" keeps none.
+      best: a metric on held-out images, larger is better; the checkpoint with the best value is
+        kept. "" keeps none.
       frozen: parameters that are not trained (the tokenizer's), passed to prepare and evaluate.
       flops_per_image: of a training step, matmuls, forward and backward, for MFU.
     """
@@ -217,7 +218,7 @@ def train_step(
         state.step,
         micro_batches=config.accumulate,
     )
-    # The mean's norm, and later the mean clipped, without a pass over memory for the mean itself.
+    # Norm and clipped gradient of the mean, without an extra pass over memory to compute the mean.
     norm = optax.tree.norm(gradients) / sums["weight"]
     metrics = task.metrics(sums)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -257,8 +258,8 @@ def train_step(
 def _with_whole_parameters(loss: StatefulLoss, mesh: Mesh) -> StatefulLoss:
     """`loss` with split parameters gathered first, and their gradients summed whole.
 
-    Left to itself, the partitioner carries a kernel's split into the activations it makes, and
-    then moves those between devices: many times the bytes of the parameters.
+    By default the partitioner propagates a kernel's split to the activations, and then moves those
+    between devices: many times the bytes of the parameters.
     """
     whole = NamedSharding(mesh, sharding.REPLICATED)
 

@@ -1,4 +1,4 @@
-"""The DALL-E discrete VAE against openai's own modules, with the same random weights."""
+"""The DALL-E discrete VAE against OpenAI's modules, with the same random weights."""
 
 import dataclasses
 
@@ -28,11 +28,11 @@ HALF = dataclasses.replace(SMALL, dtype="bfloat16")
 RELATIVE_TOLERANCE = 1e-4
 
 
-def relative_error(ours, theirs) -> float:
+def relative_error(actual, theirs) -> float:
     """Largest difference over the largest magnitude."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    actual, theirs = np.asarray(actual, np.float64), np.asarray(theirs, np.float64)
+    assert actual.shape == theirs.shape
+    return float(np.abs(actual - theirs).max() / np.abs(theirs).max())
 
 
 def channels_last(tensor) -> np.ndarray:
@@ -103,14 +103,14 @@ def test_encoder_matches_the_original_block_by_block(torch, originals, params, s
     images = np.random.default_rng(size).uniform(0.1, 0.9, (2, size, size, 3)).astype(np.float32)
     theirs = block_outputs(originals["encoder"], torch.from_numpy(images.transpose(0, 3, 1, 2)))
     encoder = dalle_networks(SMALL)["encoder"]
-    ours = jax.jit(lambda params, x: encoder.apply(params, x, method="stages"))(
+    actual = jax.jit(lambda params, x: encoder.apply(params, x, method="stages"))(
         params["encoder"], images
     )
-    assert set(ours) == set(theirs)
-    assert len(ours) == 10
-    errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
+    assert set(actual) == set(theirs)
+    assert len(actual) == 10
+    errors = {name: relative_error(actual[name], theirs[name]) for name in theirs}
     assert max(errors.values()) < RELATIVE_TOLERANCE, errors
-    assert ours["output"].shape == (2, size // 8, size // 8, SMALL.vocabulary)
+    assert actual["output"].shape == (2, size // 8, size // 8, SMALL.vocabulary)
 
 
 def test_decoder_matches_the_original_block_by_block(torch, originals, params):
@@ -118,13 +118,13 @@ def test_decoder_matches_the_original_block_by_block(torch, originals, params):
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(ids), SMALL.vocabulary)
     theirs = block_outputs(originals["decoder"], one_hot.permute(0, 3, 1, 2).float())
     decoder = dalle_networks(SMALL)["decoder"]
-    ours = jax.jit(lambda params, x: decoder.apply(params, x, method="stages"))(
+    actual = jax.jit(lambda params, x: decoder.apply(params, x, method="stages"))(
         params["decoder"], ids
     )
-    assert set(ours) == set(theirs)
-    errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
+    assert set(actual) == set(theirs)
+    errors = {name: relative_error(actual[name], theirs[name]) for name in theirs}
     assert max(errors.values()) < RELATIVE_TOLERANCE, errors
-    assert ours["output"].shape == (2, 40, 56, 6)
+    assert actual["output"].shape == (2, 40, 56, 6)
 
 
 def test_tokenizer_matches_the_original_from_bytes_to_ids_and_back(torch, originals, params):

@@ -1,4 +1,4 @@
-"""The own discrete VAE against a PyTorch reference written here after the official module."""
+"""The discrete VAE against a PyTorch reference written here after the official module."""
 
 import math
 
@@ -100,9 +100,9 @@ def params():
 def test_logits_match_pytorch(torch, images):
     modules = reference(torch, SMALL)
     theirs = channels_last(modules["encoder"](torch.from_numpy(images.transpose(0, 3, 1, 2))))
-    ours = discrete_vae(SMALL).apply(converted(modules, SMALL), images, method="logits")
-    assert ours.shape == (2, 4, 4, 40)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    actual = discrete_vae(SMALL).apply(converted(modules, SMALL), images, method="logits")
+    assert actual.shape == (2, 4, 4, 40)
+    np.testing.assert_allclose(actual, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_some_positions_have_the_ids_that_all_have(params):
@@ -122,9 +122,9 @@ def test_reconstruction_from_the_same_soft_codes_matches_pytorch(torch):
     weights = np.random.default_rng(1).dirichlet(np.full(40, 0.3), (2, 4, 5)).astype(np.float32)
     codes = torch.einsum("bhwn,nd->bdhw", torch.from_numpy(weights), modules["codebook"].weight)
     theirs = channels_last(modules["decoder"](codes))
-    ours = discrete_vae(SMALL).apply(converted(modules, SMALL), weights, method="decode_soft")
-    assert ours.shape == (2, 16, 20, 3)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    actual = discrete_vae(SMALL).apply(converted(modules, SMALL), weights, method="decode_soft")
+    assert actual.shape == (2, 16, 20, 3)
+    np.testing.assert_allclose(actual, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_decode_is_decode_soft_of_one_hot(params):
@@ -139,18 +139,18 @@ def test_initialisation_is_pytorchs(torch, params):
     """Every parameter's bound is PyTorch's; the codebook is N(0, 1)."""
     theirs = converted(reference(torch, SMALL), SMALL)
     theirs.pop("codebook")
-    ours = dict(params)
-    codebook = np.asarray(ours.pop("codebook"))
+    actual = dict(params)
+    codebook = np.asarray(actual.pop("codebook"))
     assert codebook.mean() == pytest.approx(0, abs=0.1)
     assert codebook.std() == pytest.approx(1, abs=0.1)
 
-    def compare(ours, theirs):
-        assert ours.shape == theirs.shape
-        if ours.size >= 100:
-            assert np.abs(ours).max() == pytest.approx(np.abs(theirs).max(), rel=0.06)
-            assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.15)
+    def compare(actual, theirs):
+        assert actual.shape == theirs.shape
+        if actual.size >= 100:
+            assert np.abs(actual).max() == pytest.approx(np.abs(theirs).max(), rel=0.06)
+            assert np.std(actual) == pytest.approx(np.std(theirs), rel=0.15)
 
-    jax.tree.map(compare, ours, theirs)
+    jax.tree.map(compare, actual, theirs)
 
 
 def test_parameter_count_at_the_official_size():
@@ -263,13 +263,13 @@ def test_kl_summed_is_the_official_term(torch):
 @pytest.mark.parametrize("kind", ["mse", "smooth_l1", "l1"])
 def test_reconstruction_loss_matches_pytorch(torch, kind):
     rng = np.random.default_rng(4)
-    ours, target = rng.normal(size=(2, 2, 8, 8, 3)).astype(np.float32)
+    actual, target = rng.normal(size=(2, 2, 8, 8, 3)).astype(np.float32)
     function = {"mse": "mse_loss", "smooth_l1": "smooth_l1_loss", "l1": "l1_loss"}[kind]
     expected = getattr(torch.nn.functional, function)(
-        torch.from_numpy(ours), torch.from_numpy(target)
+        torch.from_numpy(actual), torch.from_numpy(target)
     )
     np.testing.assert_allclose(
-        reconstruction_loss(ours, target, kind=kind), expected.numpy(), rtol=1e-5
+        reconstruction_loss(actual, target, kind=kind), expected.numpy(), rtol=1e-5
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: found again, checked, never half; what a run starts from."""
+"""Checkpoints are restored exactly, checked and never half-written; what a run starts from."""
 
 import dataclasses
 import functools
@@ -48,8 +48,8 @@ def made():
     optimizer = optim.adamw(OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
     mesh = sharding.make_mesh(fsdp=1)
     shapes = state_shapes(task, optimizer, mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    state = jax.jit(lambda key: init_state(task, optimizer, key), out_shardings=places)(
+    placements = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    state = jax.jit(lambda key: init_state(task, optimizer, key), out_shardings=placements)(
         jax.random.key(0)
     )
     return shapes, state
@@ -135,14 +135,14 @@ def test_another_number_of_devices_restores_every_bit(tmp_path):
         return state_shapes(task, optimizer, mesh)
 
     shapes = shapes_on(8, 8)
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    state = jax.jit(lambda key: init_state(task, optimizer, key), out_shardings=places)(
+    placements = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    state = jax.jit(lambda key: init_state(task, optimizer, key), out_shardings=placements)(
         jax.random.key(0)
     )
     thirds = jax.tree.map(
         lambda x: x + 1 / 3 if jnp.issubdtype(x.dtype, jnp.floating) else x, state.opt_state
     )
-    state = dataclasses.replace(state, opt_state=jax.device_put(thirds, places.opt_state))
+    state = dataclasses.replace(state, opt_state=jax.device_put(thirds, placements.opt_state))
     expected = sharding.to_host(state)
     assert np.asarray(expected.opt_state[0].mu["lm_head"]["kernel"]).any()
     write(tmp_path, state, [0])

@@ -99,7 +99,7 @@ def test_multipliers_are_the_formulas(name):
     ids |= {name: list(range(1, config.layers + 1)) for name in blocks}
     assert found.keys() == ids.keys()
     for name, values in found.items():
-        expected = [decay ** (config.layers + 1 - each) for each in ids[name]]
+        expected = [decay ** (config.layers + 1 - layer) for layer in ids[name]]
         np.testing.assert_allclose(values, expected, rtol=1e-6, err_msg=name)
 
 
@@ -168,7 +168,7 @@ def test_direction_and_decay_are_both_scaled():
     for decay in (1.0, 0.65):
         optimizer = optim.adamw(dataclasses.replace(config, layer_decay=decay))
         updates.append(optimizer.update(gradients, optimizer.init(params), params)[0])
-    unscaled, scaled = (flatten(jax.tree.map(np.asarray, each)) for each in updates)
+    unscaled, scaled = (flatten(jax.tree.map(np.asarray, update)) for update in updates)
     expected = flatten(optim.layer_multipliers(params, decay=0.65, layers=3))
     for name, value in scaled.items():
         multiplier = np.broadcast_to(expected[name], value.shape)
@@ -207,8 +207,8 @@ def labelled_task(model):
 
     def loss(params, batch, key, step):
         logits = model.apply(params, batch["image"])
-        each = batch_augment.smoothed_cross_entropy(logits, batch["label"], smoothing=0.1)
-        return each.sum(), {"loss": each.sum(), "weight": jnp.float32(each.size)}
+        losses = batch_augment.smoothed_cross_entropy(logits, batch["label"], smoothing=0.1)
+        return losses.sum(), {"loss": losses.sum(), "weight": jnp.float32(losses.size)}
 
     return Task(
         init=model.init,
@@ -225,7 +225,7 @@ def labelled_task(model):
 def test_twelve_steps_equal_torch_adamw_with_the_same_groups():
     """Layer decay 0.65, warm-up, cosine, smoothed labels: losses and parameters, relative 1e-4.
 
-    Weight decay and rates are large, so that a parameter in a wrong group ends up elsewhere by more
+    Weight decay and rates are large, so that a parameter in a wrong group differs by more
     than the bound on its distance travelled.
     """
     torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")

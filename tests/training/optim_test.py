@@ -38,15 +38,15 @@ def official_schedule(*, base, final, steps, warmup):
 
 def test_schedule_is_the_official_array():
     steps = 300 * 625
-    ours = np.asarray(optim.learning_rate(CONFIG, steps=steps)(jnp.arange(steps)))
+    actual = np.asarray(optim.learning_rate(CONFIG, steps=steps)(jnp.arange(steps)))
     theirs = official_schedule(base=1.5e-3, final=1e-5, steps=steps, warmup=6250)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-9)
-    assert ours[0] == 0
-    assert ours[6249] == np.float32(1.5e-3)
-    assert ours[6250] == np.float32(1.5e-3)
+    np.testing.assert_allclose(actual, theirs, rtol=1e-4, atol=1e-9)
+    assert actual[0] == 0
+    assert actual[6249] == np.float32(1.5e-3)
+    assert actual[6250] == np.float32(1.5e-3)
     # The authors' log of the last epoch averages these 625 (unilm issue 383).
     np.testing.assert_allclose(theirs[-625:].mean(), 1.0014606556134688e-05, rtol=1e-6)
-    np.testing.assert_allclose(ours[-625:].mean(), 1.0014606556134688e-05, rtol=1e-3)
+    np.testing.assert_allclose(actual[-625:].mean(), 1.0014606556134688e-05, rtol=1e-3)
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
@@ -112,8 +112,8 @@ def test_tables_can_be_taken_out_of_decay(positions):
     with_tables = flatten(optim.decay_mask(shapes))
     without = flatten(optim.decay_mask(shapes, relative_positions=False))
     changed = {name for name in with_tables if with_tables[name] != without[name]}
-    place = "blocks/attention/" if positions == "relative_per_block" else ""
-    assert changed == {f"encoder/{place}relative_position_bias/table"}
+    prefix = "blocks/attention/" if positions == "relative_per_block" else ""
+    assert changed == {f"encoder/{prefix}relative_position_bias/table"}
 
     params = jax.tree.map(lambda shape: np.ones(shape.shape, np.float32), shapes)
     zeros = jax.tree.map(np.zeros_like, params)
@@ -130,7 +130,7 @@ def test_a_held_rate_is_pytorchs_cosine_per_epoch():
     config = OptimizerConfig(
         learning_rate=4e-3, min_learning_rate=0.0, warmup_steps=0, hold_steps=hold
     )
-    ours = np.asarray(optim.learning_rate(config, steps=epochs * hold)(jnp.arange(epochs * hold)))
+    actual = np.asarray(optim.learning_rate(config, steps=epochs * hold)(jnp.arange(epochs * hold)))
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=4e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0.0)
     theirs = []
@@ -138,8 +138,8 @@ def test_a_held_rate_is_pytorchs_cosine_per_epoch():
         theirs += hold * [optimizer.param_groups[0]["lr"]]
         optimizer.step()
         scheduler.step()
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    assert len(np.unique(ours)) == epochs
+    np.testing.assert_allclose(actual, theirs, rtol=1e-5)
+    assert len(np.unique(actual)) == epochs
 
 
 def test_a_parameter_without_a_rule_is_named():
@@ -164,12 +164,12 @@ def test_clip_is_torchs():
 def test_adam_is_optaxs():
     """Moments and directions over some steps; an update that is not finite leaves the state."""
     config = dataclasses.replace(CONFIG, weight_decay=0.0)
-    ours = optim.adamw(config)
+    actual = optim.adamw(config)
     theirs = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(3, 4)).astype(np.float32), "bias": np.ones(5, np.float32)}
-    state, expected_state = ours.init(params), theirs.init(params)
-    update = jax.jit(ours.update)
+    state, expected_state = actual.init(params), theirs.init(params)
+    update = jax.jit(actual.update)
     for _ in range(3):
         gradients = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
         directions, state = update(gradients, state, params, finite=True)

@@ -1,4 +1,4 @@
-"""Which part of each array every device holds, and that it changes nothing but the place."""
+"""Which part of an array each device holds; the placement changes no result."""
 
 import dataclasses
 import functools
@@ -58,8 +58,8 @@ def test_rules_of_beit_base():
     mesh = sharding.make_mesh(fsdp=8)
     shapes = masked_image_model(config.model, vocabulary=8192).shapes()
     lines = [
-        f"{name:<44} {','.join(map(str, place.spec)) or 'replicated'}"
-        for name, place in flatten(sharding.shardings(shapes, mesh)).items()
+        f"{name:<44} {','.join(map(str, placement.spec)) or 'replicated'}"
+        for name, placement in flatten(sharding.shardings(shapes, mesh)).items()
     ]
     assert lines == GOLDEN.strip().splitlines()
 
@@ -100,11 +100,11 @@ def test_the_printed_table():
     """`--config.run.print_sharding`: kernels are in quarters, the rest is whole."""
     config = jobs.parse_job(tiny.pretrain().to_dict())
     shapes = masked_image_model(config.model, vocabulary=64).shapes()
-    places = sharding.shardings(shapes, sharding.make_mesh(fsdp=4))
+    placements = sharding.shardings(shapes, sharding.make_mesh(fsdp=4))
     placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement),
         shapes,
-        places,
+        placements,
     )
     assert sharding.table(placed) == TABLE.strip()
 
@@ -136,7 +136,7 @@ def test_between_slices_goes_data_only():
 
 @dataclasses.dataclass(frozen=True)
 class Chip(SliceDevice):
-    """And what it looks at on a TPU: places on the torus."""
+    """With the coordinates that it looks at on a TPU."""
 
     coords: tuple[int, int, int] = (0, 0, 0)
     core_on_chip: int = 0
@@ -173,8 +173,8 @@ def test_arrays_come_back_whole():
     placed = jax.device_put(tree, sharding.shardings(tree, mesh))
     assert placed["lm_head"]["kernel"].addressable_shards[0].data.shape == (2, 2)
     whole = sharding.to_host(sharding.replicate(tree, mesh)), sharding.to_host(placed)
-    for each in whole:
-        np.testing.assert_array_equal(each["lm_head"]["kernel"], tree["lm_head"]["kernel"])
+    for copy in whole:
+        np.testing.assert_array_equal(copy["lm_head"]["kernel"], tree["lm_head"]["kernel"])
 
 
 def test_an_axis_that_does_not_divide_is_named():
@@ -288,8 +288,10 @@ def curve():
     def run(*, devices: int, fsdp: int, accumulate: int = 1):
         mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
         shapes = state_shapes(task, optimizer, mesh)
-        places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        initialize = jax.jit(functools.partial(init_state, task, optimizer), out_shardings=places)
+        placements = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        initialize = jax.jit(
+            functools.partial(init_state, task, optimizer), out_shardings=placements
+        )
         state = initialize(jax.random.key(0))
         step = jax.jit(
             functools.partial(
@@ -301,7 +303,7 @@ def curve():
                 seed=0,
             ),
             donate_argnums=0,
-            out_shardings=(places, None),
+            out_shardings=(placements, None),
         )
         losses = []
         for batch in batches:

@@ -92,9 +92,9 @@ def steps(
     optimizer = optim.adamw(config)
     mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
     shapes = state_shapes(task, optimizer, mesh, average=ema_decay is not None)
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    placements = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     fresh = functools.partial(init_state, task, optimizer, average=ema_decay is not None)
-    first = state = jax.jit(fresh, out_shardings=places)(jax.random.key(0))
+    first = state = jax.jit(fresh, out_shardings=placements)(jax.random.key(0))
     step = jax.jit(
         functools.partial(
             train_step,
@@ -105,7 +105,7 @@ def steps(
             seed=0,
             mesh=mesh,
         ),
-        out_shardings=(places, None),
+        out_shardings=(placements, None),
     )
     for index in range(count):
         batch = batch_of(index)
