@@ -110,8 +110,8 @@ for name in ("hf", "timm.safetensors", "u.pth"):
     encoder = beit_jax.load_encoder(f"{{folder}}/{{name}}", heads=4)
     out = encoder(images)
     (second,) = encoder.blocks(images, [2])
-    for ours, expected in ((out, theirs["normed"]), (second, theirs["second"])):
-        tokens = np.concatenate([ours.cls[:, None], ours.patches.reshape(2, 25, 32)], axis=1)
+    for output, expected in ((out, theirs["normed"]), (second, theirs["second"])):
+        tokens = np.concatenate([output.cls[:, None], output.patches.reshape(2, 25, 32)], axis=1)
         error = np.abs(tokens - expected).max() / np.abs(expected).max()
         assert error < {TOLERANCE}, (name, error)
 for name in {NOT_IMPORTED!r}:
@@ -144,10 +144,10 @@ def test_features_of_a_folder_in_an_environment_without_training(environment, so
     command = [environment / "bin/beit-jax", "features", sources / "images"]
     settings = (f"--weights={sources / 'hf'}", "--output=features.npz", "--resize=squash")
     run(*command, *settings, cwd=tmp_path)  # images of the size asked for stay as they are
-    ours = np.load(tmp_path / "features.npz")
+    written = np.load(tmp_path / "features.npz")
     theirs = np.load(sources / "theirs.npz")["normed"][:, 0]
-    assert ours["names"].tolist() == ["0.png", "1.png"]
-    assert np.abs(ours["features"] - theirs).max() / np.abs(theirs).max() < TOLERANCE
+    assert written["names"].tolist() == ["0.png", "1.png"]
+    assert np.abs(written["features"] - theirs).max() / np.abs(theirs).max() < TOLERANCE
 
 
 def test_the_wheel_says_that_it_is_typed_and_holds_the_package_alone(wheel, tmp_path):

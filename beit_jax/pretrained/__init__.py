@@ -7,7 +7,7 @@
     out.cls, out.patches                                 # [b, d], [b, 14, 14, d]
     middle = encoder.blocks(images, (3, 6, 12))          # raw outputs of these blocks
 
-    def loss(params, images):                            # for one's own jit, grad and shardings
+    def loss(params, images):                            # for your own jit, grad and shardings
         return encoder.apply(params, encoder.normalize(images)).cls.mean()
 
     gradients = jax.grad(loss)(encoder.params, images)

@@ -72,7 +72,7 @@ class PretrainedEncoder(Pretrained):
           blocks: numbers from 1 (the first block) to the number of layers, negative ones that count
             from the last (-1), or 0 for the embeddings that the first block is given. Blocks after
             the last one asked for are not run.
-          norm: apply the final norm to every one of them.
+          norm: apply the final norm to each output.
 
         Returns:
           float32 tokens, one output per number, in the order given. Block i is transformers'
@@ -102,7 +102,7 @@ class PretrainedEncoder(Pretrained):
         mask: jax.Array | None = None,
         drop_path_key: jax.Array | None = None,
     ) -> EncoderOutput:
-        """The pure function behind the call, for one's own `jit`, `grad` and shardings.
+        """The pure function behind the call, for your own `jit`, `grad` and shardings.
 
         Args:
           params: as `params` or `init` gives them.

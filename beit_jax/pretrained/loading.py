@@ -30,17 +30,18 @@ def load_encoder(
     normalization: str = "",
     heads: int = 0,
 ) -> PretrainedEncoder:
-    """Loads the encoder of any checkpoint; a head on it is left out.
+    """Loads the encoder of any checkpoint, without its head.
 
     Args:
       source: a run's directory or a checkpoint of this project, a Hugging Face folder, a
         `.safetensors` of timm, a `.pth` of unilm, or "hf:OWNER/NAME[@REVISION]".
-      image_size: interpolates the positions for images of this size; None: the checkpoint's own.
+      image_size: pixels of the images, for which positions are interpolated; None keeps the
+        checkpoint's own size.
       dtype: of matmuls: "auto" (bfloat16 on accelerators, float32 on CPU), "float32", "bfloat16".
       attention: the implementation, as `ModelConfig.attention`.
-      normalization: "half" or "imagenet", whatever the checkpoint says; "": what it says, and
-        "half" where its format has no place for it.
-      heads: attention heads, where the format doesn't say; 0 then means width / 64.
+      normalization: "half" or "imagenet", in place of what the checkpoint says. With "", the
+        checkpoint decides, and "half" is taken where its format cannot say.
+      heads: attention heads, for formats that don't say; 0 stands for width / 64 there.
 
     Returns:
       The encoder, its parameters on the default device.
