@@ -264,7 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
     from beit_jax.config import ConfigError
     from beit_jax.tokenizers.loading import TokenizerFileError
 
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of metadata that it then finds elsewhere
+    logging.set_verbosity(
+        logging.ERROR
+    )  # Orbax warns of missing metadata even where it finds it in another file
     run = {command.name: command.run for command in _COMMANDS}[options.command]
     try:
         run(options)

@@ -102,7 +102,7 @@ def state_dict(whole: PyTree, *, source: str) -> dict[str, np.ndarray]:
 
 
 def check_sha256(content: bytes, expected: str, *, source: str) -> str:
-    """The content's SHA-256; raises WeightsError where `expected` is another one ("": any)."""
+    """The content's SHA-256; raises WeightsError where it is not `expected`, unless that is ""."""
     found = hashlib.sha256(content).hexdigest()
     if expected and expected.lower() != found:
         raise WeightsError(f"{source} has SHA-256 {found}, expected {expected}")

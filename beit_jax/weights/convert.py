@@ -233,11 +233,11 @@ def restore_params(
     if report.missing and fresh is None:
         raise WeightsError(f"{name}: {source} lacks {', '.join(report.missing)}")
     drawn = flatten(fresh()) if report.missing and fresh is not None else {}
-    placed = {path: place(array, wanted[path]) for path, array in params.items()}
+    placed = {path: to_devices(array, wanted[path]) for path, array in params.items()}
     return unflatten({path: placed.get(path, drawn.get(path)) for path in wanted})
 
 
-def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+def to_devices(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Puts a host array, the same on every process, on devices, sharded as `like`."""
     array = np.asarray(array, like.dtype)
     if like.sharding is None:

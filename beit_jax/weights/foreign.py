@@ -1,11 +1,11 @@
-"""Reads foreign checkpoints: recognises the format, then one strict conversion into our tree.
+"""Reads foreign checkpoints: recognises the format, then converts strictly.
 
     checkpoint = read("beit_base_patch16_224_pt22k.pth")
     checkpoint.params        # {"encoder/cls_token": array, ...}, float32
     checkpoint.description   # task, sizes, positions
     print(checkpoint.report)
 
-The formats themselves are in `formats`; nothing here depends on one of them.
+The formats themselves are in `formats`; nothing here depends on a particular one.
 """
 
 import dataclasses

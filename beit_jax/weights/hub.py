@@ -1,7 +1,7 @@
 """Weights on the Hugging Face hub, named `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`.
 
     resolve("hf:microsoft/beit-base-patch16-224-pt22k")  # a folder in the hub's local cache
-    resolve("runs/base")                                 # "runs/base": other paths stay
+    resolve("runs/base")                                 # "runs/base": any other path is unchanged
     push({"model.safetensors": "exported/model.safetensors"}, repository="me/beit")
 
 Everything goes through `huggingface_hub` (the extra `[hub]`), so its cache (HF_HOME), its offline

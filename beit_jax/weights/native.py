@@ -119,7 +119,7 @@ def read_params(
     if shapes is None:
         item = saved_params_shapes(source, name=name, part=part)
         item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), item)
-        # Never the sharding file: it names devices that this machine may not have.
+        # Without the sharding file, which names devices that this machine may not have.
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     else:
         item = shapes

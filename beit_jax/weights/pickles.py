@@ -166,7 +166,7 @@ def loads(content: bytes, *, source: str) -> PyTree:
         ) from None
     except WeightsError:
         raise
-    except Exception as error:  # a broken pickle can fail in any way, and only fails
+    except Exception as error:  # a damaged pickle can raise anything
         raise WeightsError(
             f"{source} ({len(content)} bytes) is damaged or cut off:"
             f" {type(error).__name__}: {_one_line(error)}"
@@ -229,7 +229,7 @@ def _load_zip(content: bytes, *, source: str) -> PyTree:
         _, kind, key, _, count = saved_id[:5]
         if key not in storages:
             array = np.frombuffer(archive.read(f"{root}data/{key}"), _dtype(kind))
-            storages[key] = _native(array[:count], order)
+            storages[key] = _native_order(array[:count], order)
         return storages[key]
 
     return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage=storage).load()
@@ -243,7 +243,7 @@ def _load_stream(content: bytes, *, source: str) -> PyTree:
         raise WeightsError(f"{source} was written by an unknown version of torch.save")
     system = _Unpickler(file).load()
     order = "little" if system.get("little_endian", True) else "big"
-    # The numbers come after the pickle: arrays are made empty and filled then.
+    # The numbers follow the pickle, so arrays are allocated here and filled afterwards.
     storages: dict[str, np.ndarray] = {}
 
     def storage(saved_id: PyTree) -> PyTree:
@@ -267,7 +267,7 @@ def _load_stream(content: bytes, *, source: str) -> PyTree:
         data = file.read(count * array.dtype.itemsize)
         if count != array.size or len(data) != array.nbytes:
             raise EOFError("the file ends within a tensor")
-        array[:] = _native(np.frombuffer(data, array.dtype), order)
+        array[:] = _native_order(np.frombuffer(data, array.dtype), order)
     return result
 
 
@@ -278,7 +278,7 @@ def _dtype(kind: object) -> type[np.generic]:
     return _STORAGES[name]
 
 
-def _native(array: np.ndarray, order: str) -> np.ndarray:
+def _native_order(array: np.ndarray, order: str) -> np.ndarray:
     return array if order == sys.byteorder else array.byteswap()
 
 

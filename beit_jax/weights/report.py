@@ -1,4 +1,4 @@
-"""Strictness: what a conversion used, missed and left over, and the one error that says so."""
+"""Strict comparison of names and shapes: the report of a conversion, and its one error."""
 
 import collections
 import dataclasses
@@ -18,11 +18,11 @@ class Report:
     """What became of every name in a conversion.
 
     Attributes:
-      used: converted.
-      missing: needed but not there (each allowed by name).
-      unused: there but not needed (each allowed by name).
-      rebuilt: there, not read, and computed anew instead: index buffers.
-      reshaped: descriptions of what changed its shape on the way: "name (732, 12) → (2212, 12)".
+      used: names that were converted.
+      missing: needed, not found, and allowed to be missing.
+      unused: found, not needed, and allowed to be left over.
+      rebuilt: index buffers, which are computed and not read.
+      reshaped: descriptions of changed shapes: "name (732, 12) → (2212, 12)".
       cast: names stored in another precision than float32.
     """
 
@@ -44,7 +44,7 @@ class Report:
 
 
 def compact(names: Iterable[str]) -> str:
-    """Names joined by commas, those that differ only in the block's number as one."""
+    """Joins names by commas, those that differ only in the block's number as one."""
     counts = collections.Counter(re.sub(r"\b(blocks|layers?)\.\d+\.", r"\1.*.", n) for n in names)
     return ", ".join(f"{n} (×{count})" if count > 1 else n for n, count in counts.items())
 
@@ -68,15 +68,15 @@ def check_names(
     allow_unused: Iterable[str] = (),
     hint: str = "",
 ) -> tuple[list[str], list[str]]:
-    """Compares names and shapes; everything that is wrong goes into one error.
+    """Compares names and shapes and puts every difference into one error.
 
     Args:
       wanted: names and shapes that are needed.
-      found: names and shapes that are there.
+      found: names and shapes that the source has.
       source: for the message.
       allow_missing: names or patterns that may be missing.
       allow_unused: names or patterns that may be left over.
-      hint: put at the message's end.
+      hint: the end of the message.
 
     Returns:
       The missing and the unused names, all of them allowed.

@@ -1,7 +1,6 @@
 """Positions at another resolution: the official rules (run_class_finetuning.py:362-437).
 
-Both are separable, so each is one matrix `[new, old]` applied along rows and columns. All in
-float64 NumPy.
+Both rules are separable: one float64 matrix `[new, old]` is applied along rows and along columns.
 """
 
 import math
@@ -13,7 +12,7 @@ from beit_jax.types import FlatParams
 
 
 def grid_of_table(rows: int) -> int:
-    """The grid a relative-position table of so many rows is for: 14 for 732.
+    """The grid that a relative-position table with this number of rows belongs to: 14 for 732.
 
     Raises:
       ValueError: no square grid has such a table.
@@ -39,13 +38,12 @@ def grid_of_state(state: FlatParams) -> int | None:
 
 
 def resize_table(table: np.ndarray, *, grid: int) -> np.ndarray:
-    """A relative-position table for another grid.
+    """Resizes a relative-position table to another grid.
 
     The map of patch offsets is read at geometrically growing distances, dense near the centre, and
-    interpolated by cubic splines; the rows of the class token stay as they are. The centre and the
-    offsets of one patch keep their values. Linear interpolation costs segmentation accuracy
-    (unilm#376). For a smaller grid the official search for the ratio ends at its lower limit; the
-    rule is then near to cutting out the middle.
+    interpolated by cubic splines. The class token's rows, the centre and the offsets of one patch
+    keep their values. Linear interpolation costs segmentation accuracy (unilm#376). For a smaller
+    grid the official search for the ratio ends at its lower limit, which nearly crops the middle.
 
     Args:
       table: `[..., old rows, heads]`.
@@ -55,7 +53,7 @@ def resize_table(table: np.ndarray, *, grid: int) -> np.ndarray:
       `[..., table_rows(grid), heads]`, float32.
 
     Raises:
-      ValueError: a table of no square grid, or too small for a cubic.
+      ValueError: no square grid has such a table, or it is too small for a cubic.
     """
     old = grid_of_table(table.shape[-2])
     if old == grid:
@@ -72,7 +70,7 @@ def resize_table(table: np.ndarray, *, grid: int) -> np.ndarray:
 
 
 def geometric_matrix(old: int, new: int) -> np.ndarray:
-    """Offsets along one axis, from grid `old` to grid `new`: float64 `[2 new - 1, 2 old - 1]`."""
+    """Maps offsets along one axis from grid `old` to `new`: float64 `[2 new - 1, 2 old - 1]`."""
     ratio = geometric_ratio(old, new)
     distances = np.cumsum(ratio ** np.arange(old - 1))
     known = np.concatenate([-distances[::-1], [0.0], distances])
@@ -105,7 +103,7 @@ def cubic_spline_matrix(known: np.ndarray, asked: np.ndarray) -> np.ndarray:
       asked: coordinates within their range, `[m]`.
 
     Returns:
-      float64 `[m, n]`; a row of an asked coordinate that is known has a single 1.
+      float64 `[m, n]`; the row of a coordinate that is among `known` has a single 1.
     """
     n = len(known)
     h = np.diff(known)
@@ -138,7 +136,7 @@ def cubic_spline_matrix(known: np.ndarray, asked: np.ndarray) -> np.ndarray:
 
 
 def resize_positions(positions: np.ndarray, *, grid: int) -> np.ndarray:
-    """Absolute position embeddings for another grid: bicubic, the class token's kept.
+    """Resizes absolute position embeddings to another grid, bicubic; the class token's stays.
 
     Args:
       positions: `[1, 1 + old², d]`.
@@ -148,7 +146,7 @@ def resize_positions(positions: np.ndarray, *, grid: int) -> np.ndarray:
       float32 `[1, 1 + grid², d]`, as PyTorch's `interpolate(mode="bicubic", align_corners=False)`.
 
     Raises:
-      ValueError: not a square grid.
+      ValueError: the positions are not those of a square grid.
     """
     old = math.isqrt(positions.shape[1] - 1)
     if old * old + 1 != positions.shape[1]:

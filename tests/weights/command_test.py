@@ -15,7 +15,7 @@ PRETRAINED = examples.PRETRAINED["beit+"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "ours"
+    path = tmp_path_factory.mktemp("checkpoint") / "native"
     examples.saved(path, PRETRAINED)
     return str(path)
 

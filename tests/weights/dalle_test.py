@@ -1,4 +1,4 @@
-"""DALL-E's weights as its own package writes them, and as others pass them on."""
+"""DALL-E's weights as its own package writes them, and as other projects publish them."""
 
 import hashlib
 import os
@@ -65,7 +65,7 @@ def modules(torch):
         for name, parameter in module.named_parameters():
             if name.endswith(".b"):
                 parameter.data.normal_(std=0.1)
-    # A random encoder names nearly every patch the same. Without the mean logits it does not.
+    # A random encoder gives nearly every patch the same token; subtracting the mean logits helps.
     from dall_e.utils import map_pixels
 
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_both_containers_give_the_same_file(files, tmp_path):
 
 
 def test_converted_modules_give_the_packages_tokens(torch, modules, files, tmp_path):
-    """At least 99.9 % of the ids, in float32, and the decoder's pictures."""
+    """At least 99.9 % of the token ids agree in float32, and the decoder's pictures agree."""
     from dall_e.utils import map_pixels, unmap_pixels
 
     output = str(tmp_path / "dalle.safetensors")
@@ -113,14 +113,14 @@ def test_converted_modules_give_the_packages_tokens(torch, modules, files, tmp_p
     ids = np.asarray(jax.jit(tokenizer.encode)(params, images))
     with torch.no_grad():
         pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).float() / 255
-        theirs = modules["encoder"](map_pixels(pixels)).argmax(1)
-        assert (ids == theirs.numpy()).mean() >= 0.999
+        expected = modules["encoder"](map_pixels(pixels)).argmax(1)
+        assert (ids == expected.numpy()).mean() >= 0.999
         assert len(np.unique(ids)) > 50, "tokens must differ for this to mean anything"
-        one_hot = torch.nn.functional.one_hot(theirs[:1], VOCABULARY).permute(0, 3, 1, 2)
+        one_hot = torch.nn.functional.one_hot(expected[:1], VOCABULARY).permute(0, 3, 1, 2)
         decoded = modules["decoder"].blocks(one_hot.float())[:, :3]
         decoded = unmap_pixels(torch.sigmoid(decoded)).permute(0, 2, 3, 1)
-    ours = jax.jit(tokenizer.decode)(params, theirs[:1].numpy())
-    np.testing.assert_allclose(ours, decoded.numpy(), atol=1e-4)
+    actual = jax.jit(tokenizer.decode)(params, expected[:1].numpy())
+    np.testing.assert_allclose(actual, decoded.numpy(), atol=1e-4)
     assert set(done.reports) == {"encoder", "decoder"}
     assert len(done.reports["encoder"].used) == 74
     assert len(done.reports["decoder"].used) == 76
@@ -154,7 +154,7 @@ def flava_names(state: dict) -> dict:
 
 
 @pytest.mark.parametrize("source", ["flava", "flava safetensors", "openmmlab", "wrapped"])
-def test_the_encoder_as_others_pass_it_on(torch, modules, source, tmp_path):
+def test_the_encoder_as_other_projects_publish_it(torch, modules, source, tmp_path):
     state = dict(modules["encoder"].state_dict())
     path = str(tmp_path / "encoder.bin")
     if source == "flava safetensors":
@@ -177,8 +177,8 @@ def test_the_encoder_as_others_pass_it_on(torch, modules, source, tmp_path):
     )
 
 
-def test_flavas_own_class_has_the_names_we_expect(torch):
-    """Renamed as FLAVA has it, our keys are exactly those of transformers' class, full size."""
+def test_flavas_own_class_has_the_expected_keys(torch):
+    """The keys are exactly those of transformers' class at full size."""
     transformers = pytest.importorskip("transformers", reason="FLAVA is in transformers")
     with torch.device("meta"):
         flava = transformers.FlavaImageCodebook(transformers.FlavaImageCodebookConfig())
@@ -188,7 +188,7 @@ def test_flavas_own_class_has_the_names_we_expect(torch):
     assert len(report.used) == len(shapes) == 74
 
 
-def test_checksums_are_printed_and_checked(files, tmp_path):
+def test_checksums_are_reported_and_checked(files, tmp_path):
     paths = files()
     output = str(tmp_path / "out.safetensors")
     right = hashlib.sha256(pathlib.Path(paths["encoder"]).read_bytes()).hexdigest()
@@ -206,7 +206,7 @@ def test_checksums_are_printed_and_checked(files, tmp_path):
         load_params(config)
 
 
-def test_files_that_do_not_belong_here(torch, files, tmp_path):
+def test_files_of_other_models_are_refused(torch, files, tmp_path):
     paths = files()
     output = str(tmp_path / "out.safetensors")
 
@@ -229,7 +229,7 @@ def test_files_that_do_not_belong_here(torch, files, tmp_path):
     assert not pathlib.Path(output).exists()
 
 
-def test_half_precision_is_cast_and_said(torch, modules, tmp_path):
+def test_half_precision_is_cast_and_reported(torch, modules, tmp_path):
     state = {name: tensor.half() for name, tensor in modules["encoder"].state_dict().items()}
     torch.save(state, tmp_path / "half.pth")
     done = dalle.convert_tokenizer(
@@ -250,11 +250,11 @@ def test_full_size_encoder_from_its_pickle(torch, tmp_path):
     with torch.no_grad():
         logits = module(package.map_pixels(pixels))
         module.blocks.output.conv.b -= logits.mean((0, 2, 3))
-        theirs = module(package.map_pixels(pixels)).argmax(1).numpy()
+        expected = module(package.map_pixels(pixels)).argmax(1).numpy()
     torch.save(module, tmp_path / "encoder.pkl", _use_new_zipfile_serialization=False)
     output = str(tmp_path / "dalle.safetensors")
     dalle.convert_tokenizer(output=output, encoder=str(tmp_path / "encoder.pkl"))
     config = DalleConfig(path=output)
     ids = jax.jit(open_tokenizer(config).encode)(load_params(config), photographs(4))
-    assert (np.asarray(ids) == theirs).mean() >= 0.999
-    assert len(np.unique(theirs)) > 50
+    assert (np.asarray(ids) == expected).mean() >= 0.999
+    assert len(np.unique(expected)) > 50

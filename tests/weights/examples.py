@@ -1,4 +1,4 @@
-"""Small checkpoints of every kind, with random numbers."""
+"""Small checkpoints of every kind, with random parameters."""
 
 import dataclasses
 import pathlib
@@ -41,7 +41,7 @@ EVERY = {f"pretrained {k}": v for k, v in PRETRAINED.items()} | {
 
 
 def random_params(description: Description, seed: int = 0) -> dict[str, np.ndarray]:
-    """Flat parameters of sizes that give logits of size ~1, scales near 1, nothing zero."""
+    """Flat parameters that give logits of size ~1; scales are near 1, and nothing is zero."""
     rng = np.random.default_rng(seed)
     params = {}
     for name, leaf in description.shapes().items():
@@ -59,7 +59,7 @@ def random_params(description: Description, seed: int = 0) -> dict[str, np.ndarr
 
 
 def saved(path: pathlib.Path, description: Description, seed: int = 0) -> dict[str, np.ndarray]:
-    """Writes a checkpoint of ours; returns its flat parameters."""
+    """Writes a native checkpoint; returns its flat parameters."""
     params = random_params(description, seed)
     native.write_params(str(path), unflatten(params), config=to_config(description))
     return params
@@ -71,8 +71,8 @@ def images(description: Description, count: int = 2) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(count, size, size, 3)).astype(np.float32)
 
 
-def relative_error(ours, theirs) -> float:
+def relative_error(actual, expected) -> float:
     """Largest difference over the largest value."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())

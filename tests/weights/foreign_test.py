@@ -1,4 +1,4 @@
-"""Reading foreign files: what is accepted, and one clear error for each thing that is not."""
+"""Foreign files: which are read, and one clear error for every kind that is not."""
 
 import json
 import pathlib
@@ -21,9 +21,9 @@ PRETRAINED = examples.PRETRAINED["beit+"]
 def exported(tmp_path_factory):
     """One checkpoint as Hugging Face folder and as timm file; and its parameters."""
     folder = tmp_path_factory.mktemp("exported")
-    params = examples.saved(folder / "ours", PRETRAINED)
+    params = examples.saved(folder / "native", PRETRAINED)
     for format, name in (("hugging_face", "hf"), ("timm", "timm.safetensors")):
-        convert.export_checkpoint(str(folder / "ours"), format=format, output=str(folder / name))
+        convert.export_checkpoint(str(folder / "native"), format=format, output=str(folder / name))
     return folder, params
 
 
@@ -70,7 +70,7 @@ def one_line(error) -> str:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
-def test_other_precisions_are_cast_and_said(changed, exported, dtype):
+def test_other_precisions_are_cast_and_reported(changed, exported, dtype):
     folder = changed(lambda state: {key: array.astype(dtype) for key, array in state.items()})
     checkpoint = read(folder)
     assert len(checkpoint.report.cast) == len(checkpoint.report.used)
@@ -83,7 +83,7 @@ def test_half_precision_pth(tmp_path, exported):
     torch = pytest.importorskip("torch", reason="PyTorch writes the file")
     folder, params = exported
     convert.export_checkpoint(
-        str(folder / "ours"), format="unilm", output=str(tmp_path / "full.pth")
+        str(folder / "native"), format="unilm", output=str(tmp_path / "full.pth")
     )
     state = torch.load(tmp_path / "full.pth", weights_only=True)["model"]
     halved = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
@@ -118,7 +118,7 @@ def test_missing_and_unused_keys_are_all_named_at_once(changed):
     assert "--allow-missing" in text
 
 
-def test_what_is_allowed_by_name_passes_and_is_reported(changed, exported):
+def test_keys_allowed_by_name_pass_and_are_reported(changed, exported):
     def change(state):
         state["extra.weight"] = np.zeros(2, np.float32)
         del state["layernorm.bias"]
@@ -137,7 +137,7 @@ def test_what_is_allowed_by_name_passes_and_is_reported(changed, exported):
         read(folder, allow_unused=["extra"])
 
 
-def test_old_index_buffers_are_not_left_over(changed):
+def test_old_index_buffers_are_not_counted_as_unused(changed):
     def change(state):
         key = "beit.encoder.relative_position_bias.relative_position_index"
         return state | {key: np.zeros((26, 26), np.int64)}
@@ -160,13 +160,13 @@ def test_a_config_that_does_not_fit_its_tensors(changed):
         read(changed(hidden_size=30))
 
 
-def test_published_layer_norm_epsilon_is_put_right(changed):
+def test_published_layer_norm_epsilon_is_corrected(changed):
     """The hub's configs say 1e-12, the official models have 1e-6."""
     assert read(changed(layer_norm_eps=1e-12)).description.model.layer_norm_epsilon == 1e-6
     assert read(changed(layer_norm_eps=1e-5)).description.model.layer_norm_epsilon == 1e-5
 
 
-def test_another_normalisation_must_be_said(changed):
+def test_an_unknown_normalisation_must_be_named_by_the_caller(changed):
     folder = changed()
     preprocessor = {"image_mean": [0.4, 0.4, 0.4], "image_std": [0.5, 0.5, 0.5]}
     (pathlib.Path(folder) / "preprocessor_config.json").write_text(json.dumps(preprocessor))
@@ -189,10 +189,10 @@ def test_a_bare_model_of_transformers(exported, tmp_path):
     assert checkpoint.description.task == "encoder"
     assert checkpoint.description.pooling == "mean"
     assert "fc_norm/scale" in checkpoint.params
-    # Its only use is to start from; it comes back out as it came in.
-    convert.import_checkpoint(str(tmp_path / "bare"), output=str(tmp_path / "ours"))
+    # An export after the import gives the same tensors.
+    convert.import_checkpoint(str(tmp_path / "bare"), output=str(tmp_path / "native"))
     convert.export_checkpoint(
-        str(tmp_path / "ours"), format="hugging_face", output=str(tmp_path / "again")
+        str(tmp_path / "native"), format="hugging_face", output=str(tmp_path / "again")
     )
     again, info = transformers.BeitModel.from_pretrained(
         tmp_path / "again", output_loading_info=True
@@ -203,7 +203,7 @@ def test_a_bare_model_of_transformers(exported, tmp_path):
         assert (again.state_dict()[name] == tensor).all(), name
 
 
-def test_files_that_are_something_else(exported, tmp_path):
+def test_other_files_are_refused(exported, tmp_path):
     folder, _ = exported
     path = tmp_path / "x.safetensors"
     write_any(path, {"layer1.weight": np.zeros(2, np.float32)})
@@ -228,7 +228,7 @@ def test_files_that_are_something_else(exported, tmp_path):
 
 
 def test_an_ordinary_vit_is_not_taken_for_a_beit(exported, tmp_path):
-    """The same names but for the biases: nothing is quietly dropped."""
+    """Its keys differ only in the biases, and none of them is dropped silently."""
     folder, _ = exported
     state, _ = containers.load_safetensors((folder / "timm.safetensors").read_bytes(), source="x")
     state = {k: v for k, v in state.items() if not k.endswith(("q_bias", "v_bias"))}
@@ -251,13 +251,13 @@ def test_checksum(exported):
         read(path, sha256="11" * 32)
 
 
-def test_exports_of_foreign_files_go_straight_through(exported, tmp_path):
-    """A foreign checkpoint is as good a source as a run: no import needed in between."""
+def test_a_foreign_checkpoint_can_be_exported_directly(exported, tmp_path):
+    """A foreign checkpoint is a source like a run; no import is needed in between."""
     folder, params = exported
     done = convert.export_checkpoint(
         str(folder / "hf"), format="timm", output=str(tmp_path / "x.safetensors"), image_size=64
     )
-    assert any("→" in each for each in done.report.reshaped)
+    assert any("→" in change for change in done.report.reshaped)
     again = read(str(tmp_path / "x.safetensors"))
     assert again.description.model.image_size == 64
     np.testing.assert_array_equal(again.params["encoder/cls_token"], params["encoder/cls_token"])
@@ -270,8 +270,8 @@ def test_names_and_patterns():
     assert compact(["blocks.0.a", "blocks.1.a", "b"]) == "blocks.*.a (×2), b"
 
 
-def test_nothing_of_ours_is_outside_the_tables(exported):
-    """Every parameter of the tree came back, under our names."""
+def test_every_parameter_is_in_the_tables(exported):
+    """Every parameter of the tree comes back under its own name."""
     folder, params = exported
     assert read(str(folder / "hf")).params.keys() == params.keys()
     assert flatten(params).keys() == params.keys()

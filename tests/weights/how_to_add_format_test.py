@@ -67,7 +67,7 @@ def toy(monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "ours"
+    path = tmp_path_factory.mktemp("checkpoint") / "native"
     return str(path), examples.saved(path, PRETRAINED)
 
 

@@ -144,9 +144,9 @@ def test_a_pickle_is_taken_only_without_safetensors(server, run):
 
 def test_every_command_and_init_from_take_a_repository(server, run, tmp_path):
     description = examples.PRETRAINED["beit+"]
-    params = examples.saved(tmp_path / "ours", description)
+    params = examples.saved(tmp_path / "native", description)
     convert.export_checkpoint(
-        str(tmp_path / "ours"), format="hugging_face", output=str(tmp_path / "exported")
+        str(tmp_path / "native"), format="hugging_face", output=str(tmp_path / "exported")
     )
     files = {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()}
     server.add("owner/name", files)
@@ -187,13 +187,13 @@ except convert.WeightsError as error:
 @pytest.mark.parametrize("format", ["hugging_face", "timm"])
 def test_an_export_is_pushed_and_read_back(format, server, run, tmp_path):
     """A timm export is stored under the hub's names, so that its repository can be read."""
-    params = examples.saved(tmp_path / "ours", examples.FINE_TUNED["mean"])
+    params = examples.saved(tmp_path / "native", examples.FINE_TUNED["mean"])
     output = {"hugging_face": "exported", "timm": "x.safetensors"}[format]
     script = f"""
 import numpy as np
 from beit_jax.weights import convert
 from beit_jax.weights.__main__ import main
-arguments = ["export", "ours", "--format={format}", "--output={output}"]
+arguments = ["export", "native", "--format={format}", "--output={output}"]
 assert main([*arguments, "--push=owner/pushed", "--private"]) == 0
 assert main([*arguments, "--push=owner"]) == 2
 assert main([*arguments, "--private"]) == 2

@@ -1,4 +1,4 @@
-"""The same logits on the same pixels in the peer's own library, both ways (float32).
+"""The peer's own library gives the same logits for the same pixels, both directions (float32).
 
 transformers 5 is installed with the other peers. The same tests with transformers 4:
 
@@ -42,7 +42,7 @@ def random_mask(description, count: int = 2) -> np.ndarray:
     return np.random.default_rng(5).random((count, description.model.tokens)) < 0.4
 
 
-def our_logits(params, description, images, mask=None) -> np.ndarray:
+def native_logits(params, description, images, mask=None) -> np.ndarray:
     params = unflatten(params)
     if description.task == "pretrain":
         model = masked_image_model(description.model, vocabulary=description.outputs)
@@ -67,55 +67,55 @@ def loaded(cls, folder, **more):
 @pytest.mark.parametrize("kind", examples.PRETRAINED)
 def test_masked_image_modelling_in_transformers(kind, torch, transformers, tmp_path):
     description = examples.PRETRAINED[kind]
-    params = examples.saved(tmp_path / "ours", description)
+    params = examples.saved(tmp_path / "native", description)
     folder = str(tmp_path / "exported")
-    convert.export_checkpoint(str(tmp_path / "ours"), format="hugging_face", output=folder)
+    convert.export_checkpoint(str(tmp_path / "native"), format="hugging_face", output=folder)
     model = loaded(transformers.BeitForMaskedImageModeling, folder)
     assert model.config.layer_norm_eps == 1e-6
     images, mask = examples.images(description), random_mask(description)
     with torch.no_grad():
-        theirs = model(channels_first(torch, images), bool_masked_pos=torch.from_numpy(mask))
+        expected = model(channels_first(torch, images), bool_masked_pos=torch.from_numpy(mask))
         seen = model(channels_first(torch, images))
-    ours = our_logits(params, description, images, mask)
-    assert relative_error(ours, theirs.logits) < TOLERANCE
-    assert relative_error(seen.logits, theirs.logits) > 1e-2, "the mask must matter"
+    actual = native_logits(params, description, images, mask)
+    assert relative_error(actual, expected.logits) < TOLERANCE
+    assert relative_error(seen.logits, expected.logits) > 1e-2, "the mask must matter"
 
 
 @pytest.mark.parametrize("kind", examples.FINE_TUNED)
 def test_classification_in_transformers(kind, torch, transformers, tmp_path):
     description = examples.FINE_TUNED[kind]
-    params = examples.saved(tmp_path / "ours", description)
+    params = examples.saved(tmp_path / "native", description)
     folder = str(tmp_path / "exported")
-    convert.export_checkpoint(str(tmp_path / "ours"), format="hugging_face", output=folder)
+    convert.export_checkpoint(str(tmp_path / "native"), format="hugging_face", output=folder)
     model = loaded(transformers.BeitForImageClassification, folder)
     images = examples.images(description)
     with torch.no_grad():
-        theirs = model(channels_first(torch, images)).logits
-    assert relative_error(our_logits(params, description, images), theirs) < TOLERANCE
+        expected = model(channels_first(torch, images)).logits
+    assert relative_error(native_logits(params, description, images), expected) < TOLERANCE
 
 
 def test_bare_model_in_transformers(torch, transformers, tmp_path):
-    """`BeitModel` from a pre-training export gives our tokens before the final norm."""
+    """`BeitModel` from a pre-training export gives the tokens before the final norm."""
     description = examples.PRETRAINED["beit+"]
-    params = unflatten(examples.saved(tmp_path / "ours", description))
+    params = unflatten(examples.saved(tmp_path / "native", description))
     folder = str(tmp_path / "exported")
-    convert.export_checkpoint(str(tmp_path / "ours"), format="hugging_face", output=folder)
+    convert.export_checkpoint(str(tmp_path / "native"), format="hugging_face", output=folder)
     model, info = transformers.BeitModel.from_pretrained(
         folder, add_pooling_layer=False, output_loading_info=True
     )
     assert not info["missing_keys"]
     images = examples.images(description)
     with torch.no_grad():
-        theirs = model.eval()(channels_first(torch, images)).last_hidden_state
+        expected = model.eval()(channels_first(torch, images)).last_hidden_state
     encoder = functional(
         lambda rngs: Encoder(description.model, mask_token=True, final_norm=True, rngs=rngs)
     )
-    ours = encoder.apply(params["encoder"], images, method="hidden_states")[-1]
-    assert relative_error(ours, theirs) < TOLERANCE
+    actual = encoder.apply(params["encoder"], images, method="hidden_states")[-1]
+    assert relative_error(actual, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", examples.EVERY)
-def test_from_a_random_transformers_model_into_native(kind, torch, transformers, tmp_path):
+def test_import_of_a_random_transformers_model(kind, torch, transformers, tmp_path):
     from tests.models import beit_peer
 
     description = examples.EVERY[kind]
@@ -126,38 +126,40 @@ def test_from_a_random_transformers_model_into_native(kind, torch, transformers,
         if description.task == "pretrain":
             mask = random_mask(description)
             peer = beit_peer.masked_image_model(description.model, vocabulary=description.outputs)
-            theirs = peer(pixels, bool_masked_pos=torch.from_numpy(mask)).logits
+            expected = peer(pixels, bool_masked_pos=torch.from_numpy(mask)).logits
         else:
             peer = beit_peer.classifier(
                 description.model, classes=description.outputs, pooling=description.pooling
             )
-            theirs = peer(pixels).logits
-    peer.save_pretrained(tmp_path / "theirs")
-    checkpoint = foreign.read(str(tmp_path / "theirs"))
+            expected = peer(pixels).logits
+    peer.save_pretrained(tmp_path / "peer")
+    checkpoint = foreign.read(str(tmp_path / "peer"))
     found = checkpoint.description
     assert (found.task, found.outputs, found.pooling) == (
         description.task,
         description.outputs,
         description.pooling,
     )
-    assert relative_error(our_logits(checkpoint.params, found, images, mask), theirs) < TOLERANCE
+    assert (
+        relative_error(native_logits(checkpoint.params, found, images, mask), expected) < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("kind", examples.PRETRAINED)
-def test_image_processor_is_our_normalisation(kind, transformers, tmp_path):
+def test_image_processor_normalises_as_the_model_does(kind, transformers, tmp_path):
     from PIL import Image
 
     from beit_jax.preprocessing import normalize
 
     description = examples.PRETRAINED[kind]
-    examples.saved(tmp_path / "ours", description)
+    examples.saved(tmp_path / "native", description)
     folder = str(tmp_path / "exported")
-    convert.export_checkpoint(str(tmp_path / "ours"), format="hugging_face", output=folder)
+    convert.export_checkpoint(str(tmp_path / "native"), format="hugging_face", output=folder)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    theirs = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
-    ours = normalize(pixels[None], kind=description.normalization)[0]
-    np.testing.assert_allclose(ours, np.asarray(theirs).transpose(1, 2, 0), atol=1e-5)
+    expected = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+    actual = normalize(pixels[None], kind=description.normalization)[0]
+    np.testing.assert_allclose(actual, np.asarray(expected).transpose(1, 2, 0), atol=1e-5)
 
 
 TIMM_JOBS = {
@@ -169,7 +171,7 @@ TIMM_JOBS = {
 
 @pytest.fixture(scope="module")
 def timm_logits(torch, tmp_path_factory):
-    """What timm gives for every job, by name: (parameters, path of the weights, logits)."""
+    """timm's results by job name: (parameters, path of the weights, logits)."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("the timm peer is not installed")
     folder = tmp_path_factory.mktemp("timm")
@@ -178,8 +180,8 @@ def timm_logits(torch, tmp_path_factory):
         weights = str(folder / f"{kind}.safetensors")
         reduced = description
         if kind != "random":
-            params[kind] = examples.saved(folder / f"{kind} ours", description)
-            convert.export_checkpoint(str(folder / f"{kind} ours"), format="timm", output=weights)
+            params[kind] = examples.saved(folder / f"{kind} native", description)
+            convert.export_checkpoint(str(folder / f"{kind} native"), format="timm", output=weights)
             _, reduced, _ = timm.reduce(params[kind], description)
             hub = folder / f"{kind} hub"
             hub.mkdir()
@@ -213,30 +215,30 @@ def timm_logits(torch, tmp_path_factory):
 @pytest.mark.parametrize("kind", examples.FINE_TUNED)
 def test_classification_in_timm(kind, timm_logits):
     description = examples.FINE_TUNED[kind]
-    params, _, theirs = timm_logits[f"fine-tuned {kind}"]
-    ours = our_logits(params, description, examples.images(description))
-    assert relative_error(ours, theirs) < TOLERANCE
+    params, _, expected = timm_logits[f"fine-tuned {kind}"]
+    actual = native_logits(params, description, examples.images(description))
+    assert relative_error(actual, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", examples.PRETRAINED)
 def test_pre_trained_encoder_in_timm(kind, timm_logits):
     """Every token after the final norm, the shared table copied to the blocks."""
     description = examples.PRETRAINED[kind]
-    params, _, theirs = timm_logits[f"pretrained {kind}"]
+    params, _, expected = timm_logits[f"pretrained {kind}"]
     encoder = functional(
         lambda rngs: Encoder(description.model, mask_token=True, final_norm=True, rngs=rngs)
     )
-    ours = encoder.apply(unflatten(params)["encoder"], examples.images(description))
-    assert relative_error(ours, theirs) < TOLERANCE
+    actual = encoder.apply(unflatten(params)["encoder"], examples.images(description))
+    assert relative_error(actual, expected) < TOLERANCE
 
 
-def test_from_a_random_timm_model_into_native(timm_logits):
-    _, weights, theirs = timm_logits["random"]
-    # Only timm's own names are in the file: no metadata of ours says how many heads there are.
+def test_import_of_a_random_timm_model(timm_logits):
+    _, weights, expected = timm_logits["random"]
+    # The file has timm's own keys only: no metadata of this project gives the number of heads.
     checkpoint = foreign.read(weights)
     images = examples.images(examples.FINE_TUNED["mean"])
-    ours = our_logits(checkpoint.params, checkpoint.description, images)
-    assert relative_error(ours, theirs) < TOLERANCE
+    actual = native_logits(checkpoint.params, checkpoint.description, images)
+    assert relative_error(actual, expected) < TOLERANCE
 
 
 def test_published_sizes_have_timms_names():

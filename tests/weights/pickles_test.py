@@ -1,4 +1,4 @@
-"""Reading what torch.save wrote, without running it and without PyTorch."""
+"""Files of torch.save are read without running code from them and without PyTorch."""
 
 import builtins
 import io
@@ -85,7 +85,7 @@ def test_bfloat16_is_read(torch, save):
     np.testing.assert_array_equal(read.astype(np.float32), [1.0, -2.5, 3.140625])
 
 
-def test_what_training_scripts_put_beside_the_weights_is_inert(torch, save):
+def test_objects_that_training_scripts_save_beside_weights_are_inert(torch, save):
     import argparse
     import collections
 
@@ -123,7 +123,7 @@ def test_a_pickle_that_would_run_a_command_is_refused(save, tmp_path, name):
     assert not trace.exists()
 
 
-def test_the_same_pickles_do_run_where_nothing_stops_them(tmp_path):
+def test_the_same_pickles_run_code_in_an_ordinary_unpickler(tmp_path):
     """So that the test above could fail."""
     trace = tmp_path / "ran"
     pickle.loads(pickle.dumps(Command(os.system, f"touch {trace}")))
@@ -160,8 +160,8 @@ def test_a_tensor_cannot_reach_outside_its_storage(torch, tmp_path):
     files[name] = files[name].replace(b"K\x04\x85", b"K\xc8\x85")
     bad = tmp_path / "bad.pth"
     with zipfile.ZipFile(bad, "w") as archive:
-        for each, content in files.items():
-            archive.writestr(each, content)
+        for file, content in files.items():
+            archive.writestr(file, content)
     with pytest.raises(WeightsError, match=r"shape \(200,\) ends behind its 4 numbers"):
         pickles.load(str(bad))
 
@@ -177,7 +177,7 @@ def test_a_truncated_file(torch, save, share):
 
 
 def test_flipped_bytes_never_crash(torch, tmp_path):
-    """Random damage is an error of ours or still reads; nothing else comes out."""
+    """Random damage either gives a WeightsError or a file that can still be read."""
     buffer = io.BytesIO()
     whole = {"model": {"w": torch.arange(6.0)}, "n": [1, 2]}
     torch.save(whole, buffer, _use_new_zipfile_serialization=False)
@@ -195,7 +195,7 @@ def test_flipped_bytes_never_crash(torch, tmp_path):
     assert failed > 100
 
 
-def test_a_text_file_is_told_of_the_wget_trap(tmp_path):
+def test_the_error_for_a_text_file_explains_the_wget_mistake(tmp_path):
     path = tmp_path / "encoder.pkl"
     path.write_text(
         "--2026-01-01 12:00:00--  https://cdn.openai.com/dall-e/encoder.pkl\n"
@@ -208,7 +208,7 @@ def test_a_text_file_is_told_of_the_wget_trap(tmp_path):
     assert "wget -O encoder.pkl" in text
 
 
-def test_other_files(torch, tmp_path):
+def test_other_files_are_refused(torch, tmp_path):
     with pytest.raises(WeightsError, match="does not exist"):
         pickles.load(str(tmp_path / "nothing.pth"))
     with pytest.raises(WeightsError, match="is a folder"):

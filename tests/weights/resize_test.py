@@ -34,23 +34,23 @@ def reference_table(table: np.ndarray, old: int, new: int) -> np.ndarray:
 @pytest.mark.parametrize(("old", "new"), [(14, 24), (14, 32), (24, 32), (14, 40), (5, 8)])
 def test_tables_agree_with_scipy(old, new):
     table = np.random.default_rng(0).normal(size=(table_rows(old), 3)).astype(np.float32)
-    ours = resize.resize_table(table, grid=new)
-    assert ours.shape == (table_rows(new), 3)
-    assert ours.dtype == np.float32
-    theirs = reference_table(table, old, new)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
-    assert np.abs(theirs[:-3]).max() > 0.5
+    actual = resize.resize_table(table, grid=new)
+    assert actual.shape == (table_rows(new), 3)
+    assert actual.dtype == np.float32
+    expected = reference_table(table, old, new)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+    assert np.abs(expected[:-3]).max() > 0.5
 
 
 @pytest.mark.parametrize("new", [24, 32])
 def test_centre_neighbours_and_class_token_rows_are_unchanged(new):
     table = np.random.default_rng(1).normal(size=(table_rows(14), 2)).astype(np.float32)
-    ours = resize.resize_table(table, grid=new)
+    actual = resize.resize_table(table, grid=new)
     before = table[:-3].reshape(27, 27, 2)[12:15, 12:15]
     centre = new - 1
-    after = ours[:-3].reshape(2 * new - 1, 2 * new - 1, 2)
+    after = actual[:-3].reshape(2 * new - 1, 2 * new - 1, 2)
     np.testing.assert_array_equal(after[centre - 1 : centre + 2, centre - 1 : centre + 2], before)
-    np.testing.assert_array_equal(ours[-3:], table[-3:])
+    np.testing.assert_array_equal(actual[-3:], table[-3:])
 
 
 def test_ratios_are_the_published_ones():
@@ -89,14 +89,14 @@ def test_the_spline_reproduces_cubics():
 def test_absolute_positions_agree_with_torch(old, new):
     torch = pytest.importorskip("torch", reason="PyTorch is the reference")
     positions = np.random.default_rng(3).normal(size=(1, 1 + old * old, 6)).astype(np.float32)
-    ours = resize.resize_positions(positions, grid=new)
+    actual = resize.resize_positions(positions, grid=new)
     patches = torch.from_numpy(positions[:, 1:].reshape(1, old, old, 6)).permute(0, 3, 1, 2)
-    theirs = torch.nn.functional.interpolate(
+    expected = torch.nn.functional.interpolate(
         patches, size=(new, new), mode="bicubic", align_corners=False
     )
-    theirs = theirs.permute(0, 2, 3, 1).reshape(1, new * new, 6).numpy()
-    np.testing.assert_allclose(ours[:, 1:], theirs, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(ours[:, :1], positions[:, :1])
+    expected = expected.permute(0, 2, 3, 1).reshape(1, new * new, 6).numpy()
+    np.testing.assert_allclose(actual[:, 1:], expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(actual[:, :1], positions[:, :1])
 
 
 def test_the_same_size_is_the_same_array():

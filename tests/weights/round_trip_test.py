@@ -1,4 +1,4 @@
-"""Ours → a format → ours changes no bit, and unilm's names and shapes are the published ones."""
+"""A round trip through a format changes no bit; unilm's names and shapes are the published ones."""
 
 import dataclasses
 import json
@@ -49,11 +49,11 @@ def shapes_of(description: Description) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in description.shapes().items()}
 
 
-def same(ours, theirs) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert theirs[name].dtype == np.float32
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+def same(expected, actual) -> None:
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        assert actual[name].dtype == np.float32
+        np.testing.assert_array_equal(expected[name], actual[name], err_msg=name)
 
 
 @pytest.mark.parametrize("format", ["hugging_face", "unilm"])
@@ -62,9 +62,11 @@ def test_round_trip_is_bit_exact(kind, format, tmp_path):
     if format == "unilm":
         pytest.importorskip("torch", reason="writing .pth takes PyTorch")
     description = examples.EVERY[kind]
-    params = examples.saved(tmp_path / "ours", description)
+    params = examples.saved(tmp_path / "native", description)
     output = str(tmp_path / OUTPUTS[format])
-    report = convert.export_checkpoint(str(tmp_path / "ours"), format=format, output=output).report
+    report = convert.export_checkpoint(
+        str(tmp_path / "native"), format=format, output=output
+    ).report
     assert set(report.used) == set(params)
     assert report.missing == report.unused == report.reshaped == ()
     report, imported, _ = convert.import_checkpoint(output, output=str(tmp_path / "again"))
@@ -72,7 +74,7 @@ def test_round_trip_is_bit_exact(kind, format, tmp_path):
     again, again_description, _ = convert.read_any(str(tmp_path / "again"))
     same(params, again)
     assert again_description == imported
-    # What a file does not say is not made up, but these must survive everywhere.
+    # A format may not record every field; these must survive in all of them.
     for field in ("task", "outputs", "pooling"):
         assert getattr(imported, field) == getattr(description, field)
     for field in ("layers", "width", "mlp_width", "image_size", "patch_size", "positions"):
@@ -85,9 +87,9 @@ def test_round_trip_is_bit_exact(kind, format, tmp_path):
 @pytest.mark.parametrize("kind", examples.FINE_TUNED)
 def test_round_trip_through_timm_is_bit_exact(kind, tmp_path):
     description = examples.FINE_TUNED[kind]
-    params = examples.saved(tmp_path / "ours", description)
+    params = examples.saved(tmp_path / "native", description)
     output = str(tmp_path / "file.safetensors")
-    convert.export_checkpoint(str(tmp_path / "ours"), format="timm", output=output)
+    convert.export_checkpoint(str(tmp_path / "native"), format="timm", output=output)
     checkpoint = foreign.read(output)
     same(params, checkpoint.params)
     assert checkpoint.description.model.heads == description.model.heads
@@ -97,9 +99,9 @@ def test_round_trip_through_timm_is_bit_exact(kind, tmp_path):
 @pytest.mark.parametrize("kind", examples.PRETRAINED)
 def test_timm_takes_a_pre_trained_encoder_and_names_what_it_leaves(kind, tmp_path):
     description = examples.PRETRAINED[kind]
-    params = examples.saved(tmp_path / "ours", description)
+    params = examples.saved(tmp_path / "native", description)
     output = str(tmp_path / "file.safetensors")
-    done = convert.export_checkpoint(str(tmp_path / "ours"), format="timm", output=output)
+    done = convert.export_checkpoint(str(tmp_path / "native"), format="timm", output=output)
     assert set(done.report.unused) == {"encoder/mask_token", "lm_head/kernel", "lm_head/bias"}
     again = foreign.read(output).params
     if kind == "beit+":
@@ -128,7 +130,7 @@ def test_unilm_names_shapes_and_order_are_the_published_ones(family):
 @pytest.mark.parametrize("family", [f for f in PUBLISHED if "224" in f])
 @pytest.mark.parametrize("format", ["hugging_face", "timm", "unilm"])
 def test_every_parameter_of_base_and_large_has_its_own_key(family, format):
-    """By shape: as many numbers on both sides, and every key back to the same parameter."""
+    """Both sides have the same count of numbers, and every key leads back to its parameter."""
     description = description_of(family)
     shapes = shapes_of(description)
     if format == "timm":
@@ -137,11 +139,11 @@ def test_every_parameter_of_base_and_large_has_its_own_key(family, format):
         shapes = {name: array.shape for name, array in reduced.items()}
         assert shapes == shapes_of(description)
     table = FORMATS[format].reader.table(description)
-    theirs = keys.foreign_shapes(shapes, table)
+    foreign = keys.foreign_shapes(shapes, table)
     count = sum(int(np.prod(shape)) for shape in shapes.values())
-    assert sum(int(np.prod(shape)) for shape in theirs.values()) == count
-    rows = [each for each in table if all(path in shapes for path in each.native)]
-    back = [path for each in rows for path in each.native]
+    assert sum(int(np.prod(shape)) for shape in foreign.values()) == count
+    rows = [row for row in table if all(path in shapes for path in row.native)]
+    back = [path for row in rows for path in row.native]
     assert sorted(back) == sorted(shapes)
 
 
@@ -149,7 +151,7 @@ def test_every_parameter_of_base_and_large_has_its_own_key(family, format):
 @pytest.mark.parametrize("format", ["hugging_face", "timm", "unilm"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_base_round_trip_with_every_number_different(format, plain):
-    """In memory: no two of a matrix' numbers are equal, so no two can be exchanged."""
+    """In memory: a matrix has no two equal numbers, so that an exchange of any two would show."""
     model = BASE
     if plain:
         model = dataclasses.replace(model, positions="absolute", layer_scale_init=None)
@@ -174,7 +176,7 @@ def test_a_saved_config_describes_its_checkpoint():
 
 
 def test_fused_rows_are_query_key_value():
-    """Literally: rows of qkv.weight are [Q | K | V], transposed to ours."""
+    """Literally: rows of qkv.weight are [Q | K | V], transposed to (in, out)."""
     weight = np.arange(12.0).reshape(6, 2)
     query, key, value = keys.FUSED_QKV.to_native(weight)
     np.testing.assert_array_equal(query, [[0, 2], [1, 3]])

@@ -70,9 +70,9 @@ def pixels(description) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", examples.FINE_TUNED)
 def test_a_classifier_gives_its_logits(kind, run, tmp_path):
     description = examples.FINE_TUNED[kind]
-    params = examples.saved(tmp_path / "ours", description)
+    params = examples.saved(tmp_path / "native", description)
     output = str(tmp_path / "x.stablehlo")
-    done = convert.export_checkpoint(str(tmp_path / "ours"), format="stablehlo", output=output)
+    done = convert.export_checkpoint(str(tmp_path / "native"), format="stablehlo", output=output)
     assert set(done.report.used) == set(params)
     assert done.report.unused == ()
     assert done.load == f"jax.export.deserialize(open({output!r}, 'rb').read()).call(images)"
@@ -89,9 +89,9 @@ def test_a_classifier_gives_its_logits(kind, run, tmp_path):
 def test_a_pre_training_checkpoint_gives_its_encoder(kind, run, tmp_path):
     """The tokens after the final norm; both normalisations and kinds of positions."""
     description = examples.PRETRAINED[kind]
-    params = examples.saved(tmp_path / "ours", description)
+    params = examples.saved(tmp_path / "native", description)
     output = str(tmp_path / "x.stablehlo")
-    done = convert.export_checkpoint(str(tmp_path / "ours"), format="stablehlo", output=output)
+    done = convert.export_checkpoint(str(tmp_path / "native"), format="stablehlo", output=output)
     assert set(done.report.unused) == {"encoder/mask_token", "lm_head/kernel", "lm_head/bias"}
     encoder = functional(
         lambda rngs: Encoder(description.model, mask_token=True, final_norm=True, rngs=rngs)
@@ -110,10 +110,11 @@ def test_a_pre_training_checkpoint_gives_its_encoder(kind, run, tmp_path):
 def test_another_image_size_and_a_foreign_source(run, tmp_path):
     """A Hugging Face folder at another resolution, on the command line."""
     description = examples.PRETRAINED["beit+"]
-    examples.saved(tmp_path / "ours", description)
+    examples.saved(tmp_path / "native", description)
     folder, output = str(tmp_path / "hf"), str(tmp_path / "x.stablehlo")
     assert (
-        main(["export", str(tmp_path / "ours"), "--format=hugging_face", f"--output={folder}"]) == 0
+        main(["export", str(tmp_path / "native"), "--format=hugging_face", f"--output={folder}"])
+        == 0
     )
     export = ["export", folder, "--format=stablehlo", f"--output={output}", "--image-size=64"]
     assert main(export) == 0

@@ -1,7 +1,7 @@
 """timm in a process of its own, run by `parity_test`: `python timm_peer.py jobs.json`.
 
 timm imports torchvision everywhere, which has no CPU build beside a CPU torch on PyPI. BEiT uses
-nothing of it, so a hollow stand-in is imported instead; in this process only, since transformers
+nothing of it, so an empty substitute is imported instead, in this process only, since transformers
 would take it for the real one.
 """
 

@@ -1,4 +1,4 @@
-"""`config.run.init_from`: what starts from what, with which names allowed to differ."""
+"""`config.run.init_from`: which checkpoints start which models, and which names may differ."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from tests.weights import examples
 PRETRAINED = examples.PRETRAINED["beit+"]
 CLASSES = 6
 FRESH = 0.25
-# What starting a fine-tuning run from a pre-trained model means.
+# The names that differ between a pre-trained model and a classifier.
 ALLOW = {
     "allow_missing": ("fc_norm", "head"),
     "allow_unused": ("encoder/mask_token", "encoder/norm", "lm_head"),
@@ -31,13 +31,13 @@ ALLOW = {
 
 
 def fine_tuning(image_size: int = 40):
-    """A classifier to start, per-block tables, at a resolution."""
+    """A classifier with per-block tables, at a resolution."""
     model = dataclasses.replace(examples.PER_BLOCK, image_size=image_size)
     return classifier(model, classes=CLASSES)
 
 
-def with_places(shapes):
-    """As the train loop asks: shapes with the shardings of a mesh."""
+def with_shardings(shapes):
+    """Shapes with the shardings of a mesh, as the train loop passes them."""
     mesh = sharding.make_mesh(fsdp=1)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -47,7 +47,7 @@ def with_places(shapes):
 
 
 def fresh(shapes):
-    """Stands for newly drawn parameters: every number is `FRESH`."""
+    """Newly drawn parameters, every number of which is `FRESH`."""
     return jax.tree.map(
         lambda leaf: jax.device_put(np.full(leaf.shape, FRESH, leaf.dtype), leaf.sharding), shapes
     )
@@ -55,7 +55,7 @@ def fresh(shapes):
 
 def start(source, model, **more):
     """Flat parameters from `source` for `model`."""
-    shapes = with_places(model.shapes())
+    shapes = with_shardings(model.shapes())
     restored = restore_params(str(source), shapes=shapes, fresh=lambda: fresh(shapes), **more)
     assert jax.tree.structure(restored) == jax.tree.structure(shapes)
     for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(shapes), strict=True):
@@ -64,21 +64,23 @@ def start(source, model, **more):
     return {name: np.asarray(leaf) for name, leaf in flatten(restored).items()}
 
 
-@pytest.fixture(scope="module", params=["ours", "hugging_face", "timm", "unilm"])
+@pytest.fixture(scope="module", params=["native", "hugging_face", "timm", "unilm"])
 def source(request, tmp_path_factory):
-    """A pre-trained checkpoint in each format, and its parameters."""
+    """A pre-trained checkpoint in every format, and its parameters."""
     if request.param == "unilm":
         pytest.importorskip("torch", reason="writing .pth takes PyTorch")
     folder = tmp_path_factory.mktemp(request.param)
-    params = examples.saved(folder / "ours", PRETRAINED)
-    if request.param == "ours":
-        return folder / "ours", params
+    params = examples.saved(folder / "native", PRETRAINED)
+    if request.param == "native":
+        return folder / "native", params
     name = {"hugging_face": "folder", "timm": "x.safetensors", "unilm": "x.pth"}[request.param]
-    convert.export_checkpoint(str(folder / "ours"), format=request.param, output=str(folder / name))
+    convert.export_checkpoint(
+        str(folder / "native"), format=request.param, output=str(folder / name)
+    )
     return folder / name, params
 
 
-def test_the_same_model_starts_with_exactly_the_weights(source):
+def test_the_same_model_starts_with_exactly_these_weights(source):
     path, params = source
     if str(path).endswith(".safetensors"):
         pytest.skip("timm has no head for visual tokens")
@@ -90,7 +92,7 @@ def test_the_same_model_starts_with_exactly_the_weights(source):
 
 @pytest.mark.parametrize("image_size", [40, 56])
 def test_fine_tuning_starts_from_pre_training(source, image_size):
-    """Tables copied and resized, the rest as it is, final norm dropped, head fresh."""
+    """Tables are copied and resized, the final norm is dropped, the head is new, the rest kept."""
     path, params = source
     model = fine_tuning(image_size)
     restored = start(path, model, **ALLOW)
@@ -104,7 +106,7 @@ def test_fine_tuning_starts_from_pre_training(source, image_size):
             np.testing.assert_array_equal(value, params[name], err_msg=name)
 
 
-def test_nothing_is_missing_or_left_over_unless_it_is_named(source):
+def test_only_allowed_names_may_be_missing_or_left_over(source):
     path, _ = source
     model = fine_tuning()
     with pytest.raises(ConfigError, match=r"^config.run.init_from: .* does not fit: ") as error:
@@ -120,19 +122,19 @@ def test_nothing_is_missing_or_left_over_unless_it_is_named(source):
 
 def test_absolute_positions_change_their_resolution(tmp_path):
     description = examples.PRETRAINED["plain"]
-    params = examples.saved(tmp_path / "ours", description)
+    params = examples.saved(tmp_path / "native", description)
     model = classifier(dataclasses.replace(examples.PLAIN, image_size=64), classes=CLASSES)
-    restored = start(tmp_path / "ours", model, **ALLOW)
+    restored = start(tmp_path / "native", model, **ALLOW)
     expected = resize.resize_positions(params["encoder/pos_embed"], grid=8)
     np.testing.assert_array_equal(restored["encoder/pos_embed"], expected)
 
 
 def test_a_head_for_other_classes_is_dropped_only_if_named(tmp_path):
-    params = examples.saved(tmp_path / "ours", examples.FINE_TUNED["mean"])
+    params = examples.saved(tmp_path / "native", examples.FINE_TUNED["mean"])
     with pytest.raises(ConfigError, match="head is for 5 classes, needed 6; to start it anew"):
-        start(tmp_path / "ours", fine_tuning())
+        start(tmp_path / "native", fine_tuning())
     restored = start(
-        tmp_path / "ours", fine_tuning(), allow_missing=("head",), allow_unused=("head",)
+        tmp_path / "native", fine_tuning(), allow_missing=("head",), allow_unused=("head",)
     )
     np.testing.assert_array_equal(restored["fc_norm/scale"], params["fc_norm/scale"])
     assert restored["head/kernel"].shape == (32, 6)
@@ -157,7 +159,7 @@ def test_another_architecture_is_its_own_error(source):
         start(path, plain)
 
 
-def test_nothing_there():
+def test_a_source_that_does_not_exist_is_named():
     with pytest.raises(ConfigError, match=r"^config.run.init_from: no checkpoint in /nowhere"):
         start("/nowhere", fine_tuning())
     with pytest.raises(ConfigError, match=r"^config.run.init_from: /x.pth does not exist"):
@@ -165,14 +167,14 @@ def test_nothing_there():
 
 
 def test_an_import_does_not_replace_other_files(tmp_path):
-    examples.saved(tmp_path / "ours", PRETRAINED)
+    examples.saved(tmp_path / "native", PRETRAINED)
     convert.export_checkpoint(
-        str(tmp_path / "ours"), format="timm", output=str(tmp_path / "x.safetensors")
+        str(tmp_path / "native"), format="timm", output=str(tmp_path / "x.safetensors")
     )
     with pytest.raises(ConfigError, match="holds other files"):
         convert.import_checkpoint(str(tmp_path / "x.safetensors"), output=str(tmp_path))
-    convert.import_checkpoint(str(tmp_path / "x.safetensors"), output=str(tmp_path / "ours"))
-    assert convert.read_any(str(tmp_path / "ours"))[1].task == "encoder"
+    convert.import_checkpoint(str(tmp_path / "x.safetensors"), output=str(tmp_path / "native"))
+    assert convert.read_any(str(tmp_path / "native"))[1].task == "encoder"
 
 
 def test_an_imported_checkpoint_is_taken_too(source, tmp_path):
@@ -188,10 +190,10 @@ def test_an_imported_checkpoint_is_taken_too(source, tmp_path):
 
 
 def test_the_train_loop_starts_from_a_foreign_checkpoint(tmp_path):
-    """Through the loop's own order of precedence, optimizer and step fresh."""
-    params = examples.saved(tmp_path / "ours", PRETRAINED)
+    """The loop restores it with a new optimizer and step 0."""
+    params = examples.saved(tmp_path / "native", PRETRAINED)
     convert.export_checkpoint(
-        str(tmp_path / "ours"), format="hugging_face", output=str(tmp_path / "theirs")
+        str(tmp_path / "native"), format="hugging_face", output=str(tmp_path / "peer")
     )
     model = fine_tuning()
     task = Task(
@@ -206,7 +208,7 @@ def test_the_train_loop_starts_from_a_foreign_checkpoint(tmp_path):
     run = RunConfig(
         steps=1,
         batch_size=1,
-        init_from=str(tmp_path / "theirs"),
+        init_from=str(tmp_path / "peer"),
         init_allow_missing=ALLOW["allow_missing"],
         init_allow_unused=ALLOW["allow_unused"],
     )
@@ -257,11 +259,11 @@ def run_python(*arguments, **environment) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_is_exported_on_one(tmp_path):
-    """Sharded over eight devices with its optimizer; read here, from nothing but its folder."""
+    """It was sharded over eight devices with its optimizer; the export reads its folder alone."""
     workdir = tmp_path / "run"
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     run_python("-c", MANY_DEVICES, workdir, **environment)
-    moved = tmp_path / "elsewhere"
+    moved = tmp_path / "moved"
     workdir.rename(moved)
     export = ("export", moved, "--format", "hugging_face", "--output", tmp_path / "hf")
     run_python("-m", "beit_jax.weights", *export, XLA_FLAGS="", JAX_PLATFORMS="cpu")
@@ -315,26 +317,26 @@ def test_export_of_a_run_takes_the_newest_checkpoint_and_its_numbers(tmp_path):
     np.testing.assert_array_equal(older["lm_head/kernel"], expected["lm_head/kernel"])
 
 
-def test_a_config_without_what_export_needs_is_named(tmp_path):
+def test_a_key_that_export_needs_in_the_config_is_named(tmp_path):
     config = to_config(PRETRAINED)
     del config["data"]
     native.write_params(
-        str(tmp_path / "ours"), unflatten(examples.random_params(PRETRAINED)), config=config
+        str(tmp_path / "native"), unflatten(examples.random_params(PRETRAINED)), config=config
     )
     with pytest.raises(ConfigError, match="data: missing from the checkpoint's config"):
         convert.export_checkpoint(
-            str(tmp_path / "ours"), format="hugging_face", output=str(tmp_path / "x")
+            str(tmp_path / "native"), format="hugging_face", output=str(tmp_path / "x")
         )
 
 
-def test_parameters_that_are_not_what_the_config_says(tmp_path):
+def test_parameters_that_contradict_the_config_are_an_error(tmp_path):
     other = Description(task="pretrain", model=examples.PER_BLOCK, outputs=40)
     native.write_params(
-        str(tmp_path / "ours"),
+        str(tmp_path / "native"),
         unflatten(examples.random_params(PRETRAINED)),
         config=to_config(other),
     )
     with pytest.raises(ConfigError, match=f"unused {adapt.SHARED_TABLE}"):
         convert.export_checkpoint(
-            str(tmp_path / "ours"), format="hugging_face", output=str(tmp_path / "x")
+            str(tmp_path / "native"), format="hugging_face", output=str(tmp_path / "x")
         )

@@ -1,7 +1,7 @@
 """StableHLO: the model as one program that runs without Flax and without this package.
 
     program = jax.export.deserialize(open("beit.stablehlo", "rb").read())
-    outputs = program.call(images)  # uint8 [b, s, s, 3], any b
+    outputs = jax.jit(program.call)(images)  # uint8 [b, s, s, 3], any b
 
 One file holds the program and, as constants, the parameters. A classifier gives logits, float32
 `[b, classes]`; anything else gives the tokens of its encoder, after the final norm where there is
@@ -62,10 +62,10 @@ def write(export: Export) -> Written:
 def inference_function(
     params: FlatParams, description: Description
 ) -> Callable[[jax.Array], Outputs]:
-    """uint8 images `[b, s, s, 3]` → what the program gives, with the parameters inside.
+    """The exported function of uint8 images `[b, s, s, 3]`, with the parameters inside.
 
     Args:
-      params: flat; a classifier's, or an encoder's under "encoder/".
+      params: flat; a classifier's, or those of an encoder under "encoder/".
       description: the checkpoint's.
     """
     normalization = description.normalization
@@ -98,8 +98,8 @@ def serialized(function: Callable[[jax.Array], Outputs], *, image_size: int) -> 
 def fold_layer_scale(params: FlatParams) -> dict[str, np.ndarray]:
     """Multiplies LayerScale into the projections before it, where the model has one.
 
-    At inference the two are the same function. Which of them is cheaper depends on the batch size,
-    and the model decides by it, which a symbolic batch size leaves open.
+    The function is the same at inference. The model otherwise picks the cheaper of the two forms by
+    comparing the batch size, which a symbolic batch size does not allow.
     """
     result = dict(params)
     for gamma, projection in _SCALED.items():
