@@ -1,4 +1,4 @@
-"""The scaling bench: what it makes of times, programs and a compiler's answers."""
+"""The scaling bench: its arithmetic on times, programs and a compiler's answers."""
 
 import dataclasses
 import importlib.util
@@ -72,29 +72,29 @@ ENTRY %main (a: f32[10], b: f32[4]) -> f32[10] {
 def test_weak_scaling_compares_slices(bench):
     """A compiler that says 2 % more cycles on the larger slice; gradients summed in the open."""
 
-    def compile_program(config, place):
+    def compile_program(config, tpu_slice):
         work = estimate.workload(config)
         gradients = 4.0 * (work.parameters["encoder"] + work.parameters["head"])
         reduce = hlo.Collective(
             kind="all-reduce",
             bytes=gradients,
             bytes_by_dtype={"f32": gradients},
-            group=place.chips,
+            group=tpu_slice.chips,
             runs=1.0,
             overlapped=False,
             source="",
         )
-        cycles = 1e8 * (1 if place.chips == 4 else 1.02)
+        cycles = 1e8 * (1 if tpu_slice.chips == 4 else 1.02)
         program = hlo.Program(
             cycles=cycles,
             matmul_cycles=cycles,
             collectives=(reduce,),
             uncosted=(),
             loops=(),
-            partitions=place.chips,
+            partitions=tpu_slice.chips,
         )
         assert config.model.dtype == "bfloat16"
-        assert config.run.batch_size == 128 * place.chips
+        assert config.run.batch_size == 128 * tpu_slice.chips
         return Compiled(
             needed=3.0, program=program, arguments=1.0, temporary=2.0, code=0.0, flops=5.0
         )
@@ -113,8 +113,8 @@ def test_weak_scaling_compares_slices(bench):
         assert row["ms_step"] == pytest.approx(1e3 * row["cycles"] / 1050e6 + shown)
     assert "all-reduce 1x 3" in bench.table(rows)  # 368 MB
 
-    def does_not_fit(config, place):
-        full = compile_program(config, place)
+    def does_not_fit(config, tpu_slice):
+        full = compile_program(config, tpu_slice)
         return dataclasses.replace(full, program=None, missing="it does not fit")
 
     with pytest.raises(RuntimeError, match="v4-8: it does not fit"):

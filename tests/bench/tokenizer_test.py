@@ -1,4 +1,4 @@
-"""bench/tokenizer.py runs, and counts what it says."""
+"""bench/tokenizer.py runs, and its counts are right."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""bench/tpu_model.py: what a kernel counts with."""
+"""bench/tpu_model.py: the time that a kernel counts with."""
 
 import sys
 from pathlib import Path

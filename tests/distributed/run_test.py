@@ -126,8 +126,8 @@ def test_sigterm_saves_the_same_step_everywhere_and_resumes_bit_exactly(straight
     assert_same_state(workdir, straight)
 
 
-def test_a_damaged_checkpoint_is_left_by_all(straight, tmp_path):
-    """The newest is cut off; both hosts take the one before, and arrive where the others did."""
+def test_a_damaged_checkpoint_is_set_aside_by_all_hosts(straight, tmp_path):
+    """The newest is truncated; both hosts take the one before and end in the same state."""
     workdir = tmp_path / "run"
     config = values(run__fsdp=2, run__eval_every=10)
     finish(workdir, values(run__fsdp=2, run__eval_every=10, run__checkpoint_every=10), count=2)
@@ -144,13 +144,13 @@ def test_a_damaged_checkpoint_is_left_by_all(straight, tmp_path):
     assert_same_state(workdir, straight)
 
 
-def test_the_clock_of_one_host_decides_for_all(tmp_path):
+def test_the_first_hosts_clock_decides_for_all_hosts(tmp_path):
     config = values(run__checkpoint_minutes=1e-9, run__log_every=5)
     finish(tmp_path / "run", config, count=2)
     assert saved_steps(tmp_path / "run") == [10, 15, 20]
 
 
-def test_sigterm_breaks_off_an_evaluation(tmp_path):
+def test_sigterm_interrupts_an_evaluation(tmp_path):
     config = values(run__eval_every=5, evaluation_seconds=2.0)
     with Run(tmp_path / "run", config, count=2) as run:
         run.wait_for_text("step  5/20")
@@ -172,7 +172,7 @@ def test_sigterm_before_the_first_step_leaves_at_once(tmp_path):
     assert "nothing to save; the same command continues" in run.output(0)
 
 
-def test_one_process_is_stopped_and_resumed_the_same_way(tmp_path):
+def test_a_single_process_is_stopped_and_resumed_the_same(tmp_path):
     finish(tmp_path / "straight", values(), count=1)
     with Run(tmp_path / "run", values(step_seconds=0.4), count=1) as run:
         run.wait_for_text("step  3/20")
@@ -196,7 +196,7 @@ def test_a_second_sigterm_leaves_at_once(tmp_path):
     assert "second SIGTERM, leaving without saving" in run.output(0)
 
 
-def test_killing_one_ends_the_others_with_its_name(tmp_path):
+def test_killing_one_process_ends_the_others_with_its_name(tmp_path):
     config = values(step_seconds=0.2, run__steps=10_000, run__batch_size=9)
     with Run(tmp_path / "run", config, count=3, heartbeat_timeout=8.0) as run:
         run.wait_for_text("step     3/10000")
@@ -220,7 +220,7 @@ def test_killing_the_coordinator_ends_the_others_too(tmp_path):
     assert "lost process 0 (" in error
 
 
-def test_what_one_can_not_read_ends_all(tmp_path):
+def test_unreadable_data_on_one_host_ends_all_hosts(tmp_path):
     """Bad data on one host only; nobody waits for it in a collective."""
     config = values(fail_process=1, fail_step=4)
     with Run(tmp_path / "run", config, count=2) as run:
@@ -246,7 +246,7 @@ def test_hosts_that_disagree_are_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_who_does_not_start_is_named(tmp_path):
+def test_a_process_that_does_not_start_is_named(tmp_path):
     with Run(tmp_path / "run", values(), count=3, only=[0, 2], start_timeout=15.0) as run:
         assert run.wait() == {0: 69, 2: 69}, run.everything()
     for i in (0, 2):
@@ -257,7 +257,7 @@ def test_who_does_not_start_is_named(tmp_path):
     assert "no answer from process 0 at 127.0.0.1" in run.errors(1)[0]
 
 
-def test_a_cpu_is_not_taken_for_a_tpu(tmp_path):
+def test_a_run_for_tpus_is_refused_on_a_cpu(tmp_path):
     with Run(tmp_path / "run", values(), count=1, platform="tpu") as run:
         assert run.wait() == {0: 2}, run.everything()
     (error,) = run.errors(0)
@@ -265,7 +265,7 @@ def test_a_cpu_is_not_taken_for_a_tpu(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_number_of_hosts_continues_a_run(straight, tmp_path):
+def test_a_run_continues_on_another_number_of_hosts(straight, tmp_path):
     """Two processes with FSDP → one → four with FSDP; the curve is the uninterrupted one."""
     workdir = tmp_path / "run"
     for steps, count, fsdp in ((8, 2, 2), (14, 1, 1), (20, 4, 4)):

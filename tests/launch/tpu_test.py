@@ -160,8 +160,8 @@ class Cloud:
         found = []
         for command in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                place = str(command.parent.joinpath("cwd").readlink())
-                if str(self.standin) in f"{place} {command.read_bytes().decode(errors='replace')}":
+                folder = str(command.parent.joinpath("cwd").readlink())
+                if str(self.standin) in f"{folder} {command.read_bytes().decode(errors='replace')}":
                     found.append(int(command.parent.name))
             except OSError:
                 pass  # gone meanwhile
@@ -758,18 +758,18 @@ def test_refused(cloud, said, advice):
 def test_gke(cloud):
     """The one xpk call, with main.py's arguments as they were; what is missing is named."""
     script(cloud.bin / "xpk", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
-    place = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z", "TYPE": "v5litepod-16"}
+    variables = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z", "TYPE": "v5litepod-16"}
 
     def call(*words, **environment):
         gke = [str(cloud.checkout / "launch/gke.sh"), *words]
         environment = cloud.environment(**environment)
         return subprocess.run(gke, env=environment, capture_output=True, text=True)
 
-    result = call("beit", "--config=x.py", "--a=b c", IMAGE="i", **place)
+    result = call("beit", "--config=x.py", "--a=b c", IMAGE="i", **variables)
     words = result.stdout.splitlines()
     assert words[:2] == ["workload", "create"]
     assert "--tpu-type=v5litepod-16" in words
     assert "--restart-on-exit-codes=75" in words
     command = r"--command=cd /opt/beit_jax && exec python main.py --config=x.py --a=b\ c "
     assert words[-1] == command
-    assert "the variable IMAGE is missing" in call("beit", "--config=x.py", **place).stderr
+    assert "the variable IMAGE is missing" in call("beit", "--config=x.py", **variables).stderr

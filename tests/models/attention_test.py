@@ -1,4 +1,4 @@
-"""Every way to compute attention against plain float64 NumPy."""
+"""Every implementation of attention against plain float64 NumPy."""
 
 import contextlib
 
@@ -29,7 +29,7 @@ def inputs(shape: tuple[int, int, int], *, dtype: str) -> tuple[np.ndarray, ...]
     rng = np.random.default_rng(sum(shape))
     arrays = [rng.standard_normal((images, tokens, heads * HEAD_WIDTH)) for _ in range(4)]
     arrays[0] /= HEAD_WIDTH**0.5
-    *flat, gradient = (np.asarray(jnp.asarray(each, dtype), np.float64) for each in arrays)
+    *flat, gradient = (np.asarray(jnp.asarray(array, dtype), np.float64) for array in arrays)
     bias = 2 * rng.standard_normal((heads, tokens, tokens)).astype(np.float32)
     return *flat, bias.astype(np.float64), gradient
 
@@ -45,7 +45,7 @@ def exact(query, key, value, bias, gradient):
         b, h, n, k = x.shape
         return x.transpose(0, 2, 1, 3).reshape(b, n, h * k)
 
-    q, k, v, g = (split(each) for each in (query, key, value, gradient))
+    q, k, v, g = (split(array) for array in (query, key, value, gradient))
     scores = q @ k.swapaxes(-1, -2) + bias
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -60,18 +60,18 @@ def exact(query, key, value, bias, gradient):
     )
 
 
-def assert_close(found, expected, *, relative: float) -> None:
+def assert_close(results, references, *, relative: float) -> None:
     """Compares with the largest entry: a small difference of large numbers is no smaller."""
-    for name, ours, theirs in zip(
-        ("mixed", "query", "key", "value", "bias"), found, expected, strict=True
+    for name, actual, expected in zip(
+        ("mixed", "query", "key", "value", "bias"), results, references, strict=True
     ):
-        off = np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
+        off = np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max()
         assert off < relative, f"{name}: {off:.1e}"
 
 
 def value_and_gradients(function, arrays, *, dtype: str):
     *flat, bias, gradient = arrays
-    flat = [jnp.asarray(each, dtype) for each in flat]
+    flat = [jnp.asarray(array, dtype) for array in flat]
     mixed, back = jax.vjp(function, *flat, jnp.asarray(bias, jnp.float32))
     return mixed, *back(jnp.asarray(gradient, mixed.dtype))
 
@@ -90,7 +90,7 @@ def test_fused_equals_float64_with_the_padding_poisoned(shape, dtype, relative):
     assert_close(found, exact(*arrays), relative=relative)
 
 
-def test_the_interpreter_does_poison():
+def test_the_interpreter_poisons_the_padding():
     from jax.experimental import pallas as pl
 
     def kernel(x, out):
@@ -106,8 +106,8 @@ def test_the_interpreter_does_poison():
         assert np.isnan(copy(jnp.ones((5, 128)))[5:]).all()
 
 
-@pytest.mark.parametrize("way", ["plain", "cudnn"])
-def test_the_other_ways_equal_float64(way):
+@pytest.mark.parametrize("implementation", ["plain", "cudnn"])
+def test_the_other_implementations_equal_float64(implementation):
     arrays = inputs((2, 17, 2), dtype="float32")
 
     def plain(query, key, value, bias):
@@ -117,17 +117,17 @@ def test_the_other_ways_equal_float64(way):
     def padded(*args):  # as for cuDNN, computed by XLA: layout and the pad to even counts
         return attention._cudnn(*args, heads=2, library="xla")
 
-    function = {"plain": plain, "cudnn": padded}[way]
+    function = {"plain": plain, "cudnn": padded}[implementation]
     found = value_and_gradients(function, arrays, dtype="float32")
     assert_close(found, exact(*arrays), relative=1e-5)
 
 
 def test_extreme_scores_stay_finite():
     *flat, bias, gradient = inputs((1, 17, 2), dtype="float32")
-    arrays = [*(30 * each for each in flat), 1e4 * bias, gradient]
+    arrays = [*(30 * array for array in flat), 1e4 * bias, gradient]
     with pltpu.force_tpu_interpret_mode():
         found = value_and_gradients(fused_attention, arrays, dtype="float32")
-    assert all(np.isfinite(each).all() for each in found)
+    assert all(np.isfinite(array).all() for array in found)
     np.testing.assert_allclose(found[0], exact(*arrays)[0], rtol=1e-3, atol=1e-3)
 
 
@@ -153,10 +153,10 @@ def test_eight_devices_equal_one():
         def all_of_it(*arrays):
             return value_and_gradients(sharding.on_mesh(mix, mesh), arrays, dtype="float32")
 
-        placed = [jax.device_put(each.astype(np.float32), batch) for each in flat]
+        placed = [jax.device_put(array.astype(np.float32), batch) for array in flat]
         eight = jax.jit(all_of_it)(*placed, table, gradient.astype(np.float32))
-    for ours, theirs in zip(eight, one, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(eight, one, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_auto_takes_the_kernel_on_tpus_where_it_fits():
@@ -170,9 +170,11 @@ def test_auto_takes_the_kernel_on_tpus_where_it_fits():
 
 
 def test_cost_counts_the_padding():
-    place = choose_layout(batch=64, tokens=197, heads=12)
-    assert (place.query_rows, place.key_rows, place.tiles) == (256, 208, 1)
-    forward, backward = (cost(place, dtype=jnp.bfloat16, backward=each) for each in (False, True))
+    layout = choose_layout(batch=64, tokens=197, heads=12)
+    assert (layout.query_rows, layout.key_rows, layout.tiles) == (256, 208, 1)
+    forward, backward = (
+        cost(layout, dtype=jnp.bfloat16, backward=array) for array in (False, True)
+    )
     assert forward.flops == 2 * 2 * 64 * 12 * 256 * 208 * 128  # two products, 64 wide in 128
     assert backward.flops * 2 == forward.flops * 5
     assert forward.bytes > 4 * 64 * 197 * 768 * 2
@@ -183,7 +185,7 @@ def test_cost_counts_the_padding():
         assert cut.tiles * cut.query_rows >= tokens
 
 
-def test_shapes_that_do_not_fit_are_named():
+def test_shapes_that_do_not_fit_are_an_error():
     x = jnp.zeros((1, 5, 128))
     with pytest.raises(ValueError, match=r"need a bias of \[2, 5, 5\], got \[2, 5, 6\]"):
         fused_attention(x, x, x, jnp.zeros((2, 5, 6)))

@@ -75,8 +75,8 @@ def to_ours(tensors: dict, *, layers: int) -> dict:
 
     def block(prefix):
         attention = {
-            ours: linear(f"{prefix}.attention.{theirs}")
-            for ours, theirs in (
+            native: linear(f"{prefix}.attention.{foreign}")
+            for native, foreign in (
                 ("query", "q_proj"),
                 ("key", "k_proj"),
                 ("value", "v_proj"),

@@ -78,7 +78,7 @@ def test_initialisation_is_the_fine_tuning_one():
             assert np.abs(value).max() > 0.06, "not cut at one standard deviation"
 
 
-def test_the_class_token_is_not_in_the_mean_and_is_all_of_cls():
+def test_mean_pooling_leaves_out_the_class_token_and_cls_is_the_class_token():
     """Pooling by hand from the encoder's tokens; the 'cls' encoder ends in its norm."""
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 24, 3)), jnp.float32)
     for pooling in ("mean", "cls"):
@@ -103,7 +103,7 @@ def _tokens(encoder_params, images):
     return encoder.apply(encoder_params, images)
 
 
-def test_every_parameter_has_its_rules():
+def test_every_parameter_has_decay_and_sharding_rules():
     for pooling in ("mean", "cls"):
         shapes = classifier(TINY, classes=5, pooling=pooling).shapes()
         decayed = flatten(optim.decay_mask(shapes))
@@ -112,21 +112,25 @@ def test_every_parameter_has_its_rules():
         sharding.shardings(shapes, sharding.make_mesh(fsdp=1))
 
 
-def test_pooling_is_checked():
+def test_an_unknown_pooling_is_refused():
     with pytest.raises(ConfigError, match="pooling: must be one of mean, cls; got 'max'"):
         classifier(dataclasses.replace(TINY, layers=1), classes=5, pooling="max")
 
 
-def relative_error(ours, theirs):
+def relative_error(actual, expected):
     """Largest difference over the largest value."""
-    return np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max()
+    return (
+        np.abs(np.asarray(actual) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("image_size", "way"), [(224, "xla"), (384, "xla"), (224, "fused"), (384, "fused")]
+    ("image_size", "implementation"), [(224, "xla"), (384, "xla"), (224, "fused"), (384, "fused")]
 )
-def test_logits_loss_and_every_gradient_equal_transformers(image_size, way, attention_anywhere):
+def test_logits_loss_and_every_gradient_equal_transformers(
+    image_size, implementation, attention_anywhere
+):
     """Float32, same weights, real sizes: relative 1e-4 for logits, smoothed loss, gradients."""
     torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
     from tests.models import beit_peer
@@ -134,11 +138,11 @@ def test_logits_loss_and_every_gradient_equal_transformers(image_size, way, atte
     sizes = {"xla": {"width": 32, "heads": 2}, "fused": {"layers": 1, "width": 64, "heads": 1}}
     config = dataclasses.replace(
         TINY,
-        **sizes[way],
+        **sizes[implementation],
         mlp_width=64,
         image_size=image_size,
         patch_size=16,
-        attention=way,
+        attention=implementation,
     )
     classes = 12
     peer = beit_peer.classifier(config, classes=classes, pooling="mean")
@@ -151,7 +155,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(image_size, way, atte
         output.logits, torch.from_numpy(labels), label_smoothing=0.1
     )
     loss.backward()
-    theirs = flatten(
+    expected = flatten(
         beit_peer.classifier_to_ours(
             {name: p.grad for name, p in peer.named_parameters()}, layers=config.layers
         )
@@ -161,17 +165,17 @@ def test_logits_loss_and_every_gradient_equal_transformers(image_size, way, atte
 
     def our_loss(params):
         logits = model.apply(params, images)
-        each = batch_augment.smoothed_cross_entropy(logits, jnp.asarray(labels), smoothing=0.1)
-        return each.mean(), logits
+        losses = batch_augment.smoothed_cross_entropy(logits, jnp.asarray(labels), smoothing=0.1)
+        return losses.mean(), logits
 
     (our, logits), gradients = jax.jit(jax.value_and_grad(our_loss, has_aux=True))(params)
     errors = {
         "logits": relative_error(logits, output.logits.detach()),
         "loss": abs(float(our) - loss.item()) / loss.item(),
     }
-    ours = flatten(gradients)
-    assert ours.keys() == theirs.keys()
-    errors |= {name: relative_error(ours[name], theirs[name]) for name in ours}
+    actual = flatten(gradients)
+    assert actual.keys() == expected.keys()
+    errors |= {name: relative_error(actual[name], expected[name]) for name in actual}
 
     assert not {name: error for name, error in errors.items() if not error < 1e-4}
 
@@ -189,7 +193,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("variant", FEATURES)
 def test_hidden_states_equal_transformers(variant):
-    """What a probe uses: the embeddings and every block's output, without the final norm.
+    """A probe's input: the embeddings and every block's output, without the final norm.
 
     Each block's own contribution is compared too: the residual stream would hide a small one.
     """
@@ -205,14 +209,14 @@ def test_hidden_states_equal_transformers(variant):
     images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     with torch.no_grad():
         output = peer(torch.from_numpy(images.transpose(0, 3, 1, 2)), output_hidden_states=True)
-    theirs = np.stack([states.numpy() for states in output.hidden_states])
+    expected = np.stack([states.numpy() for states in output.hidden_states])
 
     encoder = functional(
         lambda rngs: Encoder(config, mask_token=False, final_norm=pooling == "cls", rngs=rngs)
     )
-    ours = jax.jit(lambda p, x: encoder.apply(p, x, method="hidden_states"))(params, images)
-    assert ours.shape == theirs.shape == (config.layers + 1, 2, config.tokens + 1, config.width)
+    actual = jax.jit(lambda p, x: encoder.apply(p, x, method="hidden_states"))(params, images)
+    assert actual.shape == expected.shape == (config.layers + 1, 2, config.tokens + 1, config.width)
     for layer in range(config.layers + 1):
-        assert relative_error(ours[layer], theirs[layer]) < 1e-5, layer
-    for layer, contribution in enumerate(np.diff(theirs, axis=0)):
-        assert relative_error(np.diff(ours, axis=0)[layer], contribution) < 1e-4, layer
+        assert relative_error(actual[layer], expected[layer]) < 1e-5, layer
+    for layer, contribution in enumerate(np.diff(expected, axis=0)):
+        assert relative_error(np.diff(actual, axis=0)[layer], contribution) < 1e-4, layer

@@ -10,7 +10,7 @@ from beit_jax.models import attention
 
 @pytest.fixture
 def attention_anywhere(monkeypatch):
-    """The TPU's kernel interpreted; what cuDNN is given, computed by XLA."""
+    """Interprets the TPU kernel, and computes cuDNN's calls with XLA."""
     monkeypatch.setattr(
         attention, "_cudnn", functools.partial(attention._cudnn, library="xla"), raising=True
     )

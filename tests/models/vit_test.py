@@ -31,9 +31,11 @@ VARIANTS = {
 }
 
 
-def relative_error(ours, theirs):
+def relative_error(actual, expected):
     """Largest difference over the largest value."""
-    return np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max()
+    return (
+        np.abs(np.asarray(actual) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +49,20 @@ def batch():
     return images, mask, labels
 
 
-@pytest.mark.parametrize("way", ["xla", "fused", pytest.param("cudnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "implementation", ["xla", "fused", pytest.param("cudnn", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_loss_and_every_gradient_equal_transformers(variant, way, batch, attention_anywhere):
-    """Float32, same weights: 1e-4 relative for all-position logits, loss and each gradient."""
+def test_logits_loss_and_every_gradient_equal_transformers(
+    variant, implementation, batch, attention_anywhere
+):
+    """Float32, same weights: 1e-4 relative for all-position logits, loss and every gradient."""
     torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
     from tests.models import beit_peer
 
     config = dataclasses.replace(VARIANTS[variant], attention="xla")
-    if way != "xla":  # a kernel's heads are 64 wide
-        config = dataclasses.replace(config, width=128, heads=2, attention=way)
+    if implementation != "xla":  # a kernel's heads are 64 wide
+        config = dataclasses.replace(config, width=128, heads=2, attention=implementation)
     images, mask, labels = batch
     peer = beit_peer.masked_image_model(config, vocabulary=VOCABULARY)
     params = beit_peer.to_ours(dict(peer.named_parameters()), layers=config.layers)
@@ -84,13 +90,13 @@ def test_logits_loss_and_every_gradient_equal_transformers(variant, way, batch, 
 
     our, gradients = jax.jit(jax.value_and_grad(our_loss))(params)
     assert abs(our - loss.item()) / loss.item() < 1e-4
-    ours, theirs = flatten(gradients), flatten(peer_gradients)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert relative_error(ours[name], theirs[name]) < 1e-4, name
+    actual, expected = flatten(gradients), flatten(peer_gradients)
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert relative_error(actual[name], expected[name]) < 1e-4, name
 
 
-def test_relative_position_index_literally():
+def test_the_relative_position_index_of_a_2x2_grid():
     """A 2 × 2 grid: nine patch offsets, then the three class-token rows."""
     expected = [
         [11, 9, 9, 9, 9],
@@ -126,11 +132,11 @@ def test_initialisation_is_the_pre_training_one():
             if value.size > 5000:
                 np.testing.assert_allclose(value.std(), 0.0108, rtol=0.02)
     blocks = params["encoder"]["blocks"]["attention"]["query"]["kernel"]
-    assert not np.allclose(blocks[0], blocks[1]), "each block draws its own weights"
+    assert not np.allclose(blocks[0], blocks[1]), "blocks draw different weights"
 
 
-def test_masked_patches_are_invisible(batch):
-    """Changing hidden pixels changes nothing; changing seen ones changes every prediction."""
+def test_pixels_of_masked_patches_have_no_influence(batch):
+    """Changing hidden pixels changes nothing; changing visible ones changes every prediction."""
     images, mask, _ = batch
     model = heads.masked_image_model(TINY, vocabulary=VOCABULARY)
     params = model.init(jax.random.key(1))
@@ -154,12 +160,12 @@ def test_unrolling_and_remat_do_not_change_the_numbers(unroll, batch):
     def gradient(model):
         return jax.jit(jax.grad(lambda p: (model.apply(p, images, mask=mask) ** 2).mean()))(params)
 
-    ours, others = flatten(gradient(model)), flatten(gradient(other))
-    for a, b in zip(ours.values(), others.values(), strict=True):
+    actual, others = flatten(gradient(model)), flatten(gradient(other))
+    for a, b in zip(actual.values(), others.values(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_hidden_states_end_in_what_the_final_norm_takes(batch):
+def test_the_last_hidden_state_is_the_final_norms_input(batch):
     images, mask, _ = batch
     model = heads.masked_image_model(TINY, vocabulary=VOCABULARY)
     params = model.init(jax.random.key(1))
@@ -259,7 +265,7 @@ def test_bfloat16_stays_close_to_float32(batch):
     assert relative_error(low, full) < 0.03
 
 
-def test_wrong_sizes_are_named():
+def test_images_of_another_size_are_refused():
     with pytest.raises(ConfigError, match="image_size: 30 is not a multiple of patch_size 8"):
         dataclasses.replace(TINY, image_size=30)
     with pytest.raises(ConfigError, match="width: 32 is not a multiple of heads 5"):

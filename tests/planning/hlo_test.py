@@ -52,7 +52,7 @@ replica_groups=[1,8]<=[8], to_apply=%fused, metadata={op_name="jit(step)/sum"}
 """
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_a_loops_body_counts_once_per_iteration():
     program = hlo.read(LOOP)
     assert program.loops == (12,)
     assert program.cycles == 12 * (100 + 20) + 7
@@ -60,7 +60,7 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert program.partitions == 8
 
 
-def test_collectives_with_bytes_groups_and_runs():
+def test_collectives_have_bytes_groups_and_runs():
     gather, reduce = hlo.read(LOOP).collectives
     assert (gather.kind, gather.group, gather.runs) == ("all-gather", 4, 12)
     assert gather.bytes == 4 * (4 * 8 * 4)  # what every device has in the end
@@ -70,8 +70,8 @@ def test_collectives_with_bytes_groups_and_runs():
     assert not gather.overlapped
 
 
-def test_what_has_no_cost_is_named_and_what_does_nothing_is_not():
-    uncosted = {each.name: each for each in hlo.read(LOOP).uncosted}
+def test_work_without_cycles_is_listed_and_operations_without_work_are_not():
+    uncosted = {work.name: work for work in hlo.read(LOOP).uncosted}
     assert uncosted.keys() == {"order", "attention", "part"}
     assert uncosted["part"].bytes == 2 * 8 * 4
     assert uncosted["attention"].kernel
@@ -80,17 +80,17 @@ def test_what_has_no_cost_is_named_and_what_does_nothing_is_not():
     assert uncosted["order"].bytes == 2 * 4 * 8 * 4
 
 
-def test_a_kernel_that_declares_its_cost():
+def test_a_kernels_declared_cost_is_read():
     text = LOOP.replace(
         'custom_call_target="tpu_custom_call"',
         'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x",'
         '"cost_estimate":{"flops":"1000","transcendentals":"5","bytes_accessed":"64"}}}',
     )
-    kernel = {each.name: each for each in hlo.read(text).uncosted}["attention"]
+    kernel = {work.name: work for work in hlo.read(text).uncosted}["attention"]
     assert (kernel.declared, kernel.flops, kernel.bytes) == (True, 1000, 64)
 
 
-def test_a_condition_that_is_no_counter_counts_the_body_once_and_says_so():
+def test_a_loop_with_an_unknown_trip_count_counts_once_and_is_marked():
     program = hlo.read(LOOP.replace("direction=LT", "direction=NE"))
     assert program.loops == (None,)
     assert program.cycles == 100 + 20 + 7
@@ -131,7 +131,8 @@ ENTRY %main (x: bf16[2,8], y: f32[16]) -> bf16[8,8] {
 
 def test_asynchronous_and_fused_collectives_count_once():
     found = {
-        each.kind: (each.bytes, each.group, each.overlapped) for each in hlo.read(ASYNC).collectives
+        found.kind: (found.bytes, found.group, found.overlapped)
+        for found in hlo.read(ASYNC).collectives
     }
     assert len(hlo.read(ASYNC).collectives) == 4
     assert found["all-gather"] == (4 * 2 * 8 * 2, 4, True)
@@ -181,7 +182,7 @@ async_execution_thread="sparsecore", calls=%async_reduction
 """
 
 
-def test_what_runs_beside_is_counted_once_by_what_it_does():
+def test_asynchronous_work_is_counted_once_under_its_own_name():
     program = hlo.read(SPARSE)
     (gather,) = program.uncosted
     assert (gather.name, gather.runs, gather.kernel) == ("gather on sparsecore", 1, False)
@@ -200,10 +201,10 @@ def test_what_runs_beside_is_counted_once_by_what_it_does():
         ("token[]", {}),
     ],
 )
-def test_shape_bytes(shape, size):
+def test_bytes_of_a_shape(shape, size):
     assert hlo.shape_bytes(shape) == size
 
 
-def test_not_a_program():
+def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.read("something else")

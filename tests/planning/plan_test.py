@@ -50,7 +50,7 @@ def test_parameters_and_flops_of_the_recipes(recipe, parameters, encoder, studen
     assert work.input_bytes == 224 * 224 * 3 + 112 * 112 * 3 + 14 * 14
 
 
-def test_flops_are_those_that_the_run_measures_itself_with():
+def test_planned_flops_equal_those_of_the_runs_own_mfu():
     config = config_of(beit_base.get_config())
     tokenizer = open_tokenizer(config.tokenizer)
     logged = pretrain.flops_per_image(tokenizer, config=config, slots=75)
@@ -74,17 +74,17 @@ def test_days_and_input_follow_from_the_speed():
     assert "libtpu is not installed" in report.table(made)
 
 
-def test_state_on_a_chip():
+def test_state_on_a_chip_follows_shapes_and_sharding_rules():
     """Float32 parameters and two moments; the fsdp axis splits the matrices."""
     config = config_of(beit_large.get_config())
-    place = slices.parse_slice("v4-128")
-    whole = estimate.memory_of_state(config, place)
+    tpu_slice = slices.parse_slice("v4-128")
+    whole = estimate.memory_of_state(config, tpu_slice)
     assert whole.parameters == 4 * 311_534_016
     assert whole.optimizer == pytest.approx(8 * 311_534_016, rel=1e-6)
     assert whole.tokenizer == 4 * 53_786_240
     assert whole.batch == 32 * 188_356
     split = estimate.memory_of_state(
-        dataclasses.replace(config, run=dataclasses.replace(config.run, fsdp=8)), place
+        dataclasses.replace(config, run=dataclasses.replace(config.run, fsdp=8)), tpu_slice
     )
     assert whole.parameters / 8 < split.parameters < whole.parameters / 7
 
@@ -97,12 +97,12 @@ def test_state_on_a_chip():
         ({"run.batch_size": 64, "run.fsdp": 3}, "v5litepod-8", "config.run.fsdp: 3"),
     ],
 )
-def test_what_does_not_divide_is_known_at_once(settings, name, message, tmp_path):
+def test_settings_that_do_not_divide_are_refused_at_once(settings, name, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         plan.run(tiny_config(**settings), slices=slices.parse_slices(name), workdir=str(tmp_path))
 
 
-def test_only_pretraining(tmp_path):
+def test_other_jobs_than_pretraining_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="only pre-training"):
         plan.run(
             jobs.parse_job(tiny.tokenizer().to_dict()),
@@ -111,7 +111,7 @@ def test_only_pretraining(tmp_path):
         )
 
 
-def test_without_libtpu_the_analytic_part_and_a_word_about_it(tmp_path, monkeypatch, capsys):
+def test_without_libtpu_there_is_the_analytic_part_and_a_note(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "have_compiler", lambda: False)
     made = plan.run(
         tiny_config(**{"run.batch_size": 64}),
@@ -124,7 +124,7 @@ def test_without_libtpu_the_analytic_part_and_a_word_about_it(tmp_path, monkeypa
     assert printed.count("FLOPs per image") == 2
     assert printed.count("\nv4-8 ") == 1  # the comparison's line
     written = json.loads((tmp_path / "plan.json").read_text())
-    assert [each["slice"] for each in written] == ["v4-8", "v6e-8"]
+    assert [line["slice"] for line in written] == ["v4-8", "v6e-8"]
     assert written[0]["workload"]["parameters"] == made[0].workload.parameters
     assert written[0]["time"] is None
 
@@ -140,7 +140,7 @@ def test_without_libtpu_the_analytic_part_and_a_word_about_it(tmp_path, monkeypa
         ("INTERNAL: something else", None),
     ],
 )
-def test_the_compilers_complaint(message, gib):
+def test_needed_memory_is_read_from_the_compilers_message(message, gib):
     found = ahead_of_time.memory_exceeded(message)
     assert found == (None if gib is None else gib * 2**30)
 
@@ -165,13 +165,13 @@ def program(**fields):
 
 
 def test_time_is_cycles_over_the_clock_and_bytes_over_the_links():
-    place = slices.parse_slice("v4-128")  # 1050 MHz, 6 links of 45 GB/s
+    tpu_slice = slices.parse_slice("v4-128")  # 1050 MHz, 6 links of 45 GB/s
     gradients = collective("all-reduce", 368e6)
-    assert estimate.collective_seconds(gradients, place) == pytest.approx(
+    assert estimate.collective_seconds(gradients, tpu_slice) == pytest.approx(
         2 * 368e6 * 63 / 64 / (6 * 45e9)
     )
     time = estimate.step_time(
-        program(collectives=(gradients,)), place, flops_per_chip=2.75e12, hbm_bytes=12e9
+        program(collectives=(gradients,)), tpu_slice, flops_per_chip=2.75e12, hbm_bytes=12e9
     )
     assert time.cycles == pytest.approx(0.1)
     assert time.compute_at_peak == pytest.approx(0.01)
@@ -180,13 +180,13 @@ def test_time_is_cycles_over_the_clock_and_bytes_over_the_links():
     assert time.likely[0] < time.seconds < time.likely[1]
 
 
-def test_what_overlaps_is_hidden_until_it_is_longer_than_the_work():
-    place = slices.parse_slice("v4-128")
+def test_overlapped_collectives_cost_only_what_exceeds_the_computation():
+    tpu_slice = slices.parse_slice("v4-128")
 
     def seconds(size):
         gather = collective("all-gather", size, overlapped=True)
         made = estimate.step_time(
-            program(collectives=(gather,)), place, flops_per_chip=1, hbm_bytes=None
+            program(collectives=(gather,)), tpu_slice, flops_per_chip=1, hbm_bytes=None
         )
         return made.seconds
 
@@ -195,16 +195,18 @@ def test_what_overlaps_is_hidden_until_it_is_longer_than_the_work():
 
 
 def test_a_kernel_costs_what_it_declares_or_is_reported():
-    place = slices.parse_slice("v4-8")
+    tpu_slice = slices.parse_slice("v4-8")
     kernel = hlo.Uncosted(
         name="attention", kernel=True, runs=12, bytes=1.2e9, flops=0, declared=True
     )
-    time = estimate.step_time(program(uncosted=(kernel,)), place, flops_per_chip=1, hbm_bytes=None)
+    time = estimate.step_time(
+        program(uncosted=(kernel,)), tpu_slice, flops_per_chip=1, hbm_bytes=None
+    )
     assert time.cycles == pytest.approx(0.1 + 1e-3 / estimate.KERNEL_EFFICIENCY)
     silent = dataclasses.replace(kernel, declared=False)
     config = tiny_config(**{"run.batch_size": 64})
     compiled = ahead_of_time.Compiled(needed=1e9, program=program(uncosted=(silent,)))
-    made = plan.assemble(config, place, compiled=compiled, described="")
+    made = plan.assemble(config, tpu_slice, compiled=compiled, described="")
     assert any("without a cost" in line and "attention" in line for line in made.advice)
 
 
@@ -217,22 +219,22 @@ def test_a_kernel_costs_what_it_declares_or_is_reported():
         (20 * 2**30, []),
     ],
 )
-def test_advice(needed, words):
+def test_advice_follows_from_the_memory(needed, words):
     config = tiny_config(**{"run.batch_size": 64})
-    place = slices.parse_slice("v4-8")
+    tpu_slice = slices.parse_slice("v4-8")
     compiled = ahead_of_time.Compiled(needed=needed, program=program())
-    made = plan.assemble(config, place, compiled=compiled, described="")
+    made = plan.assemble(config, tpu_slice, compiled=compiled, described="")
     advice = "\n".join(made.advice)
-    for each in words:
-        assert each in advice
+    for word in words:
+        assert word in advice
     assert made.memory.fits is (needed < 30.75 * 2**30)
     assert ("DOES NOT FIT" in report.table(made)) is (needed > 30.75 * 2**30)
 
 
 def shallow(monkeypatch, compiled, *, layers=12):
-    """`compile_shallow` with `compiled(layers)` for a compiler."""
+    """`compile_shallow` with `compiled(layers)` in place of the compiler."""
 
-    def compile_step(config, place):
+    def compile_step(config, tpu_slice):
         assert config.model.blocks_per_step == config.model.layers
         return compiled(config.model.layers)
 
@@ -241,7 +243,7 @@ def shallow(monkeypatch, compiled, *, layers=12):
     return ahead_of_time.compile_shallow(config, slices.parse_slice("v4-8"))
 
 
-def test_shallow_programs_continue_in_a_straight_line(monkeypatch):
+def test_shallow_programs_are_extrapolated_linearly(monkeypatch):
     def compiled(n):
         return ahead_of_time.Compiled(
             needed=10 + 4 * n,
@@ -263,12 +265,12 @@ def test_shallow_programs_continue_in_a_straight_line(monkeypatch):
     assert (made.needed, made.arguments, made.temporary, made.hbm_bytes) == (58, 22, 24, 84)
     assert made.program.cycles == 100 + 30 * 12
     total = {}
-    for each in made.program.collectives:
-        total[each.kind] = total.get(each.kind, 0) + each.bytes * each.runs
+    for moved in made.program.collectives:
+        total[moved.kind] = total.get(moved.kind, 0) + moved.bytes * moved.runs
     assert total == {"all-reduce": pytest.approx(8 + 5 * (32 - 8)), "all-gather": 3}
 
 
-def test_nothing_shrinks_with_depth(monkeypatch):
+def test_extrapolated_sizes_never_shrink_with_depth(monkeypatch):
     """The compiler made less code of four layers than of two (BEiT-L on v4-8)."""
     made = shallow(
         monkeypatch,
@@ -280,19 +282,19 @@ def test_nothing_shrinks_with_depth(monkeypatch):
     assert made.needed == 100 + 12 + 70 / 4
 
 
-def test_collectives_that_are_combined_otherwise_keep_their_sum(monkeypatch):
+def test_collectives_that_are_combined_differently_keep_their_sum(monkeypatch):
     def compiled(n):
         apart = (collective("all-reduce", 30 * n, overlapped=True),) if n > 2 else ()
         rest = collective("all-reduce", 100 + 50 * n - 30 * n * len(apart))
         return ahead_of_time.Compiled(needed=1, program=program(collectives=(rest, *apart)))
 
     found = shallow(monkeypatch, compiled).program.collectives
-    assert sum(each.bytes * each.runs for each in found) == pytest.approx(100 + 50 * 12)
-    assert [each.overlapped for each in found] == [False, True]
+    assert sum(moved.bytes * moved.runs for moved in found) == pytest.approx(100 + 50 * 12)
+    assert [moved.overlapped for moved in found] == [False, True]
 
 
 class Unreadable:
-    """An executable whose text JAX can't parse, as libtpu 0.0.52 makes for v5p and v6e."""
+    """An executable whose text JAX cannot parse, as libtpu 0.0.52 makes for v5p and v6e."""
 
     def as_text(self):
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure async-update\nstack trace")
@@ -311,7 +313,7 @@ class Unreadable:
 
 
 class Lowered:
-    """What compiles to that, and writes `dumped` where it is asked to, or knows no such option."""
+    """Compiles to `Unreadable`; writes `dumped` when asked for a dump, or refuses that option."""
 
     def __init__(self, dumped, *, dumps=True):
         self.dumped, self.dumps = dumped, dumps
@@ -328,11 +330,11 @@ class Lowered:
 
 
 def compiles_to(monkeypatch, lowered):
-    monkeypatch.setattr(ahead_of_time, "devices", lambda place: jax.devices()[:4])
+    monkeypatch.setattr(ahead_of_time, "devices", lambda tpu_slice: jax.devices()[:4])
     monkeypatch.setattr(ahead_of_time, "lower_step", lambda config, mesh: lowered)
 
 
-def test_the_compilers_own_dump_serves_where_jax_cannot_read_the_program(monkeypatch):
+def test_the_compilers_dump_is_read_where_jax_cannot_parse_the_program(monkeypatch):
     instruction = "  ROOT %a = f32[] constant(0)"
     text = f"HloModule step\n\nENTRY %main () -> f32[] {{\n{instruction}\n}}\n"
     costed = text.replace("constant(0)", 'add(), backend_config={"estimated_cycles":"105"}')
@@ -347,7 +349,7 @@ def test_the_compilers_own_dump_serves_where_jax_cannot_read_the_program(monkeyp
 
 @pytest.mark.parametrize("lowered", [Lowered({}), Lowered({}, dumps=False)])
 @pytest.mark.parametrize("program", ["full", "shallow"])
-def test_without_the_programs_text_memory_is_still_known(monkeypatch, lowered, program):
+def test_memory_is_known_even_without_the_programs_text(monkeypatch, lowered, program):
     compiles_to(monkeypatch, lowered)
     config = tiny_config(**{"run.batch_size": 64, "model.layers": 6})
     made = plan.make_plan(config, slices.parse_slice("v5p-8"), program=program)
@@ -365,11 +367,11 @@ def test_without_the_programs_text_memory_is_still_known(monkeypatch, lowered, p
 
 @needs_libtpu
 @pytest.mark.slow
-def test_memory_and_collectives_are_the_compilers():
+def test_memory_and_collectives_equal_the_compilers():
     config = tiny_config(**{"run.batch_size": 64, "model.dtype": "bfloat16"})
-    place = slices.parse_slice("v4-16")
-    made = plan.make_plan(config, place, program="full")
-    mesh = sharding.make_mesh(fsdp=1, devices=ahead_of_time.devices(place))
+    tpu_slice = slices.parse_slice("v4-16")
+    made = plan.make_plan(config, tpu_slice, program="full")
+    mesh = sharding.make_mesh(fsdp=1, devices=ahead_of_time.devices(tpu_slice))
     size = ahead_of_time.lower_step(config, mesh).compile().memory_analysis()
     assert made.memory.temporary == size.temp_size_in_bytes
     assert made.memory.needed == (
@@ -396,7 +398,7 @@ def test_fsdp_gathers_parameters_and_moves_no_activations():
     )
     made = plan.make_plan(config, slices.parse_slice("v5litepod-8"), program="full")
     parameters = sum(made.workload.parameters[name] for name in ("encoder", "head"))
-    moved = {each.kind: each.bytes for each in made.collectives}
+    moved = {traffic.kind: traffic.bytes for traffic in made.collectives}
     assert moved.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert moved["all-gather"] <= 4 * parameters
     assert sum(moved.values()) - moved["all-gather"] <= 4.1 * parameters
@@ -405,19 +407,19 @@ def test_fsdp_gathers_parameters_and_moves_no_activations():
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v4-128", "v5litepod-16", "v5p-256", "v6e-8"])
 @pytest.mark.parametrize("fsdp", [1, 2, 8])
-def test_every_fsdp_that_divides_finds_its_place_on_the_slice(name, fsdp):
-    """Also where it is no whole axis of the torus: 8 on 4 × 4 × 4."""
-    place = slices.parse_slice(name)
-    devices = ahead_of_time.devices(place)
+def test_every_fsdp_that_divides_has_a_mesh_on_the_slice(name, fsdp):
+    """Also where it is not a whole axis of the torus: 8 on 4 × 4 × 4."""
+    tpu_slice = slices.parse_slice(name)
+    devices = ahead_of_time.devices(tpu_slice)
     mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)
-    assert dict(mesh.shape) == {"data": place.chips // fsdp, "fsdp": fsdp}
-    assert len({device.process_index for device in devices}) == place.hosts
+    assert dict(mesh.shape) == {"data": tpu_slice.chips // fsdp, "fsdp": fsdp}
+    assert len({device.process_index for device in devices}) == tpu_slice.hosts
 
 
 @needs_libtpu
 @pytest.mark.parametrize("fsdp", [1, 8])
-def test_two_slices(fsdp):
-    """Groups of `fsdp` stay inside a slice, also where they are no whole axis of its torus."""
+def test_fsdp_groups_stay_inside_one_of_two_slices(fsdp):
+    """Also where a group is not a whole axis of the slice's torus."""
     from jax.experimental import topologies
 
     ahead_of_time.devices(slices.parse_slice("v4-8"))  # for its settings of the environment
@@ -437,18 +439,18 @@ def test_two_slices(fsdp):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v4-8", "v5litepod-8", "v5p-8", "v6e-8"])
 def test_every_chips_program_can_be_read(name):
-    """On v5p and v6e gathers run on SparseCores, in a form that JAX can't parse."""
-    # Large enough to be worth the way to them.
+    """On v5p and v6e gathers run on SparseCores, in a form that JAX cannot parse."""
+    # Large enough that the compiler moves gathers to the SparseCores.
     settings = {"run.batch_size": 256, "model.dtype": "bfloat16", "model.width": 128}
     made = plan.make_plan(tiny_config(**settings), slices.parse_slice(name), program="full")
     assert made.missing == ""
     assert made.time.cycles > 0
-    assert {each.kind for each in made.collectives} == {"all-reduce"}
+    assert {traffic.kind for traffic in made.collectives} == {"all-reduce"}
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_too_big_says_by_how_much():
+def test_a_run_that_does_not_fit_is_told_by_how_much():
     # 32 × 2²⁵ weights twice, four bytes, three times with Adam's moments: 24 GiB.
     config = tiny_config(**{"run.batch_size": 1, "model.layers": 1, "model.mlp_width": 2**25})
     made = plan.make_plan(config, slices.parse_slice("v5litepod-1"), program="full")
@@ -458,7 +460,7 @@ def test_too_big_says_by_how_much():
     assert made.bound.startswith("memory")
 
 
-def test_auto_dtype_is_that_of_the_slice_not_of_this_machine():
+def test_auto_is_resolved_for_the_slice_and_not_for_this_machine():
     assert jax.default_backend() == "cpu"
     config = ahead_of_time.for_tpu(tiny_config())
     assert config.model.dtype == "bfloat16"

@@ -47,14 +47,14 @@ v6e-256         16x16       256    64
 """
 
 
-def test_googles_table():
+def test_shapes_and_hosts_equal_googles_table():
     for line in TABLE.strip().splitlines():
         name, topology, chips, hosts = line.split()
-        place = slices.parse_slice(name)
-        assert "x".join(map(str, place.shape)) == topology, name
-        assert (place.chips, place.hosts) == (int(chips), int(hosts)), name
-        assert place.chips // place.hosts == math.prod(place.host_bounds)
-        assert place.vcpus > 0
+        tpu_slice = slices.parse_slice(name)
+        assert "x".join(map(str, tpu_slice.shape)) == topology, name
+        assert (tpu_slice.chips, tpu_slice.hosts) == (int(chips), int(hosts)), name
+        assert tpu_slice.chips // tpu_slice.hosts == math.prod(tpu_slice.host_bounds)
+        assert tpu_slice.vcpus > 0
 
 
 @pytest.mark.parametrize(
@@ -71,15 +71,15 @@ def test_googles_table():
         ("", "no slice is named"),
     ],
 )
-def test_what_there_is_not(name, part):
+def test_unknown_slices_are_refused_with_the_names_that_exist(name, part):
     with pytest.raises(ConfigError, match="--plan: ") as error:
         slices.parse_slices(name)
     assert part in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_several():
-    assert [each.name for each in slices.parse_slices("v4-8, v6e-8,")] == ["v4-8", "v6e-8"]
+def test_several_names_are_separated_by_commas():
+    assert [found.name for found in slices.parse_slices("v4-8, v6e-8,")] == ["v4-8", "v6e-8"]
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def test_several():
         ("v6e-1", 0),
     ],
 )
-def test_links(name, links):
+def test_links_that_a_collective_can_use(name, links):
     assert slices.parse_slice(name).links == links
 
 
-def test_peaks_are_those_of_the_data_sheets():
+def test_peaks_equal_the_data_sheets():
     peaks = {name: chip.peak / 1e12 for name, chip in slices.CHIPS.items()}
     assert peaks == {"v4": 275, "v5litepod": 197, "v5p": 459, "v6e": 918}

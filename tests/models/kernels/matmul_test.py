@@ -28,13 +28,13 @@ def heads_first(x, kernel):
 PAIRS = [(matmul, plain), (heads_first, plain_heads_first)]
 
 
-@pytest.mark.parametrize(("ours", "expected"), PAIRS)
+@pytest.mark.parametrize(("function", "expected"), PAIRS)
 @pytest.mark.parametrize("width", [4, 12])  # narrower than the input, and wider
-def test_values_and_gradients(ours, expected, width):
+def test_values_and_gradients_equal_plain_products(function, expected, width):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 5, 6)).astype(np.float32)
     kernel = rng.normal(size=(6, width)).astype(np.float32)
-    value, pull = jax.vjp(ours, x, kernel)
+    value, pull = jax.vjp(function, x, kernel)
     wanted, wanted_pull = jax.vjp(expected, x, kernel)
     np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5)
     gradient = rng.normal(size=value.shape).astype(np.float32)
@@ -42,14 +42,14 @@ def test_values_and_gradients(ours, expected, width):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("ours", "expected"), PAIRS)
-def test_work_is_counted_once(ours, expected):
+@pytest.mark.parametrize(("function", "expected"), PAIRS)
+def test_work_is_counted_once(function, expected):
     arguments = jnp.ones((3, 5, 6)), jnp.ones((6, 4))
-    assert matmul_flops(ours, *arguments) == matmul_flops(expected, *arguments)
+    assert matmul_flops(function, *arguments) == matmul_flops(expected, *arguments)
 
 
 def test_the_form_follows_the_platform_compiled_for():
-    """Lowered on this machine for both: for a TPU the weight is cut by head, on a CPU it isn't."""
+    """Lowered here for both platforms: the weight is split by head for a TPU, not for a CPU."""
     arguments = jnp.ones((3, 5, 6)), jnp.ones((6, 4))
     products = {}
     for platform in ("cpu", "tpu"):

@@ -14,7 +14,7 @@ def arrays():
     return tuple(jnp.asarray(rng.normal(size=(3, 5, 4)), jnp.float32) for _ in range(3))
 
 
-def test_factors_are_of_samples(arrays):
+def test_a_factor_multiplies_a_samples_branch(arrays):
     x, branch, _ = arrays
     factor = jnp.asarray([0.0, 1.0, 1.25])
     out = add_branch(x, branch, factor=factor)
@@ -25,7 +25,7 @@ def test_factors_are_of_samples(arrays):
 
 
 @pytest.mark.parametrize("factor", [None, jnp.asarray([0.0, 1.0, 1.25])])
-def test_gradients_are_those_of_a_sum(arrays, factor):
+def test_gradients_equal_a_plain_sums(arrays, factor):
     x, branch, weights = arrays
 
     def gradients(add):
@@ -36,11 +36,11 @@ def test_gradients_are_those_of_a_sum(arrays, factor):
     def plain(x, y):
         return x + (y if factor is None else factor[:, None, None] * y)
 
-    ours = gradients(lambda x, y: add_branch(x, y, factor=factor))
-    jax.tree.map(np.testing.assert_array_equal, ours, gradients(plain))
+    actual = gradients(lambda x, y: add_branch(x, y, factor=factor))
+    jax.tree.map(np.testing.assert_array_equal, actual, gradients(plain))
 
 
-def test_the_streams_dtype_is_kept(arrays):
+def test_the_result_has_the_streams_dtype(arrays):
     x, branch, _ = arrays
     out = add_branch(x.astype(jnp.bfloat16), branch, factor=jnp.ones(3))
     assert out.dtype == jnp.bfloat16
