@@ -22,7 +22,7 @@ QUICK = ["--poll=0.05", "--retry-seconds=0.05", "--retry-max-seconds=0.1"]
 ARGUMENTS = ["--config=configs/beit_large.py", "--workdir=gs://bucket/run"]
 SECRET = "s3cr3t with 'quotes' & spaces=&"
 
-# What stands for main.py: does per attempt what bucket/plan says, and notes what it was given.
+# Stands for main.py: acts as bucket/plan says for this attempt, and notes its arguments.
 MAIN = """
 import json, os, pathlib, signal, socket, sys, time
 bucket = pathlib.Path(os.environ["HOME"]).parents[1] / "bucket"
@@ -211,7 +211,7 @@ def split(lines):
     return [json.loads(line) for line in output.stdout.splitlines()]
 
 
-def test_shellcheck():
+def test_shellcheck_finds_nothing():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.sh"))
@@ -306,8 +306,8 @@ WORKER = "--command=bash beit_jax/code/launch/worker.sh"
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_commands(cloud, words, expected):
-    """The exact calls; a dry run prints just these, and runs none."""
+def test_a_dry_run_prints_the_exact_calls_and_runs_none(cloud, words, expected):
+    """The calls that the stand-in receives equal those that the dry run prints."""
     command, *flags = words
     if "--" in flags:
         at = flags.index("--")
@@ -349,7 +349,7 @@ def test_commands(cloud, words, expected):
         assert "step of attempt 0" in real.stdout
 
 
-def test_setup(cloud):
+def test_setup_copies_the_code_and_installs_packages_once(cloud):
     """Code as committed, or as it is; packages once; and how: the exact calls."""
     assert cloud.run("create", *WHERE, "--type=v4-16", "--poll=0.05").returncode == 0
     (cloud.standin / "calls.jsonl").unlink()
@@ -401,12 +401,12 @@ def test_setup(cloud):
         ("v6e-8", "v2-alpha-tpuv6e"),
     ],
 )
-def test_runtime_version(cloud, accelerator, runtime):
+def test_the_runtime_version_follows_the_accelerator(cloud, accelerator, runtime):
     dry = cloud.run("create", "--dry-run", *WHERE, f"--type={accelerator}")
     assert f"--runtime-version={runtime}\n" in dry.stdout
 
 
-def test_up(cloud):
+def test_up_creates_runs_and_deletes(cloud):
     """From nothing to nothing: the calls of a dry run; main.py gets just what it was given."""
     awkward = [
         "--config.a=it's",
@@ -443,7 +443,7 @@ def test_up(cloud):
         assert len(environment["BEIT_JAX_REVISION"]) == 40
 
 
-def test_no_secret(cloud):
+def test_values_of_env_reach_main_and_nothing_else(cloud):
     """The value of --env is in main.py's environment and nowhere else."""
     cloud.plan("wait")
     words = [*WHERE, *QUICK, "--type=v4-16", "--env=TOKEN", "--", *ARGUMENTS]
@@ -476,7 +476,7 @@ def readable(path):
     return True
 
 
-def test_preempted(cloud):
+def test_a_preempted_slice_is_made_again_and_the_run_resumes(cloud):
     """A slice that is taken away is made again, set up again, and the run resumes."""
     cloud.plan("preempted", "0")
     result = cloud.run("up", *WHERE, *QUICK, "--type=v4-16", "--spot", "--", *ARGUMENTS)
@@ -490,7 +490,7 @@ def test_preempted(cloud):
 
 
 @pytest.mark.parametrize("status", ["75", "69"])
-def test_told_to_leave(cloud, status):
+def test_an_interrupted_run_starts_again_on_the_same_machines(cloud, status):
     """Told to leave (75) or lost another host (69): main.py again, on the same machines."""
     cloud.plan(status, "0")
     result = cloud.run("up", *WHERE, *QUICK, "--type=v4-16", "--", *ARGUMENTS)
@@ -500,7 +500,7 @@ def test_told_to_leave(cloud, status):
     assert cloud.attempts() == 2
 
 
-def test_own_failure(cloud):
+def test_a_failure_of_main_ends_up_with_its_status_and_log(cloud):
     """main.py's own error ends it all, with the status and log of the host that failed first."""
     cloud.plan("first:3")
     result = cloud.run("up", *WHERE, *QUICK, "--type=v4-16", "--", *ARGUMENTS)
@@ -511,7 +511,7 @@ def test_own_failure(cloud):
     assert not (cloud.standin / "machine.json").exists()
 
 
-def test_keep(cloud):
+def test_keep_leaves_the_machines(cloud):
     cloud.plan("3")
     result = cloud.run("up", *WHERE, *QUICK, "--type=v4-16", "--keep", "--", *ARGUMENTS)
     assert result.returncode == 3
@@ -520,7 +520,7 @@ def test_keep(cloud):
     assert "costs money" in result.stderr
 
 
-def test_not_for_ever(cloud):
+def test_up_gives_up_after_max_retries(cloud):
     """Killed each time, at once: given up after --max-retries, and the machines given back."""
     cloud.plan("kill")
     result = cloud.run("up", *WHERE, *QUICK, "--type=v4-16", "--max-retries=1", "--", *ARGUMENTS)
@@ -530,7 +530,7 @@ def test_not_for_ever(cloud):
     assert not (cloud.standin / "machine.json").exists()
 
 
-def test_stopped_by_user(cloud):
+def test_a_run_stopped_by_the_user_is_not_started_again(cloud):
     """`stop` lets main.py save, and a watching `up` does not start it again."""
     cloud.plan("wait")
     process = cloud.start("up", *WHERE, *QUICK, "--type=v4-16", "--", *ARGUMENTS)
@@ -543,7 +543,7 @@ def test_stopped_by_user(cloud):
     assert cloud.attempts() == 1
 
 
-def test_deleted_by_user(cloud):
+def test_machines_deleted_by_the_user_are_not_made_again(cloud):
     """Machines that somebody deletes or suspends are not made again."""
     cloud.plan("wait")
     process = cloud.start("up", *WHERE, *QUICK, "--type=v4-16", "--", *ARGUMENTS)
@@ -559,7 +559,7 @@ def test_deleted_by_user(cloud):
     assert "suspended by hand" in again.stderr
 
 
-def test_survives_its_watcher(cloud):
+def test_main_outlives_its_watcher(cloud):
     """main.py goes on when `up` is killed; the same command finds it and watches."""
     cloud.plan("wait")
     words = ["up", *WHERE, *QUICK, "--type=v4-16", "--", *ARGUMENTS]
@@ -577,7 +577,7 @@ def test_survives_its_watcher(cloud):
     assert cloud.attempts() == 1
 
 
-def test_capacity_and_quota(cloud):
+def test_missing_capacity_is_waited_for_and_missing_quota_is_not(cloud):
     """Capacity is waited for; a quota is not."""
     no_capacity = "RESOURCE_EXHAUSTED: There is no more capacity in the zone us-central2-b"
     cloud.fails(create=[no_capacity, None])
@@ -593,7 +593,7 @@ def test_capacity_and_quota(cloud):
     assert "error: create beit: quota; ask for more of v4-16" in result.stderr
 
 
-def test_failed_request(cloud):
+def test_a_failed_request_is_reported_with_its_reason(cloud):
     """A request that has failed says why."""
     cloud.machine("FAILED")
     (cloud.standin / "errors.json").write_text(json.dumps({"create": [None]}))
@@ -602,7 +602,7 @@ def test_failed_request(cloud):
     assert "quota exceeded" in status.stdout
 
 
-def test_all_hosts_or_none(cloud):
+def test_main_starts_on_all_hosts_or_on_none(cloud):
     """Where a host cannot start, the others are stopped, and the reason is told."""
     cloud.prepared()
     (cloud.standin / "hosts/0-w-1/beit_jax/code/.tree").unlink()
@@ -615,7 +615,7 @@ def test_all_hosts_or_none(cloud):
     assert "0-w-0 exit 75" in status or "0-w-0 exit 143" in status  # 143: had not begun to listen
 
 
-def test_worker(cloud):
+def test_the_worker_protects_a_running_main(cloud):
     """A stale lock goes; a second start is refused; code under a run is not replaced."""
     cloud.prepared()
     lock = cloud.standin / "hosts/0-w-0/libtpu_lockfile"
@@ -635,7 +635,7 @@ def test_worker(cloud):
     wait_for(lambda: "0-w-1 lost" in cloud.run("status", *WHERE).stdout)
 
 
-def test_ended_while_asked(cloud):
+def test_a_main_that_ends_during_a_status_request_is_not_lost(cloud):
     """A host whose main.py ends in the middle of a question is not taken for one that died."""
     cloud.prepared()
     cloud.plan("wait")
@@ -659,7 +659,7 @@ def test_ended_while_asked(cloud):
     assert "0-w-0 exit 75" in output
 
 
-def test_sshd_without_environment(cloud):
+def test_variables_that_sshd_drops_are_an_error(cloud):
     """Where sshd drops the variables, that is an error and not a run without them."""
     cloud.prepared()
     (cloud.standin / "no-lc").touch()
@@ -697,7 +697,7 @@ def test_sshd_without_environment(cloud):
         (["logs", *WHERE, "--worker=x"], "--worker=x: a number, or all"),
     ],
 )
-def test_wrong_use(cloud, words, message):
+def test_wrong_use_is_one_line_and_status_2(cloud, words, message):
     """One line and status 2, before anything is asked of the cloud."""
     result = cloud.run(*words)
     assert result.returncode == 2
@@ -709,7 +709,7 @@ def test_wrong_use(cloud, words, message):
     assert all(call[0] == "config" for call in cloud.calls())
 
 
-def test_configured_place(cloud):
+def test_project_and_zone_come_from_gclouds_configuration(cloud):
     """Project and zone come from gcloud's configuration when no flag gives them."""
     (cloud.standin / "config/project").write_text("mine")
     (cloud.standin / "config/compute-zone").write_text("europe-west4-b")
@@ -719,7 +719,7 @@ def test_configured_place(cloud):
     )
 
 
-def test_no_gcloud(cloud):
+def test_without_gcloud_only_dry_runs_work(cloud):
     (cloud.bin / "gcloud").unlink()
     result = cloud.run("create", *WHERE, "--type=v4-8")
     assert result.returncode == 2
@@ -744,7 +744,7 @@ def test_no_gcloud(cloud):
         ),
     ],
 )
-def test_refused(cloud, said, advice):
+def test_gclouds_errors_are_explained_in_one_line(cloud, said, advice):
     """What gcloud says is explained in one line that quotes it; status 69."""
     cloud.fails(create=[said])
     result = cloud.run("create", *WHERE, "--type=v4-8")
@@ -755,7 +755,7 @@ def test_refused(cloud, said, advice):
     assert said in result.stderr
 
 
-def test_gke(cloud):
+def test_gke_makes_one_xpk_call(cloud):
     """The one xpk call, with main.py's arguments as they were; what is missing is named."""
     script(cloud.bin / "xpk", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
     variables = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z", "TYPE": "v5litepod-16"}
