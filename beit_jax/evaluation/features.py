@@ -1,6 +1,6 @@
 """Pooled features of a frozen encoder: from images to one vector per image and block.
 
-    encoder = load_encoder("runs/quickstart/pretrain", image_size=64)
+    encoder = load_frozen_encoder("runs/quickstart/pretrain", image_size=64)
     spec = FeatureSpec(blocks=(6, 12), kind="mean", normalization=encoder.normalization)
     image_features(encoder.functions, encoder.params, images_uint8, spec=spec)  # [b, 2, d]
 
@@ -80,10 +80,13 @@ class FrozenEncoder:
     normalization: str
 
 
-def load_encoder(
+def load_frozen_encoder(
     source: str, *, image_size: int | None = None, name: str = "config.run.init_from"
 ) -> FrozenEncoder:
-    """Loads the encoder of a checkpoint in any format that `weights` reads.
+    """Loads the encoder of a checkpoint in any format that `weights` reads, on the host.
+
+    `beit_jax.load_encoder` is for calling an encoder on images; this one keeps the dtype and the
+    attention that the checkpoint's own config names, and is placed on a mesh by whoever uses it.
 
     Args:
       source: a run's directory, a checkpoint, a Hugging Face folder, `.safetensors` of timm or

@@ -35,7 +35,7 @@ from beit_jax.evaluation.features import (
     FrozenEncoder,
     check_blocks,
     chosen_blocks,
-    load_encoder,
+    load_frozen_encoder,
 )
 from beit_jax.evaluation.knn import KnnConfig, block_accuracy
 from beit_jax.evaluation.linear_probe import feature_function, probe_task, stored_feed
@@ -101,6 +101,11 @@ class ProbeConfig:
             "linear",
             "false, and neighbours.counts is empty: nothing to do",
         )
+        check(
+            self.linear or not self.blocks,
+            "blocks",
+            f"{self.blocks} would have no effect: linear is false; k-NN's are neighbours.blocks",
+        )
         check(self.cached_views >= 0, "cached_views", "must not be negative")
         optimizer = self.optimizer
         check(
@@ -136,7 +141,7 @@ def run(config: ProbeConfig, *, workdir: str) -> JsonObject:
     mesh = loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
     images = open_images(config)
     config = dataclasses.replace(config, classes=images.classes)
-    encoder = load_encoder(config.run.init_from, image_size=config.data.image_size)
+    encoder = load_frozen_encoder(config.run.init_from, image_size=config.data.image_size)
     # Validate both before the long linear probe starts.
     spec = feature_spec(config, layers=encoder.model.layers)
     check_neighbours(config.neighbours, layers=encoder.model.layers, images=images.size)

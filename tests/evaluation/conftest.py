@@ -13,4 +13,4 @@ def encoder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def frozen(encoder) -> features.FrozenEncoder:
-    return features.load_encoder(encoder)
+    return features.load_frozen_encoder(encoder)

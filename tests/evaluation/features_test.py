@@ -51,7 +51,7 @@ def test_the_mask_token_and_the_final_norm_are_left_out(encoder, frozen):
 
 
 def test_positions_are_resized_to_the_images(encoder):
-    frozen = features.load_encoder(encoder, image_size=48)
+    frozen = features.load_frozen_encoder(encoder, image_size=48)
     assert frozen.model.grid == 6
     images = np.zeros((2, 48, 48, 3), np.float32)
     pooled = compiled_features(frozen, images, blocks=(1,), kind="mean")

@@ -133,14 +133,15 @@ def test_resume_is_bit_exact(encoder, folder, cached, tmp_path, monkeypatch):
     """Cut off at step 11 of 12, in the second turn; continued from 8."""
     train = probe.loop.train
 
-    def crashing(task, feed, **rest):
+    def crashing(job, **rest):
         def training(start):
-            for step, batch in enumerate(feed.training(start), start):
+            for step, batch in enumerate(job.feed.training(start), start):
                 if step == 11:
                     raise Crash
                 yield batch
 
-        return train(task, dataclasses.replace(feed, training=training), **rest)
+        feed = dataclasses.replace(job.feed, training=training)
+        return train(dataclasses.replace(job, feed=feed), **rest)
 
     config = settings(encoder, folder, cached_views=2, neighbours__blocks=(2,))
     with monkeypatch.context() as patched:
@@ -195,6 +196,7 @@ def test_the_table_has_a_row_for_each_block():
         ({"neighbours__counts": (0,)}, r"config\.neighbours\.counts: each must be"),
         ({"neighbours__temperature": 0.0}, r"config\.neighbours\.temperature: must be positive"),
         ({"linear": False, "neighbours__counts": ()}, r"config\.linear: false, and .* nothing"),
+        ({"linear": False, "blocks": (2,)}, r"config\.blocks: \(2,\) would .* neighbours\.blocks"),
         ({"cached_views": -1}, r"config\.cached_views: must not be negative"),
         ({"optimizer__clip_norm": 1.0}, r"config\.optimizer\.clip_norm: must be None"),
         ({"optimizer__layer_decay": 0.5}, r"config\.optimizer\.layer_decay: must be 1"),
@@ -236,7 +238,7 @@ def test_classifiers_of_other_features_are_not_continued(encoder, cached):
 
 
 def test_other_pixels_than_the_checkpoints_are_warned_about(encoder, caplog):
-    frozen = features.load_encoder(encoder)
+    frozen = features.load_frozen_encoder(encoder)
     for normalization, said in (("half", False), ("imagenet", True)):
         with caplog.at_level(logging.WARNING):
             probe.compare_normalization(
