@@ -128,17 +128,7 @@ def feed_of(
     repeats: int = 1,
     cycle: int = 0,
 ) -> Feed:
-    """This host's batches of two sources.
-
-    Args:
-      views: what is made of an image.
-      config: decoding and reading.
-      run: the seed, the global batch and how much to evaluate.
-      training: the training images.
-      evaluation: the held-out images.
-      repeats: as in `pipeline.training_batches`.
-      cycle: likewise.
-    """
+    """This host's batches of two sources; the last two as in `pipeline.training_batches`."""
     from beit_jax.data import pipeline
     from beit_jax.data.bad_images import BadImages
 

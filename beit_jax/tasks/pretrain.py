@@ -190,6 +190,7 @@ def scored_positions(config: PretrainConfig) -> int:
     return masking.max_masked(config.data.mask, grid=config.model.grid)
 
 
+# Long because its closures are one step, told in order: prepare, predict, score.
 def pretrain_task(
     model: Functional,
     tokenizer: Tokenizer,

@@ -30,6 +30,7 @@ from beit_jax.config import (
 from beit_jax.config.optimizer import check_warmup
 from beit_jax.config.unused import Unused
 from beit_jax.models.flops import matmul_flops
+from beit_jax.models.functional import Functional
 from beit_jax.tasks.feed import first_images, image_feed
 from beit_jax.tasks.run_job import run_job
 from beit_jax.tokenizers import dvae
@@ -160,6 +161,7 @@ def temperature(config: VaeConfig, *, steps: int, step: jax.Array) -> jax.Array:
     return jnp.exp(log_start + share * (log_end - log_start))
 
 
+# Long because its closures are one step, told in order: prepare, reconstruct, score.
 def tokenizer_task(config: TokenizerTaskConfig) -> Task:
     """The job as the train loop takes it; sums are over images, code counts over positions."""
     trained = training(config.tokenizer)
@@ -214,21 +216,36 @@ def tokenizer_task(config: TokenizerTaskConfig) -> Task:
         decoded = apply(jnp.argmax(logits, axis=-1), method="decode")
         return sums(decoded, logits, batch)
 
-    def metrics(totals: Sums) -> dict[str, jax.Array]:
-        weight = totals["weight"]
-        shares = totals["codes"] / jnp.maximum(totals["codes"].sum(), 1)
-        entropy = -jnp.sum(shares * jnp.log(jnp.where(shares > 0, shares, 1.0)))
-        return {
-            "loss": totals["objective"] / weight,
-            "reconstruction_mse": totals["mse"] / weight,
-            "reconstruction_l1": totals["l1"] / weight,
-            "kl": totals["kl"] / weight,
-            "codes_used": (totals["codes"] > 0).sum().astype(jnp.float32),
-            "code_perplexity": jnp.exp(entropy),
-        }
+    return Task(
+        init=network.init,
+        init_variables=network.init_variables,
+        prepare=prepare,
+        loss=loss,
+        evaluate=evaluate,
+        metrics=metrics,
+        frozen={},
+        flops_per_image=3 * forward_flops(network, image_size=config.tokenizer.image_size),
+    )
 
-    size = config.tokenizer.image_size
-    forward = matmul_flops(
+
+def metrics(totals: Sums) -> dict[str, jax.Array]:
+    """Metrics of the summed losses and code counts."""
+    weight = totals["weight"]
+    shares = totals["codes"] / jnp.maximum(totals["codes"].sum(), 1)
+    entropy = -jnp.sum(shares * jnp.log(jnp.where(shares > 0, shares, 1.0)))
+    return {
+        "loss": totals["objective"] / weight,
+        "reconstruction_mse": totals["mse"] / weight,
+        "reconstruction_l1": totals["l1"] / weight,
+        "kl": totals["kl"] / weight,
+        "codes_used": (totals["codes"] > 0).sum().astype(jnp.float32),
+        "code_perplexity": jnp.exp(entropy),
+    }
+
+
+def forward_flops(network: Functional, *, image_size: int) -> float:
+    """Matmul FLOPs of the training forward pass for one image."""
+    return matmul_flops(
         lambda arrays, image: network.apply(
             arrays[0],
             image,
@@ -238,17 +255,7 @@ def tokenizer_task(config: TokenizerTaskConfig) -> Task:
             method="gumbel_forward",
         ),
         (network.shapes(), network.variables_shapes()),
-        jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
-    )
-    return Task(
-        init=network.init,
-        init_variables=network.init_variables,
-        prepare=prepare,
-        loss=loss,
-        evaluate=evaluate,
-        metrics=metrics,
-        frozen={},
-        flops_per_image=3 * forward,
+        jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32),
     )
 
 

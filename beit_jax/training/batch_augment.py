@@ -1,7 +1,7 @@
 """Random erasing, mixup and CutMix on a batch that is on the devices, and the loss they need.
 
 Pure JAX, to be called under `jax.jit`: on the host these would cost a pass over every pixel of the
-batch. What is drawn and what is done with it are separate functions; neither depends on how the
+batch. Drawing random numbers and applying them are separate functions; neither depends on how the
 batch is laid out over devices.
 
     images = erase(images, key=key, probability=0.25)
@@ -28,7 +28,7 @@ ERASE_TRIES = 10
 
 
 class Boxes(NamedTuple):
-    """Rectangles of pixels, int32 `[n]` each; the ends are exclusive. Empty: none."""
+    """Rectangles of pixels; all fields are int32 `[n]`, the ends are exclusive. May be empty."""
 
     top: jax.Array
     bottom: jax.Array
@@ -41,7 +41,7 @@ class Boxes(NamedTuple):
         return (self.bottom - self.top) * (self.right - self.left)
 
     def inside(self, size: int) -> jax.Array:
-        """Which pixels of `size` × `size` images are in their box: bool `[n, size, size]`."""
+        """Marks the pixels of `size` × `size` images inside the boxes: bool `[n, size, size]`."""
         pixel = jnp.arange(size)
         row = (pixel >= self.top[:, None]) & (pixel < self.bottom[:, None])
         column = (pixel >= self.left[:, None]) & (pixel < self.right[:, None])
@@ -56,7 +56,7 @@ def erase_boxes(
     probability: float,
     area: tuple[float, float] = ERASE_AREA,
 ) -> Boxes:
-    """Draws a box for each image (timm's RandomErasing, one box, ten tries).
+    """Draws a box per image (timm's RandomErasing, one box, ten tries).
 
     A try draws area and aspect, rounds height and width to pixels, and counts if both are smaller
     than the image; the first that counts is placed uniformly.
@@ -83,8 +83,8 @@ def erase_boxes(
     first = jnp.argmax(fits, axis=1, keepdims=True)
     wanted = jax.random.bernoulli(whether_key, probability, (batch,)) & fits.any(axis=1)
     height, width = (
-        jnp.where(wanted, jnp.take_along_axis(each, first, axis=1)[:, 0], 0)
-        for each in (height, width)
+        jnp.where(wanted, jnp.take_along_axis(sides, first, axis=1)[:, 0], 0)
+        for sides in (height, width)
     )
     top = jax.random.randint(top_key, (batch,), 0, size - height + 1)
     left = jax.random.randint(left_key, (batch,), 0, size - width + 1)
@@ -92,11 +92,11 @@ def erase_boxes(
 
 
 def fill_with_noise(images: jax.Array, boxes: Boxes, *, key: jax.Array) -> jax.Array:
-    """Replaces every value inside an image's box by one of its own from N(0, 1).
+    """Replaces every value inside an image's box by an independent draw from N(0, 1).
 
     Args:
       images: normalised, float `[b, s, s, 3]`.
-      boxes: one for each image.
+      boxes: one per image.
       key: randomness.
 
     Returns:
@@ -107,7 +107,7 @@ def fill_with_noise(images: jax.Array, boxes: Boxes, *, key: jax.Array) -> jax.A
 
 
 def erase(images: jax.Array, *, key: jax.Array, probability: float) -> jax.Array:
-    """Random erasing, mode "pixel": a box of noise in some of the images (timm 0.3.2).
+    """Random erasing, mode "pixel": puts a box of noise into some of the images (timm 0.3.2).
 
     Args:
       images: normalised, float `[b, s, s, 3]`.
@@ -126,12 +126,12 @@ def erase(images: jax.Array, *, key: jax.Array, probability: float) -> jax.Array
 
 
 class Mixture(NamedTuple):
-    """How each group of a batch is mixed with itself reversed.
+    """How the groups of a batch are mixed, every group with itself reversed.
 
     Attributes:
       lam: float32 `[g]`, the weight of an image's own label; 1 where the group is not mixed.
       cutmix: bool `[g]`; false: mixup.
-      boxes: `[g]`, what CutMix takes from the partner; of no meaning for mixup.
+      boxes: `[g]`, what CutMix takes from the partner; meaningless for mixup.
     """
 
     lam: jax.Array
@@ -144,7 +144,7 @@ class Mixed(NamedTuple):
 
     Attributes:
       images: as they came in, `[b, s, s, 3]`.
-      partners: int32 `[b]`, the label of the image that each was mixed with.
+      partners: int32 `[b]`, the labels of the images mixed in.
       lam: float32 `[b]`, the weight of the own label; the partner's is 1 - lam.
     """
 
@@ -181,15 +181,15 @@ def cutmix_boxes(lam: jax.Array, *, rows: jax.Array, columns: jax.Array, size: i
 
 
 def draw_mixture(key: jax.Array, *, size: int, config: MixingConfig) -> Mixture:
-    """Draws how each of `config.groups` groups is mixed (timm's `Mixup`, mode "batch").
+    """Draws how the `config.groups` groups are mixed (timm's `Mixup`, mode "batch").
 
     Args:
       key: randomness.
       size: pixels along a side of an image.
-      config: of mixing, with mixup or CutMix on.
+      config: with mixup or CutMix on.
 
     Returns:
-      One draw for each group; CutMix' lam is 1 minus the box' share of the image, after clipping.
+      One draw per group; CutMix' lam is 1 minus the box' share of the image, after clipping.
     """
     whether_key, switch_key, lam_key, row_key, column_key = jax.random.split(key, 5)
     shape = (config.groups,)
@@ -211,7 +211,7 @@ def draw_mixture(key: jax.Array, *, size: int, config: MixingConfig) -> Mixture:
 
 
 def apply_mixture(images: jax.Array, labels: jax.Array, mixture: Mixture) -> Mixed:
-    """Mixes each group of consecutive images with itself reversed.
+    """Mixes every group of consecutive images with itself reversed.
 
     Args:
       images: normalised, float `[b, s, s, 3]`, b a multiple of the groups. The middle image of an
@@ -241,16 +241,16 @@ def apply_mixture(images: jax.Array, labels: jax.Array, mixture: Mixture) -> Mix
 
 
 def mix(images: jax.Array, labels: jax.Array, *, key: jax.Array, config: MixingConfig) -> Mixed:
-    """Mixup or CutMix of each group of a batch with itself reversed.
+    """Applies mixup or CutMix to a batch, every group with itself reversed.
 
-    Where `config.mixup` is 0 only CutMix is done, and the other way round; with both 0 nothing is,
+    Where `config.mixup` is 0 only CutMix is applied, and vice versa; where both are 0, nothing is,
     and every lam is 1.
 
     Args:
       images: normalised, float `[b, s, s, 3]`.
       labels: int `[b]`.
       key: randomness.
-      config: of mixing.
+      config: mixup and CutMix.
 
     Returns:
       Images, the partners' labels and the weights of the own labels.

@@ -1,21 +1,21 @@
-"""Colour jitter on the device, for views that were left without it (`fidelity="fast"`).
+"""Colour jitter on the device, for views that the host has not jittered (`fidelity="fast"`).
 
-The arithmetic is Pillow's, with its truncation after each step. It differs from the official order
-of things in what it is given: a view in place of the whole image, from which contrast takes its
-mean, and pixels that have been resized already.
+The arithmetic is Pillow's, with its truncation after every operation. The official order differs in
+the input: there the whole image is jittered before it is cropped and resized. Here it is the view,
+so contrast takes its mean from the crop, and pixels are resized already.
 """
 
 import jax
 import jax.numpy as jnp
 
 from beit_jax.preprocessing import CONTRAST, JITTER_FIELDS, LUMA, SATURATION
-from beit_jax.training.state import Batch
+from beit_jax.types import Batch
 
 VIEWS = ("image", "token_image")
 
 
 def jitter_batch(batch: Batch) -> Batch:
-    """The batch with its views jittered, where `factors` and `order` are in it; else as it is."""
+    """Jitters the views of a batch that has `factors` and `order`; returns others unchanged."""
     if "factors" not in batch:
         return batch
     factors, order = batch["factors"], batch["order"]
@@ -26,7 +26,7 @@ def jitter_batch(batch: Batch) -> Batch:
 
 
 def jitter(images: jax.Array, *, factors: jax.Array, order: jax.Array) -> jax.Array:
-    """Brightness, contrast and saturation, in each image's own order.
+    """Changes brightness, contrast and saturation, in an order of its own for every image.
 
     Args:
       images: uint8 [b, h, w, 3].
@@ -37,9 +37,9 @@ def jitter(images: jax.Array, *, factors: jax.Array, order: jax.Array) -> jax.Ar
       uint8 [b, h, w, 3].
     """
     pixels = jnp.asarray(images).astype(jnp.float32)
-    for place in range(3):
-        which = order[:, place, None, None, None]
-        factor = jnp.take_along_axis(factors, order[:, place, None], axis=1)[..., None, None]
+    for position in range(3):
+        which = order[:, position, None, None, None]
+        factor = jnp.take_along_axis(factors, order[:, position, None], axis=1)[..., None, None]
         grey = jnp.floor(sum(pixels[..., c, None] * LUMA[c] for c in range(3)) + 0.5)
         mean = jnp.floor(grey.mean(axis=(1, 2), keepdims=True) + 0.5)
         towards = jnp.select([which == CONTRAST, which == SATURATION], [mean, grey], 0.0)

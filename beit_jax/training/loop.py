@@ -11,7 +11,6 @@ trained = train(
 
 import collections
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
@@ -26,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from beit_jax.config import OptimizerConfig, RunConfig, RunError, check
 from beit_jax.distributed import cluster
 from beit_jax.files import write_json
-from beit_jax.training import checkpoint, metrics, optim, sharding, startup, state
+from beit_jax.training import checkpoint, metrics, optim, sharding, start, startup, state
 from beit_jax.training.evaluation_pass import Evaluator, evaluator
 from beit_jax.training.evaluation_pass import run_evaluation as run_evaluation
 from beit_jax.training.first_batch import FirstBatch
@@ -36,7 +35,9 @@ from beit_jax.training.job import Feed as Feed
 from beit_jax.training.job import Job as Job
 from beit_jax.training.job import Trained as Trained
 from beit_jax.training.job import joined
-from beit_jax.training.state import Task, TrainState
+from beit_jax.training.start import open_mesh as open_mesh
+from beit_jax.training.start import restore_or_init as restore_or_init
+from beit_jax.training.state import TrainState
 from beit_jax.types import Batch, JsonObject, PyTree
 from beit_jax.types import HostBatch as HostBatch
 
@@ -79,36 +80,18 @@ def train(
       NonFiniteError: `optimizer_config.max_bad_steps` updates in a row were not finite.
     """
     began = time.perf_counter()
-    timer = timer or startup.Startup()
-    mesh = mesh or open_mesh(run=run, accumulate=optimizer_config.accumulate)
-    optimizer = optim.adamw(optimizer_config)
-    shapes = _shapes(job.task, optimizer, optimizer_config, mesh)
-    _log_size(shapes, mesh)
-    if run.print_sharding and jax.process_index() == 0:
-        print(sharding.table(shapes.params))
-
-    checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
-    checkpoints.write_config()
-    expected = checkpoints.latest_step() or 0
-    first = FirstBatch(job.feed.training, step=expected) if expected < run.steps else None
-    train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
-    start = int(train_state.step)
-    cluster.check_agreement("parameters that are not trained", _digest(job.task.frozen))
-    under_way = TrainingRun(
+    under_way = open_run(
         job,
-        train_state,
         run=run,
         optimizer_config=optimizer_config,
-        optimizer=optimizer,
-        mesh=mesh,
-        checkpoints=checkpoints,
-        log=metrics.MetricsLog(workdir, start_step=start),
-        timer=timer,
+        config=config,
+        workdir=workdir,
+        mesh=mesh or open_mesh(run=run, accumulate=optimizer_config.accumulate),
+        timer=timer or startup.Startup(),
     )
-    timer.done("state")
     try:
-        if start < run.steps:
-            under_way.do_steps(first.batches(start) if first else job.feed.training(start))
+        if under_way.step < run.steps:
+            under_way.do_steps()
             under_way.save()
         evaluation = under_way.evaluate()
     finally:
@@ -125,8 +108,64 @@ def train(
     )
 
 
+def open_run(
+    job: Job,
+    *,
+    run: RunConfig,
+    optimizer_config: OptimizerConfig,
+    config: checkpoint.Settings,
+    workdir: str,
+    mesh: Mesh,
+    timer: startup.Startup,
+) -> "TrainingRun":
+    """Restores or initialises the train state, while the first batch is being read.
+
+    Args are those of `train`.
+    """
+    optimizer = optim.adamw(optimizer_config)
+    shapes = start.state_shapes(job.task, optimizer, optimizer_config=optimizer_config, mesh=mesh)
+    start.log_size(shapes, mesh)
+    if run.print_sharding and jax.process_index() == 0:
+        print(sharding.table(shapes.params))
+
+    checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
+    checkpoints.write_config()
+    expected = checkpoints.latest_step() or 0
+    first = FirstBatch(job.feed.training, step=expected) if expected < run.steps else None
+    train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
+    step = int(train_state.step)
+    cluster.check_agreement("parameters that are not trained", start.digest(job.task.frozen))
+    under_way = TrainingRun(
+        job,
+        train_state,
+        batches=functools.partial(first.batches if first else job.feed.training, step),
+        run=run,
+        optimizer_config=optimizer_config,
+        optimizer=optimizer,
+        mesh=mesh,
+        checkpoints=checkpoints,
+        log=metrics.MetricsLog(workdir, start_step=step),
+        timer=timer,
+    )
+    timer.done("state")
+    return under_way
+
+
 class TrainingRun:
     """A run in progress: its train state, and everything that happens to it between steps.
+
+    Args:
+      job: the task, the feed and the pictures.
+      train_state: where to start; its buffers are reused.
+      batches: starts this host's part of every global batch from there on; called by `do_steps`,
+        so that a run with no step left reads no images.
+      run: length, batch, logging, checkpoints.
+      optimizer_config: AdamW and its schedule.
+      optimizer: made from it.
+      mesh: of the train state's shardings.
+      checkpoints: the run's directory.
+      log: receives metrics and pictures.
+      timer: measures the time to the first step.
 
     Attributes:
       state: the newest train state.
@@ -141,6 +180,7 @@ class TrainingRun:
         job: Job,
         train_state: TrainState,
         *,
+        batches: Callable[[], Iterator[HostBatch]],
         run: RunConfig,
         optimizer_config: OptimizerConfig,
         optimizer: optax.GradientTransformationExtraArgs,
@@ -155,6 +195,7 @@ class TrainingRun:
         self.best: JsonObject | None = None
         self.time_to_first_step: dict[str, float] | None = None
         self._job, self._run, self._mesh = job, run, mesh
+        self._batches = batches
         self._optimizer_config, self._optimizer = optimizer_config, optimizer
         self._checkpoints, self._log, self._timer = checkpoints, log, timer
         self._frozen = sharding.replicate(job.task.frozen, mesh)
@@ -168,12 +209,9 @@ class TrainingRun:
         self._in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._metrics: dict[str, jax.Array] = {}  # of the newest step
 
-    def do_steps(self, batches: Iterator[HostBatch]) -> None:
-        """Trains until `run.steps`.
-
-        Args:
-          batches: this host's part of every global batch from `step` on.
-        """
+    def do_steps(self) -> None:
+        """Trains until `run.steps`; there is at least one step to do."""
+        batches = self._batches()
         batch = sharding.to_devices(next(batches), self._mesh)
         self._timer.done("first batch")
         compiled = self._compile(batch)
@@ -346,7 +384,7 @@ def evaluate_only(
       Preempted: SIGTERM arrived.
     """
     optimizer = optim.adamw(optimizer_config)
-    shapes = _shapes(job.task, optimizer, optimizer_config, mesh)
+    shapes = start.state_shapes(job.task, optimizer, optimizer_config=optimizer_config, mesh=mesh)
     checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
     check(
         bool(run.init_from) or checkpoints.latest_step() is not None,
@@ -366,65 +404,6 @@ def evaluate_only(
         write_json(path, summary)
         print(f"{job.headline(evaluation)}  {path}")
     return summary
-
-
-def open_mesh(*, run: RunConfig, accumulate: int) -> Mesh:
-    """The mesh of all devices; raises ConfigError where the batch does not divide over it."""
-    mesh = sharding.make_mesh(fsdp=run.fsdp)
-    sharding.check_batch(
-        run.batch_size, accumulate=accumulate, mesh=mesh, processes=jax.process_count()
-    )
-    return mesh
-
-
-def restore_or_init(
-    task: Task,
-    optimizer: optax.GradientTransformationExtraArgs,
-    checkpoints: checkpoint.Checkpoints,
-    *,
-    shapes: TrainState,
-    run: RunConfig,
-) -> TrainState:
-    """The state to start from; the order of precedence is `checkpoint`'s module docstring."""
-    restored = checkpoints.restore(shapes)
-    if restored is not None:
-        logging.info("resumed at step %d of %d", int(restored.step), run.steps)
-        return restored
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    if run.init_from:
-        params = checkpoint.restore_params(
-            run.init_from,
-            shapes=shapes.params,
-            fresh=lambda: jax.jit(task.init, out_shardings=shardings.params)(
-                jax.random.key(run.seed)
-            ),
-            allow_missing=run.init_allow_missing,
-            allow_unused=run.init_allow_unused,
-        )
-        logging.info("parameters from %s", run.init_from)
-        variables = checkpoint.restore_variables(
-            run.init_from,
-            shapes=shapes.variables,
-            fresh=lambda: jax.jit(
-                functools.partial(state.init_variables, task), out_shardings=shardings.variables
-            )(jax.random.key(run.seed)),
-        )
-        fresh = functools.partial(
-            state.state_from_params, optimizer=optimizer, average=bool(shapes.ema)
-        )
-        return jax.jit(fresh, out_shardings=shardings)(params, variables=variables)
-    fresh = functools.partial(state.init_state, task, optimizer, average=bool(shapes.ema))
-    return jax.jit(fresh, out_shardings=shardings)(jax.random.key(run.seed))
-
-
-def _shapes(
-    task: Task,
-    optimizer: optax.GradientTransformationExtraArgs,
-    optimizer_config: OptimizerConfig,
-    mesh: Mesh,
-) -> TrainState:
-    average = optimizer_config.ema_decay is not None
-    return state.state_shapes(task, optimizer, mesh, average=average)
 
 
 def _stop_if_bad(step: int, step_metrics: dict[str, jax.Array], *, limit: int) -> None:
@@ -451,31 +430,8 @@ def _stop_if_bad(step: int, step_metrics: dict[str, jax.Array], *, limit: int) -
         )
 
 
-def _digest(tree: PyTree) -> str:
-    """Hash of all arrays on this host; "" in a single process, which has nobody to agree with."""
-    if jax.process_count() == 1:
-        return ""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        digest.update(f"{optim.path_name(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:12]
-
-
 def _sum_over_hosts(values: dict[str, float]) -> dict[str, float]:
     if jax.process_count() == 1:
         return values
     gathered = multihost_utils.process_allgather(np.asarray(list(values.values()), np.float32))
     return dict(zip(values, gathered.sum(axis=0).tolist(), strict=True))
-
-
-def _log_size(shapes: TrainState, mesh: Mesh) -> None:
-    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
-    device = jax.devices()[0]
-    logging.info(
-        "%s parameters; %d × %s in a mesh of %s",
-        f"{count:,}",
-        jax.device_count(),
-        device.device_kind,
-        " × ".join(f"{name} {size}" for name, size in mesh.shape.items()),
-    )

@@ -1,33 +1,34 @@
-"""What a run on a CPU does about memory that comes and goes with every step.
+"""Settings of the C library for runs on a CPU, whose steps allocate and free much memory.
 
-Imports nothing: it's wanted before JAX is.
+This module must be usable before JAX is imported, so it imports nothing of the package.
 """
 
 import ctypes
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed() -> bool:
-    """Has the C library keep memory that is freed, instead of giving it back to the system.
+    """Makes the C library keep freed memory instead of returning it to the system.
 
-    XLA takes one buffer for everything temporary at the start of a program on a CPU and frees it at
-    the end: BEiT-B's step takes 0.9 GB. Such a size the C library asks of the system each time,
-    which hands it out page by page, each zeroed when it is first touched: a fifth of the step's
-    processor time. The process stays as large as it ever was; that is the price.
+    At the start of a program on a CPU, XLA allocates one buffer for all temporaries, and frees it
+    at the end: 0.9 GB for BEiT-B's step. The C library requests a buffer of that size from the
+    system every time, and the system zeroes every page when it is first touched, which takes a
+    fifth of the step's processor time. The price of keeping it: the process never shrinks.
 
-    Before JAX is imported: threads that exist already keep their ways. Not for a host with an
-    accelerator: it gains nothing there, and the input's many threads would wait for each other.
+    Call it before JAX is imported, since existing threads keep their settings. It is not for a host
+    with an accelerator: nothing is gained there, and the threads of the input pipeline would
+    contend for one arena.
 
     Returns:
-      Whether there was something to set: false where the C library isn't glibc.
+      Whether the settings were made; False where the C library is not glibc.
     """
     try:
         library = ctypes.CDLL("libc.so.6")
         mallopt = library.mallopt
     except (OSError, AttributeError):
         return False
-    # One arena: those of threads can't grow beyond 64 MB, and ask the system for what is larger.
+    # One arena: those of threads cannot grow beyond 64 MB; larger sizes come from the system.
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
     return all([mallopt(name, value) for name, value in settings])

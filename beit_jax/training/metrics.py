@@ -1,9 +1,9 @@
-"""Where numbers go: TensorBoard (clu), `metrics.jsonl`, and a line on the console a human likes."""
+"""Where numbers go: TensorBoard (through clu), `metrics.jsonl`, and a line on the console."""
 
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import numpy as np
@@ -11,15 +11,17 @@ from absl import logging
 from etils import epath
 
 from beit_jax.hardware import peak_flops
+from beit_jax.types import JsonObject
 
 
 class MetricsLog:
-    """Writes scalars and pictures; on process 0 only.
+    """Writes scalars and pictures, on process 0 only.
 
     Args:
       workdir: the run's directory.
-      start_step: lines and events of later steps are from a run that was cut off after its last
-        checkpoint; they are dropped from `metrics.jsonl`, since those steps are done again.
+      start_step: where the run starts. Lines of later steps were written by a run that was cut off
+        after its last checkpoint; they are dropped from `metrics.jsonl`, since those steps are
+        repeated.
     """
 
     def __init__(self, workdir: str, *, start_step: int):
@@ -34,8 +36,8 @@ class MetricsLog:
             self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._writer = _summary_writer(workdir)
 
-    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes numbers for a step; not-finite ones become null in the JSON."""
+    def write(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
+        """Writes the numbers of a step; those that are not finite become null in the JSON."""
         if not self._active:
             return
         values = {name: float(value) for name, value in scalars.items()}
@@ -57,9 +59,9 @@ class MetricsLog:
 
 
 def _summary_writer(workdir: str) -> Any:
-    """A TensorBoard writer, or None (said once) where clu or TensorFlow is not installed."""
+    """A TensorBoard writer; None, with a warning, where clu or TensorFlow is not installed."""
     try:
-        # Here and not above: clu imports TensorFlow, and this package must import without it.
+        # Imported here because clu imports TensorFlow, which this package must do without.
         from clu import metric_writers
     except ImportError as error:
         logging.warning("no TensorBoard files, only metrics.jsonl: %s", error)
@@ -67,8 +69,8 @@ def _summary_writer(workdir: str) -> Any:
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(workdir))
 
 
-def read(path: str) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+def read(path: str) -> list[JsonObject]:
+    """The lines of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
     lines = []
     for line in epath.Path(path).read_text().splitlines():
         try:
@@ -95,15 +97,15 @@ class Clock:
         self.restart(step=0)
 
     def restart(self, *, step: int) -> None:
-        """Starts an interval; what is in between (evaluation, saving) does not count."""
+        """Starts an interval; time since the last report (evaluation, saving) does not count."""
         self._since, self._step, self._waiting = time.perf_counter(), step, 0.0
 
     def waited(self, seconds: float) -> None:
-        """Adds time that the loop waited for a batch."""
+        """Adds time that the loop has waited for a batch."""
         self._waiting += seconds
 
     def report(self, *, step: int) -> dict[str, float]:
-        """Speed of the interval that ends at `step`."""
+        """The speed of the interval that ends at `step`."""
         seconds = max(time.perf_counter() - self._since, 1e-9)
         done = max(step - self._step, 1)
         per_second = done * self._images / seconds
@@ -122,7 +124,7 @@ class Clock:
 def console_line(
     step: int, *, steps: int, metrics: Mapping[str, float], speed: Mapping[str, float]
 ) -> str:
-    """One line: where the run is, what it has learned, how fast it goes, when it ends."""
+    """Progress, metrics, speed and the time left, in one line."""
     shown = [f"step {step:>{len(str(steps))}}/{steps}"]
     for name, value in metrics.items():
         if name == "learning_rate":

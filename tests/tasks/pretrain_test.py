@@ -1,5 +1,6 @@
 """The main job end to end: killed and resumed, on photographs, with held-out figures that hold."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -135,6 +136,21 @@ def test_what_a_run_leaves_behind(finished):
     lines = metrics.read(str(workdir / "metrics.jsonl"))
     assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
     assert all(line["replaced_images"] == 0 for line in lines if "replaced_images" in line)
+
+
+def test_evaluation_alone_agrees_with_the_run(finished, tmp_path, capsys):
+    workdir, config, summary = finished
+    alone = dataclasses.replace(
+        config,
+        evaluate_only=True,
+        run=dataclasses.replace(config.run, init_from=str(workdir)),
+    )
+    evaluation = pretrain.run(alone, workdir=str(tmp_path))
+    assert evaluation["loss"] == pytest.approx(summary["loss"], rel=1e-6)
+    assert evaluation["mlm_acc"] == pytest.approx(summary["accuracy"], abs=1e-6)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
+    assert "masked tokens right" in capsys.readouterr().out
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_held_out_loss_equals_plain_numpy(finished):

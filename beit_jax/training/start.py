@@ -1,0 +1,100 @@
+"""From settings to a train state on devices: the mesh, shapes, and what a run starts from."""
+
+import functools
+import hashlib
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import Mesh
+
+from beit_jax.config import OptimizerConfig, RunConfig
+from beit_jax.training import checkpoint, optim, sharding, state
+from beit_jax.training.state import Task, TrainState
+from beit_jax.types import PyTree
+
+
+def open_mesh(*, run: RunConfig, accumulate: int) -> Mesh:
+    """The mesh of all devices; raises ConfigError where the batch does not divide over it."""
+    mesh = sharding.make_mesh(fsdp=run.fsdp)
+    sharding.check_batch(
+        run.batch_size, accumulate=accumulate, mesh=mesh, processes=jax.process_count()
+    )
+    return mesh
+
+
+def restore_or_init(
+    task: Task,
+    optimizer: optax.GradientTransformationExtraArgs,
+    checkpoints: checkpoint.Checkpoints,
+    *,
+    shapes: TrainState,
+    run: RunConfig,
+) -> TrainState:
+    """The state to start from; the order of precedence is `checkpoint`'s module docstring."""
+    restored = checkpoints.restore(shapes)
+    if restored is not None:
+        logging.info("resumed at step %d of %d", int(restored.step), run.steps)
+        return restored
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    if run.init_from:
+        params = checkpoint.restore_params(
+            run.init_from,
+            shapes=shapes.params,
+            fresh=lambda: jax.jit(task.init, out_shardings=shardings.params)(
+                jax.random.key(run.seed)
+            ),
+            allow_missing=run.init_allow_missing,
+            allow_unused=run.init_allow_unused,
+        )
+        logging.info("parameters from %s", run.init_from)
+        variables = checkpoint.restore_variables(
+            run.init_from,
+            shapes=shapes.variables,
+            fresh=lambda: jax.jit(
+                functools.partial(state.init_variables, task), out_shardings=shardings.variables
+            )(jax.random.key(run.seed)),
+        )
+        fresh = functools.partial(
+            state.state_from_params, optimizer=optimizer, average=bool(shapes.ema)
+        )
+        return jax.jit(fresh, out_shardings=shardings)(params, variables=variables)
+    fresh = functools.partial(state.init_state, task, optimizer, average=bool(shapes.ema))
+    return jax.jit(fresh, out_shardings=shardings)(jax.random.key(run.seed))
+
+
+def state_shapes(
+    task: Task,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    optimizer_config: OptimizerConfig,
+    mesh: Mesh,
+) -> TrainState:
+    """Shapes, dtypes and shardings of the train state; nothing is computed."""
+    average = optimizer_config.ema_decay is not None
+    return state.state_shapes(task, optimizer, mesh, average=average)
+
+
+def digest(tree: PyTree) -> str:
+    """Hash of all arrays on this host; "" in a single process, which has nobody to agree with."""
+    if jax.process_count() == 1:
+        return ""
+    hashed = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        hashed.update(f"{optim.path_name(path)} {leaf.dtype} {leaf.shape}".encode())
+        hashed.update(np.ascontiguousarray(leaf).tobytes())
+    return hashed.hexdigest()[:12]
+
+
+def log_size(shapes: TrainState, mesh: Mesh) -> None:
+    """Logs the number of parameters and the devices."""
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
+    device = jax.devices()[0]
+    logging.info(
+        "%s parameters; %d × %s in a mesh of %s",
+        f"{count:,}",
+        jax.device_count(),
+        device.device_kind,
+        " × ".join(f"{name} {size}" for name, size in mesh.shape.items()),
+    )
