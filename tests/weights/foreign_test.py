@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from beit_jax.models.functional import flatten
+from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.weights import containers, convert
 from beit_jax.weights.foreign import read
 from beit_jax.weights.report import WeightsError, allowed, compact
@@ -225,6 +226,31 @@ def test_other_files_are_refused(exported, tmp_path):
         read(str(tmp_path))
     with pytest.raises(WeightsError, match="does not exist"):
         read(str(tmp_path / "nothing.pth"))
+
+
+def test_a_repository_of_timm(exported, tmp_path):
+    """A folder as timm pushes it: its keys without metadata, and its own config.json."""
+    folder, params = exported
+    content = (folder / "timm.safetensors").read_bytes()
+    state, _ = containers.load_safetensors(content, source="x")
+    write_any(tmp_path / "model.safetensors", state)
+
+    def read_with(**pretrained_cfg):
+        config = {"architecture": "beit_base_patch16_224", "pretrained_cfg": pretrained_cfg}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return read(str(tmp_path))
+
+    mean, std = NORMALIZATIONS["imagenet"]
+    checkpoint = read_with(mean=mean, std=std, num_classes=0)
+    assert checkpoint.format == "timm"
+    assert checkpoint.description.task == "encoder"
+    assert checkpoint.description.normalization == "imagenet"
+    np.testing.assert_array_equal(
+        checkpoint.params["encoder/cls_token"], params["encoder/cls_token"]
+    )
+    assert read_with().description.normalization == "half"
+    with pytest.raises(WeightsError, match=r"config.json has a mean .* --normalization"):
+        read_with(mean=[0.4, 0.4, 0.4], std=std)
 
 
 def test_an_ordinary_vit_is_not_taken_for_a_beit(exported, tmp_path):

@@ -4,12 +4,10 @@ The key names are the hub's (`microsoft/beit-*`), which are transformers 4's own
 renames them on loading and writes them again on saving.
 """
 
-import json
-
 from etils import epath
 
 from beit_jax.config import ModelConfig
-from beit_jax.files import write_whole
+from beit_jax.files import write_json, write_whole
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.types import JsonObject
 from beit_jax.weights import containers, keys
@@ -149,7 +147,7 @@ def write(export: Export) -> Written:
         ("config.json", config_json(description)),
         ("preprocessor_config.json", preprocessor_json(description)),
     ):
-        write_whole(folder / name, (json.dumps(value, indent=2) + "\n").encode())
+        write_json(folder / name, value)
     card = model_card(
         description,
         class_name=class_name,
