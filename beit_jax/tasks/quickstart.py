@@ -207,12 +207,7 @@ def _classes_table(summary: JsonObject) -> str:
 
 def _aligned(rows: Sequence[tuple[str, ...]], *, header: tuple[str, ...]) -> str:
     """A table as wide as the other one: columns of 34 and twice 16 characters."""
-    widths = (34, 16, 16)
-    padded = [
-        (row[0].ljust(widths[0]), *(cell.rjust(widths[1]) for cell in row[1:]))
-        for row in (header, *rows)
-    ]
-    return text_table(padded[1:], header=padded[0], align="lrr", gap="")
+    return text_table(rows, header=header, align="lrr", gap="", widths=(34, 16, 16))
 
 
 def _spread(runs: list[JsonObject]) -> str:
