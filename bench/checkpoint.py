@@ -2,11 +2,12 @@
 
     python bench/checkpoint.py [--sizes=tiny,small,base] [--repeats=3] [--json=FILE]
 
-With `training.checkpoint.Checkpoints`, as a run does it: parameters and Adam's moments, float32.
-`save` is how long the train loop stands still, `background` what is written meanwhile; `restore` is
-until all arrays are on the device. Wall-clock seconds on a local disk, medians; files that were
-just written are read from memory (the system's page cache), so restoring from a cold disk takes as
-long as the disk takes. Large is 3.7 GB on disk and 12 GB of memory: name it to have it.
+Saves and restores parameters and Adam's moments in float32 with `training.checkpoint.Checkpoints`,
+as a run does. `save` is the time that the train loop stands still, `background` the time of writing
+meanwhile, `restore` the time until all arrays are on the device. Medians of wall-clock seconds on a
+local disk; files that were just written are read from memory (the system's page cache), so
+restoring from a cold disk takes as long as the disk takes. The size "large" takes 3.7 GB on disk
+and 12 GB of memory, and is measured only when named.
 """
 
 import argparse

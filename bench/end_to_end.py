@@ -3,14 +3,14 @@
     python bench/end_to_end.py --images=DIR [--config=beit_base] [--set KEY=VALUE ...]
                                [--batch=32] [--pairs=5] [--json=FILE]
 
-Images per second of `loop.train` with everything in it but checkpoints and evaluation: files,
+Measures images per second of the train loop with everything but checkpoints and evaluation: files,
 decoding, views, masks, the copy to the device, the tokenizer, the step and the log. The ratio is 1
-where the step never waits. Runs alternate; each gives the median of its logged intervals.
+where the step never waits. Runs alternate; a run reports the median of its logged intervals.
 
-An accelerator runs the recipe as it is. On a CPU JAX gets the last core alone and everything else
-the others, as a device has a host, and the recipe becomes a model as small as one core can train:
-two blocks of DeiT-tiny's width and a small discrete VAE, at the recipe's image sizes. Tokenizers
-have random weights; only the speed counts.
+An accelerator runs the recipe as it is. On a CPU, JAX gets the last core and everything else the
+other cores, like a device and its host, and the recipe's model becomes one that a single core can
+train: two blocks of DeiT-tiny's width and a small discrete VAE, at the recipe's image sizes. The
+tokenizer's weights are random, since only the speed counts.
 """
 
 import argparse

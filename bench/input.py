@@ -2,22 +2,22 @@
 
     python bench/input.py --images=DIR [--peer_python=PYTHON] [--rounds=5] [--json=FILE]
 
-Processor milliseconds per image on one core, from the file to what goes to the device, masks
-included. Every pipeline lives in a process of its own, pinned to the same core; rounds alternate,
-so that all see the same machine, and medians are given. The pipelines:
+Measures processor milliseconds per image on one core, from the file to the batch for the device,
+masks included. Every pipeline has its own process, pinned to the same core; rounds alternate, so
+that all see the same machine, and medians are reported. The pipelines:
 
   official     native, as the configs have it
   fast         native with config.data.augment.fidelity = "fast"; the jitter is left to the device
   tf.data      decode_and_crop_jpeg, a flip, antialiased bicubic resizing: view 1 alone, no jitter
   torchvision  the official pipeline with torchvision's own transforms
-  pillow       the same with Pillow's ImageEnhance in their place
+  pillow       the same with Pillow's ImageEnhance instead
 
-torchvision is looked for in --peer_python's environment. Where it has no CPU build beside that
-torch, its compiled operators can't be loaded and importing it fails; the transforms need none of
-them, so two of their names are declared first (`peer_operators` in the JSON says so).
+torchvision is imported in --peer_python's environment. Where its build does not match that torch,
+its compiled operators cannot be loaded and the import fails; the transforms need none of them, so
+two of their names are declared first (`peer_operators` in the JSON says so).
 
-Then: images per second against workers; bytes per image to the device; and how far a view is from
-the one that Pillow makes with the same box and jitter, mean absolute levels of 255.
+It also measures images per second against workers, bytes per image to the device, and the distance
+of a view from Pillow's with the same box and jitter, as mean absolute levels of 255.
 """
 
 import argparse
@@ -42,8 +42,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 NATIVE = ("official", "fast", "tf.data")
 PEERS = ("torchvision", "pillow")
 SIZE, TOKEN_SIZE, GRID, MASKED = 224, 112, 14, 75
-# Batches of a round that don't count: what was made ahead while another pipeline was measured. (One
-# batch and a part of the next: nothing is prefetched here, but batching works ahead.)
+# First batches of a round, which are not timed: they were prepared while another pipeline was
+# measured. (One batch and a part of the next: nothing is prefetched here, but batching runs ahead.)
 WARM_UP = 3
 EXTENSIONS = (".jpg", ".jpeg")
 

@@ -1,4 +1,7 @@
-"""What benches share: the package, also where it isn't installed, recipes, processes, results."""
+"""Shared by the benches: the package's path, recipes, processes that answer, results.
+
+The package is found beside this folder where it is not installed.
+"""
 
 import ast
 import importlib
@@ -43,10 +46,10 @@ def pretraining_task(config: Any) -> Any:
 
 
 class Answering:
-    """A process that says hello and then answers every line, each time with a line of JSON.
+    """A process that says hello and then answers every line with a line of JSON.
 
     Attributes:
-      hello: what it said first; None where it ended before.
+      hello: its first line; None where it ended before.
     """
 
     def __init__(self, command: list[str], *, stderr: int | None = None):
@@ -56,7 +59,7 @@ class Answering:
         self.hello = self._answer()
 
     def ask(self, line: Any = "") -> Any:
-        """Its answer to a line; None where it has ended."""
+        """The process' answer to a line; None where it has ended."""
         self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
         return self._answer()
@@ -82,7 +85,7 @@ class Answering:
 
 
 def save(result: dict[str, Any], path: str) -> None:
-    """Writes what was measured as JSON; nothing where no file is named."""
+    """Writes a result as JSON; writes nothing where no file is named."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, indent=2) + "\n")

@@ -1,9 +1,9 @@
-"""Prints what drawing masks costs: microseconds of processor time per mask, in graph mode.
+"""Prints the cost of drawing masks: microseconds of processor time per mask, in graph mode.
 
     python bench/masks.py [--grid=14] [--repeats=100] [--json=FILE]
 
-Processor time is that of all threads, so it is what a mask takes away from decoding images; run
-it under `taskset -c 0` for one core's time without the cost of waking the others.
+Processor time is that of all threads, which a mask takes away from decoding images. Under
+`taskset -c 0` it is one core's time, without the cost of waking the other cores.
 """
 
 import argparse

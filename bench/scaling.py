@@ -3,14 +3,14 @@
     python bench/scaling.py [--parts=sizes,devices,processes] [--json=FILE]
     python bench/scaling.py --tpu [--models=base,large] [--slices=v4-8,v4-128,v4-1024] [--json=FILE]
 
-On a CPU, a small model and a small discrete VAE, the whole step as a run compiles it. Processor
-time is compared, that of all threads and processes, on one core, so that simulated devices cost
-what the work costs and not what they wait. One core has nothing to gain from devices: the best that
-can be is the same time per image. Collectives are read from the compiled program.
+On a CPU it measures a small model with a small discrete VAE and the whole step as a run compiles
+it. It compares the processor time of all threads and processes on one core, so that simulated
+devices count with their work and not with their waiting. One core gains nothing from more devices:
+the best possible result is the same time per image. Collectives are read from the compiled program.
 
 `--tpu` is weak scaling without a TPU: the recipes' own step, compiled for slices by libtpu's
 compiler at a fixed batch per chip, from two shallow programs (`ahead_of_time.compile_shallow`).
-Cycles, FLOPs, memory and collectives are the compiler's; what of the communication nothing hides is
+Cycles, FLOPs, memory and collectives are the compiler's; the exposed communication follows
 `estimate.step_time`'s formula.
 """
 

@@ -1,23 +1,23 @@
-"""Our pre-training step against PyTorch's: the same model, weights, batch and optimizer.
+"""The pre-training step against PyTorch's: the same model, weights, batch and optimizer.
 
     python bench/step.py [--config=beit_base] [--batch=2] [--pairs=5] [--compile] [--tokenizer]
                          [--keep_freed] [--set model.layers=2 ...] [--json=FILE]
 
-The student alone, tokens given: forward, masked cross-entropy, backward, clip, AdamW. With
-`--tokenizer` also the step that names the tokens: ours from uint8 views, as training has it; theirs
-with the encoder of openai's `dall_e` package, where that is installed, and with normalised views
-given. Its weights are random and the same for all: only the speed counts.
+Measures the student with given tokens: forward, masked cross-entropy, backward, clip, AdamW. With
+`--tokenizer` it also measures the step that tokenises: here from uint8 views, as in training; in
+PyTorch with the encoder of OpenAI's `dall_e` package, where that is installed, from normalised
+views. The tokenizer's weights are random and the same for all sides, since only the speed counts.
 
-The peers are `transformers`' BeitForMaskedImageModeling with torch.optim.AdamW, run as it comes,
-and, with `--compile` (the default on a GPU), as fast as PyTorch goes: `torch.compile`, scaled dot
-product attention, the fused AdamW, and only masked patches scored. On a CPU all are pinned to one
-core, work in float32, and processor time is compared; on a GPU, wall-clock time, in bfloat16
-(autocast there). Each has a process of its own, since they would cut up each other's heap; steps
-alternate, so that all see the same machine. Before anything is timed the losses on the same batch
-must agree.
+The peers are `transformers`' BeitForMaskedImageModeling with torch.optim.AdamW as it comes and,
+with `--compile` (the default on a GPU), PyTorch at its fastest: `torch.compile`, scaled dot product
+attention, the fused AdamW, and only masked patches scored. On a CPU all sides are pinned to one
+core and compute in float32, and processor time is compared; on a GPU, wall-clock time in bfloat16
+(autocast). Every side has its own process, since they would fragment each other's heap; their steps
+alternate, so that all see the same machine. The losses on the same batch must agree before anything
+is timed.
 
-Each side is as its users have it. So on a CPU ours has the C library keep freed memory, as main.py
-does (`training/memory.py`); `--keep_freed` gives that to PyTorch as well.
+Every side runs as its users run it. On a CPU the native side therefore keeps freed memory, as
+main.py does (`training/memory.py`); `--keep_freed` gives the same to PyTorch.
 
 Neither TensorFlow nor data is needed.
 """
@@ -73,10 +73,10 @@ class Side:
     """One implementation of the step.
 
     Attributes:
-      step: does one and returns when it is done.
-      loss: of the first weights, without drop path.
-      peak_memory: bytes, None where that isn't known.
-      facts: how it works, for the JSON.
+      step: runs one step and returns when it is done.
+      loss: with the initial weights, without drop path.
+      peak_memory: bytes; None where that is not known.
+      facts: settings of the side, for the JSON.
     """
 
     step: Callable[[], None]
@@ -90,7 +90,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="beit_base", help="a pre-training recipe in configs/")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe, model.layers=2"
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings, model.layers=2",
     )
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5, help="timed steps per side")
@@ -127,7 +131,7 @@ def main() -> None:
 
 
 def about(flags: argparse.Namespace, native: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, on what and how."""
+    """The settings, device and versions of the measurement."""
     on_cpu, version = native["on_cpu"], importlib.metadata.version
     return {
         "date": time.strftime("%Y-%m-%d"),

@@ -2,14 +2,15 @@
 
     python bench/tokenizer.py --images=DIR [--weights=FILE] [--count=16] [--json=FILE]
 
-Photographs go through the training views (crop, jitter, flip, the size that the tokenizer takes).
-Three encoders name their tokens: float32; bfloat16 as `config.tokenizer.dtype` has it, with the
-last convolution in float32; and bfloat16 throughout. Where an id differs, its margin says how
-wrong it is: how much less the other token scores than the best, in float32 logits, beside the
-usual distance between the best and the second. Without `--weights` it is DALL-E's architecture with
-random weights: what rounding does to it, not what the released weights make of it.
+Photographs go through the training views (crop, jitter, flip, the tokenizer's image size). Three
+encoders tokenise them: float32; bfloat16 by `config.tokenizer.dtype`, with the last convolution in
+float32; and bfloat16 throughout. Where an id differs, its margin says how wrong it is: the distance
+of its float32 logit from the best one, beside the usual distance between the best and the second.
+Without `--weights` DALL-E's architecture has random weights, which shows the effect of rounding but
+not the released weights'.
 
-Also the time of scoring 75 of 196 positions against all: processor time on a CPU, else seconds.
+It also compares the time of scoring 75 of 196 positions with that of scoring all: processor time on
+a CPU, else seconds.
 """
 
 import argparse

@@ -5,16 +5,16 @@
     python bench/tpu_model.py tokenizer [--chips=...]
     python bench/tpu_model.py step [--chips=...] [--sizes=...]
 
-"block" is what one more encoder block costs, forward and backward, beside one as deit3-jax has it;
-"kernels" compiles the Pallas kernels alone and reads the schedule that libtpu makes of them;
-"tokenizer" is the DALL-E encoder up to the ids; "step" is the whole train step on one host.
+"block" is the cost of one more encoder block, forward and backward, beside deit3-jax's; "kernels"
+compiles the Pallas kernels alone and reads libtpu's schedule of them; "tokenizer" is the DALL-E
+encoder up to the ids; "step" is the whole train step on one host.
 
-The method (and its faults): the compiler leaves `estimated_cycles` beside each instruction; over
-the chip's clock they are seconds, 8 to 12 % too many on the two published v4 runs that can be
-compared. Custom kernels have none. Ours count with the larger of two: (a) padded FLOPs over peak,
-vector operations over the vector unit's rate, or bytes over bandwidth, whichever is longest,
-divided by 0.6; (b) the bundles of instructions that libtpu schedules, loops times their trips, at
-one a cycle. A kernel that declares no cost fails the bench.
+The method and its faults: the compiler writes `estimated_cycles` beside every instruction; over the
+chip's clock they are seconds, 8 to 12 % too many on the two published v4 runs that can be compared.
+Custom kernels have none. This project's kernels count with the larger of two times: (a) padded
+FLOPs over peak, vector operations over the vector unit's rate, or bytes over bandwidth, whichever
+is longest, divided by 0.6; (b) the bundles of instructions that libtpu schedules, with loops times
+their trips, at one per cycle. A kernel that declares no cost fails the bench.
 
 MFU is of the published definition: matrix products forward and backward, 197 tokens, the head on
 75, the tokenizer once forward, no recomputation; peak is bfloat16's.
