@@ -119,7 +119,7 @@ def load_frozen_encoder(
 
 
 def frozen_encoder(model: ModelConfig, params: Params) -> tuple[Functional, Params]:
-    """An encoder's functions and parameters, less what raw block outputs do not depend on.
+    """An encoder's functions and parameters, without those that raw block outputs do not need.
 
     Args:
       model: its sizes.
@@ -135,7 +135,7 @@ def _build_encoder(rngs: nnx.Rngs, *, model: ModelConfig) -> Encoder:
 
 
 def check_blocks(blocks: tuple[int, ...]) -> None:
-    """Raises ConfigError for a block below 1 or one that stands there twice."""
+    """Raises ConfigError for a block below 1 or one that is listed twice."""
     check(all(block >= 1 for block in blocks), "blocks", "they are numbered from 1")
     check(len(set(blocks)) == len(blocks), "blocks", f"one is there twice: {blocks}")
 
@@ -224,7 +224,7 @@ def block_features(
 def on_host(
     compute: Callable[..., jax.Array], params: Params, *, mesh: Mesh
 ) -> Callable[..., np.ndarray]:
-    """Compiles a function of images and fetches what this host's images gave.
+    """Compiles a function of images and fetches the results of this host's images.
 
     Args:
       compute: `(params, images, *rest) -> rows`, a pure function; rows have the images' first axis.

@@ -49,7 +49,7 @@ class KnnConfig:
     """Settings of the weighted vote.
 
     Attributes:
-      counts: numbers of neighbours that vote; each is tried; empty for no k-NN.
+      counts: the numbers of neighbours to try; empty for no k-NN.
       temperature: T; a neighbour's vote weighs exp(cosine similarity / T).
       blocks: whose output is compared, numbered from 1; empty for every block.
     """

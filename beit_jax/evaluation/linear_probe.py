@@ -1,15 +1,15 @@
 """Linear probe: one classifier for each block on the block's pooled features, trained together.
 
 Paper appendix D; official run_linear_eval.py. The losses of all blocks are summed, so that one run
-trains them all and none sees another. The classifiers are one stacked array each:
+trains them all without one influencing another. The classifiers are stacked arrays:
 
     probe/kernel [l, f, C]        probe/bias [l, C]
 
     params = init_probe(key, blocks=12, width=768, classes=1000)
     sums = probe_sums(params, features, labels, weight)  # loss, correct [l], weight
 
-`probe_task` makes of it what the train loop trains. Features come anew from each batch's views, as
-in the official code, or from a few passes that are stored (`stored_feed`).
+`probe_task` turns this into a task for the train loop. Features are computed from every batch's
+views, as in the official code, or once for a few passes and stored (`stored_feed`).
 
 Shapes: b images, l probed blocks, f feature width, C classes.
 """
@@ -90,7 +90,7 @@ def probe_sums(params: Params, features: jax.Array, labels: jax.Array, weight: j
 def probe_task(
     encoder: FrozenEncoder, *, spec: FeatureSpec, classes: int, stored: bool = False
 ) -> Task:
-    """The linear probe as the train loop wants it; sums are over images.
+    """The linear probe as a task for the train loop; sums are over images.
 
     Args:
       encoder: frozen.

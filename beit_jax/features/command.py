@@ -44,7 +44,7 @@ class FeaturesConfig:
       batch_size: images computed at once.
       image_size: side of the images in pixels, to which positions are resized; 0: the checkpoint's.
       resize: "crop" or "squash", see `images.read_image`.
-      dtype: of what is stored, "float32" or "float16".
+      dtype: of the stored features, "float32" or "float16".
       threads: that decode images.
       normalization: of the pixels, where the format doesn't say; "": what the checkpoint says.
       heads: attention heads, where the format doesn't say; 0: what it says, or width / 64.
@@ -72,7 +72,7 @@ class FeaturesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embedded:
-    """What became of the images.
+    """Which images were written.
 
     Attributes:
       rows: images in the output.
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def embed_folder(config: FeaturesConfig) -> Embedded:
-    """Writes the features of a folder's images; says what it does on stderr.
+    """Writes the features of a folder's images and reports on stderr.
 
     Raises:
       ConfigError: something does not fit, before any image is read; or none can be read.
@@ -363,7 +363,7 @@ def _portable(name: str) -> str:
 
 @contextlib.contextmanager
 def _few_warnings() -> Iterator[None]:
-    """Silences warnings that are no use beside a progress line."""
+    """Silences warnings that would only clutter the progress line."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # Orbax warns of metadata that it then finds elsewhere
     try:

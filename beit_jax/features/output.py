@@ -35,10 +35,10 @@ class Output(Protocol):
         """Appends rows: `features` is `[len(names), *shape]`."""
 
     def finish(self, metadata: JsonObject) -> None:
-        """Puts the file in its place, or replaces the one that is there."""
+        """Completes the file and moves it to its path, replacing an older one."""
 
     def close(self) -> None:
-        """Removes what is not finished."""
+        """Removes an unfinished file."""
 
 
 class NpzOutput:
@@ -129,7 +129,7 @@ FORMATS: Mapping[str, Callable[..., Output]] = {".npz": NpzOutput, ".parquet": P
 
 
 def check_output(path: str) -> None:
-    """Refuses what could not be written in the end.
+    """Refuses a path that could not be written at the end of the run.
 
     Raises:
       ConfigError: an unknown suffix, a folder that does not exist or can't be written to, or a

@@ -1,4 +1,4 @@
-"""How far a long command has come: one line that changes on a terminal, quiet lines elsewhere."""
+"""Progress of a long command: one updating line on a terminal, occasional lines in a log."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ class Progress:
         self._shown = self._began
 
     def update(self, done: int) -> None:
-        """Shows the number of images done so far, the speed and the time left, now and then."""
+        """Shows the number of images done so far, the speed and the time left, rate-limited."""
         now = time.perf_counter()
         if now - self._shown < (_DRAW_EVERY if self._terminal else _LOG_EVERY):
             return

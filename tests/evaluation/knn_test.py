@@ -64,7 +64,7 @@ def test_votes_equal_brute_force(devices, rows, monkeypatch):
         np.testing.assert_array_equal(predicted, expected)
 
 
-def test_more_neighbours_than_images():
+def test_all_images_vote_where_there_are_fewer_than_neighbours():
     """All of them vote, and nothing else."""
     bank = np.eye(3, dtype=np.float32)
     mesh = meshes()[8]
@@ -120,7 +120,7 @@ def test_plain_arrays_of_any_length_equal_brute_force(devices, query_rows, monke
         ({"temperature": 0.0}, "temperature: must be positive"),
     ],
 )
-def test_arrays_that_do_not_fit_are_named(changes, message):
+def test_arrays_that_do_not_fit_are_errors_with_their_names(changes, message):
     arguments = {
         "bank": np.ones((3, 4)),
         "labels": np.array([0, 3, 1]),
@@ -136,7 +136,7 @@ def test_accuracy_of_blocks_equals_brute_force_on_one_device_and_eight(frozen):
     rng = np.random.default_rng(2)
 
     def batches(count, *, valid):
-        """Noise about a colour of its own for each class; `valid` images, the rest is padding."""
+        """Every class is noise around its own colour; `valid` images, then padding."""
         labels = rng.integers(0, CLASSES, count).astype(np.int32)
         levels = 40 + 18 * labels[:, None, None, None] + rng.normal(size=(count, 32, 32, 3)) * 30
         images = np.clip(levels, 0, 255).astype(np.uint8)

@@ -68,7 +68,7 @@ def test_loss_accuracy_and_gradients_equal_softmax_regression(frozen):
     assert metrics["top1"] == max(metrics["top1_block_1"], metrics["top1_block_3"])
 
 
-def test_a_block_does_not_see_the_others(frozen):
+def test_blocks_do_not_influence_one_another(frozen):
     """Other features and weights of one block leave the other's gradient bit-identical."""
     task, params = tiny_task(frozen)
     batch = random_batch()
@@ -82,7 +82,7 @@ def test_a_block_does_not_see_the_others(frozen):
 
 
 @pytest.mark.slow
-def test_stored_features_equal_those_of_the_train_step(frozen):
+def test_stored_features_equal_the_train_steps(frozen):
     """Erased boxes included: they follow the seed and the step."""
     spec = FeatureSpec(blocks=(1, 3), kind="cls_mean", erase_probability=1.0)
     mesh = sharding.make_mesh(fsdp=2)

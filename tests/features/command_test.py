@@ -179,7 +179,7 @@ def test_a_batch_over_several_devices_gives_the_same_features(weights, photos, t
     )
 
 
-def test_unreadable_files_are_named_and_left_out(weights, photos, tmp_path, capsys):
+def test_unreadable_files_are_reported_by_name_and_left_out(weights, photos, tmp_path, capsys):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff and nothing")

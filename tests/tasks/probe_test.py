@@ -29,7 +29,7 @@ def encoder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    """A folder of images, each class noise about a colour of its own."""
+    """A folder of images: every class is noise around its own colour."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     colours = rng.uniform(40, 215, (CLASSES, 3))
     for number in range(TRAINING + HELD_OUT):
@@ -93,7 +93,7 @@ def cached(encoder, folder, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["cached", "online"])
-def test_a_random_encoder_tells_colours(mode, request):
+def test_features_of_a_random_encoder_separate_colours(mode, request):
     workdir, summary = request.getfixturevalue(mode)
     assert json.loads((workdir / "summary.json").read_text()) == summary
     linear = summary["linear"]
@@ -117,7 +117,7 @@ def test_a_random_encoder_tells_colours(mode, request):
 
 
 @pytest.mark.slow
-def test_stored_features_are_those_of_the_first_passes(online, cached):
+def test_stored_features_repeat_the_first_passes(online, cached):
     """The same views as online for 10 batches, then again from the first; rounded to float16."""
     fresh, stored = losses(online[0]), losses(cached[0])
     np.testing.assert_allclose(stored[:10], fresh[:10], rtol=2e-3)
@@ -204,7 +204,7 @@ def test_the_table_has_a_row_for_each_block():
         ({"optimizer__warmup_steps": 99}, r"config\.optimizer\.warmup_steps: 99 is more"),
     ],
 )
-def test_bad_settings_are_named(encoder, changes, message):
+def test_an_invalid_setting_is_an_error_with_its_name(encoder, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(encoder, **changes)
 
@@ -221,13 +221,15 @@ def test_bad_settings_are_named(encoder, changes, message):
         ({"run__batch_size": 12}, r"config\.run\.batch_size: 12 does not divide"),
     ],
 )
-def test_what_does_not_fit_stops_before_anything_is_written(encoder, tmp_path, changes, message):
+def test_settings_that_do_not_fit_stop_the_run_before_anything_is_written(
+    encoder, tmp_path, changes, message
+):
     with pytest.raises(ConfigError, match=message):
         probe.run(settings(encoder, **changes), workdir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_classifiers_of_other_features_are_not_continued(encoder, cached):
+def test_training_does_not_resume_with_other_features(encoder, cached):
     for name, changes in (("features", {"features": "mean"}), ("blocks", {"blocks": (1, 2)})):
         config = settings(encoder, **changes)
         with pytest.raises(ConfigError, match=rf"config\.{name}: was .* choose another --workdir"):
@@ -237,7 +239,7 @@ def test_classifiers_of_other_features_are_not_continued(encoder, cached):
         probe.check_same_probe(settings("other"), workdir=str(cached[0]))
 
 
-def test_other_pixels_than_the_checkpoints_are_warned_about(encoder, caplog):
+def test_a_normalization_other_than_the_checkpoints_is_a_warning(encoder, caplog):
     frozen = features.load_frozen_encoder(encoder)
     for normalization, said in (("half", False), ("imagenet", True)):
         with caplog.at_level(logging.WARNING):
@@ -247,7 +249,7 @@ def test_other_pixels_than_the_checkpoints_are_warned_about(encoder, caplog):
         assert ("THE CHECKPOINT EXPECTS PIXELS NORMALISED BY 'half'" in caplog.text) == said
 
 
-def test_the_recipes_numbers_and_that_all_can_be_overridden():
+def test_the_recipes_have_the_published_settings_and_every_key():
     """run_linear_eval.py; paper appendix D where it differs is said in the file."""
 
     def missing(values, section, path):
