@@ -215,8 +215,7 @@ def feed() -> loop.Feed:
 
 def train(workdir: Path, *, optimizer: OptimizerConfig = OPTIMIZER, **changes) -> loop.Trained:
     return loop.train(
-        regression(),
-        feed(),
+        loop.Job(task=regression(), feed=feed()),
         run=dataclasses.replace(RUN, **changes),
         optimizer_config=optimizer,
         config={},
@@ -283,7 +282,11 @@ def test_without_variables_a_checkpoint_has_no_such_entry(tmp_path):
     workdir = str(tmp_path / "plain")
     run = dataclasses.replace(RUN, steps=2)
     trained = loop.train(
-        plain, feed(), run=run, optimizer_config=OPTIMIZER, config={}, workdir=workdir
+        loop.Job(task=plain, feed=feed()),
+        run=run,
+        optimizer_config=OPTIMIZER,
+        config={},
+        workdir=workdir,
     )
     assert trained.state.variables == {}
     assert checkpoint.saved_params_shapes(workdir, part="variables") == {}
