@@ -218,33 +218,19 @@ def train_step(
         state.step,
         micro_batches=config.accumulate,
     )
+    metrics = task.metrics(sums)
     # Norm and clipped gradient of the mean, without an extra pass over memory to compute the mean.
     norm = optax.tree.norm(gradients) / sums["weight"]
-    metrics = task.metrics(sums)
-    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-
     factor = optim.clip_factor(norm, limit=config.clip_norm) / sums["weight"]
-    clipped = jax.tree.map(lambda g: g * factor, gradients)
-    directions, opt_state = optimizer.update(clipped, state.opt_state, state.params, finite=finite)
     rate = schedule(state.step)
-    params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
-    ema = {}
-    if config.ema_decay is not None:
-        decay = config.ema_decay
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-
-    def keep(new: PyTree, old: PyTree) -> PyTree:
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-    skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
-    new_state = TrainState(
-        step=state.step + 1,
-        params=keep(params, state.params),
-        variables=keep(variables, state.variables),
-        ema=keep(ema, state.ema),
-        opt_state=opt_state,
-        skipped=state.skipped + skipped,
-        skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1).astype(jnp.int32),
+    new_state = _update(
+        state,
+        jax.tree.map(lambda g: g * factor, gradients),
+        variables=variables,
+        finite=jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]),
+        rate=rate,
+        optimizer=optimizer,
+        ema_decay=config.ema_decay,
     )
     metrics |= {
         "grad_norm": norm,
@@ -253,6 +239,40 @@ def train_step(
         "skipped_in_row": new_state.skipped_in_row,
     }
     return new_state, metrics
+
+
+def _update(
+    state: TrainState,
+    gradients: Params,
+    *,
+    variables: Variables,
+    finite: jax.Array,
+    rate: jax.Array,
+    optimizer: optax.GradientTransformationExtraArgs,
+    ema_decay: float | None,
+) -> TrainState:
+    """The state after these gradients; where they are not finite, all but the counters is kept."""
+    directions, opt_state = optimizer.update(
+        gradients, state.opt_state, state.params, finite=finite
+    )
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
+    ema = {}
+    if ema_decay is not None:
+        ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state.ema, params)
+
+    def keep(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
+    return TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        variables=keep(variables, state.variables),
+        ema=keep(ema, state.ema),
+        opt_state=opt_state,
+        skipped=state.skipped + skipped,
+        skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1).astype(jnp.int32),
+    )
 
 
 def _with_whole_parameters(loss: StatefulLoss, mesh: Mesh) -> StatefulLoss:

@@ -12,12 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from beit_jax import jobs
 from beit_jax.config import ConfigError, TokenizerConfig, check, shape_setting, to_dict
-from beit_jax.tokenizers.kinds import KINDS, TokenizerKind
+from beit_jax.models.functional import Functional, functional
+from beit_jax.tokenizers.dvae import (
+    DiscreteVAE,
+    DvaeConfig,
+    GumbelOutput,
+    denormalize,
+    normalize,
+)
+from beit_jax.tokenizers.kinds import KINDS, TokenizerKind, Training
 from beit_jax.tokenizers.loading import load_params, open_tokenizer, save_params
-from beit_jax.tokenizers.tokenizer import Tokenizer
+from beit_jax.tokenizers.tokenizer import Tokenizer, join, split
 from tests.tasks import tiny
 
 
@@ -147,3 +156,82 @@ def test_capabilities_of_the_kinds_that_come_with_the_package():
         config = kind.config(random_weights=True, vocabulary=64, image_size=16)
         assert config.kind == name
         assert (open_tokenizer(config).pixel_decode is not None) == kind.paints
+
+
+class CountingVAE(DiscreteVAE):
+    """A discrete VAE that also keeps a moving average of how often each token is drawn."""
+
+    def __init__(self, *, vocabulary: int, rngs: nnx.Rngs, **settings):
+        super().__init__(vocabulary=vocabulary, rngs=rngs, **settings)
+        self.usage = nnx.BatchStat(jnp.full((vocabulary,), 1 / vocabulary))
+
+    def gumbel_forward(self, images: jax.Array, **settings) -> GumbelOutput:
+        output = super().gumbel_forward(images, **settings)
+        drawn = jax.nn.softmax(output.logits).mean((0, 1, 2))
+        self.usage[...] = jax.lax.stop_gradient(0.9 * self.usage[...] + 0.1 * drawn)
+        return output
+
+
+def counting_vae(config: DvaeConfig, *, precision=None) -> Functional:
+    settings = {name: getattr(config, name) for name in ("width", "levels", "codebook_width")}
+    return functional(lambda rngs: CountingVAE(vocabulary=config.vocabulary, rngs=rngs, **settings))
+
+
+def counting_tokenizer(config: DvaeConfig, *, precision=None) -> Tokenizer:
+    """The discrete VAE's tokenizer, whose params carry the counts as variables."""
+    vae = counting_vae(config)
+
+    def init(key: jax.Array) -> dict:
+        return join(vae.init(key), vae.init_variables(key))
+
+    def pixel_features(params: dict, pixels: jax.Array) -> jax.Array:
+        params, variables = split(params)
+        return vae.apply(params, normalize(pixels), variables=variables, method="features")
+
+    def feature_logits(params: dict, features: jax.Array) -> jax.Array:
+        params, variables = split(params)
+        return vae.apply(params, features, variables=variables, method="feature_logits")
+
+    def pixel_decode(params: dict, ids: jax.Array) -> jax.Array:
+        params, variables = split(params)
+        return denormalize(vae.apply(params, ids, variables=variables, method="decode"))
+
+    return Tokenizer(
+        vocabulary=config.vocabulary,
+        image_size=config.image_size,
+        grid=config.grid,
+        init=init,
+        encoding_params=lambda params: params,
+        pixel_features=pixel_features,
+        feature_logits=feature_logits,
+        pixel_decode=pixel_decode,
+        decoding_parts=("codebook", "decoder"),
+    )
+
+
+def test_a_kind_with_state_of_its_own_is_trained_by_the_tokenizer_job(tmp_path, monkeypatch):
+    """Its variables are trained by no gradient, and end up in the file beside the parameters."""
+    monkeypatch.setitem(
+        KINDS,
+        "counting",
+        TokenizerKind(
+            config=DvaeConfig,
+            open=counting_tokenizer,
+            how_to_get="train one",
+            training=Training(network=counting_vae, normalize=normalize),
+        ),
+    )
+    values = tiny.tokenizer().to_dict()
+    values["tokenizer"]["kind"] = "counting"
+    values["run"]["steps"] = 4
+    values["optimizer"]["warmup_steps"] = 1
+    summary = jobs.run(values, workdir=str(tmp_path))
+    config = dataclasses.replace(jobs.parse_job(values).tokenizer, path=summary["tokenizer"])
+    params = load_params(config)
+    usage = params["variables"]["usage"]
+    np.testing.assert_allclose(usage.sum(), 1, rtol=1e-5)
+    assert np.abs(usage - 1 / 16).max() > 1e-4
+    images = np.zeros((1, 16, 16, 3), np.uint8)
+    tokenizer = open_tokenizer(config)
+    assert tokenizer.paints(params)
+    assert tokenizer.decode(params, tokenizer.encode(params, images)).shape == (1, 16, 16, 3)
