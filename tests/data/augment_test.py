@@ -1,4 +1,4 @@
-"""Augmentation: what is drawn has torchvision's distributions, what is applied equals Pillow."""
+"""Draws have torchvision's distributions, and applying them gives Pillow's results."""
 
 import io
 import itertools
@@ -38,7 +38,7 @@ def _parameters(*, box, factors=(1, 1, 1), order=(0, 1, 2), flip=False) -> augme
 
 
 def _pillow_views(image: np.ndarray, parameters: augment.Parameters) -> dict[str, np.ndarray]:
-    """The official order of things, with Pillow: jitter, flip, crop, resize twice."""
+    """The official pipeline with Pillow: jitter, flip, crop, two resizes."""
     picture = Image.fromarray(image)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for which in parameters["order"].numpy():
@@ -54,15 +54,15 @@ def _pillow_views(image: np.ndarray, parameters: augment.Parameters) -> dict[str
 
 
 def _difference(image: np.ndarray, parameters: augment.Parameters) -> dict[str, float]:
-    ours, pillow = _views(tf.constant(image), parameters), _pillow_views(image, parameters)
+    actual, pillow = _views(tf.constant(image), parameters), _pillow_views(image, parameters)
     return {
-        name: float(np.abs(ours[name].numpy().astype(int) - pillow[name].astype(int)).mean())
+        name: float(np.abs(actual[name].numpy().astype(int) - pillow[name].astype(int)).mean())
         for name in pillow
     }
 
 
 def _photo(seed: int, height: int, width: int) -> np.ndarray:
-    """A picture with a photograph's falling spectrum, bright and dark enough to be clipped."""
+    """An image with a photograph's falling spectrum and levels that reach both ends."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(height, width)
     channels = []
@@ -104,7 +104,7 @@ def test_views_of_photographs_equal_pillow():
     for number, path in enumerate(files[::8]):
         image = np.asarray(Image.open(path).convert("RGB"))
         drawn = _draw(number, *image.shape[:2])
-        # Every order, and in every other image the strongest jitter there is.
+        # Every order, and the strongest possible jitter in every other image.
         drawn["order"] = tf.constant(ORDERS[number % 6])
         if number % 2:
             drawn["factors"] = tf.constant([(0.6, 1.4)[number >> bit & 1] for bit in (1, 2, 3)])
@@ -128,15 +128,15 @@ def _pillow_jitter(image: np.ndarray, *, factors, order) -> np.ndarray:
 
 
 @pytest.mark.parametrize("factors", [(1.37, 0.71, 1.39), (0.63, 1.38, 0.71), (1.31, 1.39, 0.66)])
-def test_jitter_is_pillows_pixel_by_pixel_where_it_sees_all_of_them(factors):
-    """Within what truncating three times can differ from taking off half a level three times."""
+def test_jitter_equals_pillows_at_every_pixel_of_a_small_image(factors):
+    """Up to the difference between truncating and subtracting half a level, three times over."""
     image = _photo(3, 100, 120)  # fewer pixels than MEAN_SAMPLES
     for order in ORDERS:
-        ours = _jitter(image, factors=factors, order=order)
-        difference = ours - _pillow_jitter(image, factors=factors, order=order)
+        actual = _jitter(image, factors=factors, order=order)
+        difference = actual - _pillow_jitter(image, factors=factors, order=order)
         assert np.abs(difference).max() < 3
         assert np.abs(difference).mean() < 0.6
-        assert abs(difference.mean()) < 0.15  # truncated on average as much
+        assert abs(difference.mean()) < 0.15  # the same truncation on average
 
 
 def test_no_jitter_is_the_identity():
@@ -145,7 +145,7 @@ def test_no_jitter_is_the_identity():
         np.testing.assert_array_equal(_jitter(image, factors=(1, 1, 1), order=order), image)
 
 
-def test_a_factor_of_zero_leaves_black_or_the_mean_grey():
+def test_a_factor_of_zero_gives_black_or_the_mean_grey():
     image = _photo(5, 50, 60)
     black = _jitter(image, factors=(0, 1, 1), order=(0, 1, 2))
     np.testing.assert_allclose(black, 0, atol=0.5)
@@ -167,11 +167,11 @@ def test_grey_images_stay_grey():
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (40, 300), (1, 1), (7, 64), (900, 31)])
 def test_resizing_equals_tensorflows(method, height, width):
     image = _photo(11, height, width)
-    ours = resizing.resize(tf.constant(image), size=64, method=method).numpy().astype(int)
+    actual = resizing.resize(tf.constant(image), size=64, method=method).numpy().astype(int)
     whole = tf.image.resize(image, [64, 64], method=method, antialias=True)
     theirs = np.clip(np.round(whole), 0, 255)
-    assert np.abs(ours - theirs).max() <= 1
-    assert (ours != theirs).mean() < 1e-3  # where rounding was close
+    assert np.abs(actual - theirs).max() <= 1
+    assert (actual != theirs).mean() < 1e-3  # where rounding was close
 
 
 # ---------------------------------------------------------------------------- fast views
@@ -189,7 +189,7 @@ def _decode_window(data: tf.Tensor, window: decode.Window) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_decoding_a_window_equals_cutting_it_out(seed):
+def test_decoding_a_window_equals_cropping_to_it(seed):
     data = _encode_jpeg(_photo(seed, 375, 500))
     drawn = _draw(seed, 375, 500)
     box = augment.unflipped_box(drawn, width=tf.constant(500))
@@ -199,7 +199,7 @@ def test_decoding_a_window_equals_cutting_it_out(seed):
     whole = decode.decode_image(data, exif_orientation=True)
     difference = np.abs(crop.astype(int) - whole[top : top + height, left : left + width].numpy())
     assert difference[:, 1:-1].max() == 0
-    # Colour of half the resolution is interpolated, and at the sides half of what it takes is gone.
+    # Chroma at half the resolution is interpolated, and at the sides its neighbours are missing.
     assert difference.max() < 16
 
 
@@ -215,13 +215,13 @@ def test_a_large_window_is_decoded_at_a_lower_resolution(side, shape):
 
 
 @pytest.mark.parametrize("kind", ["png", "turned"])
-def test_other_images_are_cut_after_decoding(kind):
+def test_other_images_are_cropped_after_decoding(kind):
     image = _photo(2, 60, 90)
     if kind == "png":
         data, expected = tf.io.encode_png(image), image
     else:
         buffer, exif = io.BytesIO(), Image.Exif()
-        exif[0x0112] = 6  # turned clockwise to be upright
+        exif[0x0112] = 6  # to be rotated clockwise
         Image.fromarray(image).save(buffer, "JPEG", exif=exif)
         data = tf.constant(buffer.getvalue())
         expected = decode.decode_image(data, exif_orientation=True).numpy()
@@ -232,7 +232,7 @@ def test_other_images_are_cut_after_decoding(kind):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_fast_views_without_jitter_are_near_the_official_ones(flip):
+def test_fast_views_without_jitter_are_close_to_the_official_ones(flip):
     image = _photo(8, 375, 500)
     parameters = _parameters(box=(40, 100, 250, 330), flip=flip)
     left = 500 - 100 - 330 if flip else 100
@@ -248,7 +248,7 @@ def test_fast_views_without_jitter_are_near_the_official_ones(flip):
     np.testing.assert_array_equal(alone["image"], fast["image"])
 
 
-def test_jitter_on_the_device_is_pillows_on_the_view():
+def test_jitter_on_the_device_equals_pillows_jitter_of_the_view():
     views = np.stack([_photo(seed, 48, 48) for seed in range(6)])
     factors = np.random.default_rng(0).uniform(0.6, 1.4, (6, 3)).astype(np.float32)
     result = device_jitter.jitter(views, factors=factors, order=np.array(ORDERS, np.int32))
@@ -256,12 +256,12 @@ def test_jitter_on_the_device_is_pillows_on_the_view():
     for number, order in enumerate(ORDERS):
         pillow = _pillow_jitter(views[number], factors=factors[number].tolist(), order=order)
         difference = np.abs(np.asarray(result[number]).astype(int) - pillow)
-        # float32 rounds otherwise than Pillow's double precision at a few places.
+        # float32 rounds differently from Pillow's double precision at a few pixels.
         assert difference.max() <= 1
         assert (difference > 0).mean() < 0.01
 
 
-def test_what_is_drawn_without_the_size_is_the_same():
+def test_draws_without_the_image_size_are_the_same():
     whole = _draw(5, 375, 500)
     part = augment.draw_jitter_and_flip(tf.constant([1, 5], tf.int64), config=AugmentConfig())
     for name, value in part.items():
@@ -272,9 +272,9 @@ def test_flip_mirrors_both_views():
     image = _photo(6, 90, 130)
     box = (10, 20, 50, 60)
     plain = _views(tf.constant(image), _parameters(box=box))
-    # The same box in the image mirrored beforehand.
+    # The same box in an image that was mirrored beforehand.
     flipped = _views(tf.constant(image[:, ::-1].copy()), _parameters(box=box, flip=True))
-    for name in plain:  # but for rounding: views are mirrored after resizing
+    for name in plain:  # except for rounding: views are mirrored after resizing
         difference = np.abs(flipped[name].numpy().astype(int) - plain[name].numpy())
         assert difference.max() <= 1
         assert (difference > 0).mean() < 1e-3
@@ -287,7 +287,7 @@ def test_flip_mirrors_both_views():
 
 
 def test_segmentation_follows_the_image():
-    # Classes painted as colours: the nearest class must be the view's colour, edges aside.
+    # Classes painted as colours: except at edges, the nearest class must be the view's colour.
     y, x = np.mgrid[:90, :120]
     segmentation = ((x // 30) + 4 * (y // 30)).astype(np.uint8)
     image = np.repeat((segmentation * 20)[..., None], 3, -1)
@@ -312,7 +312,7 @@ def test_eval_views_are_the_centred_square():
             assert np.abs(view.numpy().astype(int) - expected[name]).mean() < TOLERANCE
 
 
-def test_an_image_of_the_right_size_comes_through_unchanged():
+def test_an_image_of_the_right_size_is_unchanged():
     image = _photo(9, SIZE, SIZE)
     views = augment.eval_views(image, image_size=SIZE, token_image_size=TOKEN_SIZE)
     np.testing.assert_array_equal(views["image"], image)
@@ -331,16 +331,16 @@ def _draw(number: int, height: int, width: int, **settings) -> augment.Parameter
 
 
 def _draw_many(number: int, height: int, width: int, **settings) -> dict[str, np.ndarray]:
-    places = tf.data.Dataset.range(number)
+    positions = tf.data.Dataset.range(number)
     config = AugmentConfig(**settings)
 
-    def draw(place):
-        key = tf.stack([tf.constant(2, tf.int64), place])
+    def draw(position):
+        key = tf.stack([tf.constant(2, tf.int64), position])
         return augment.draw_parameters(
             key, height=tf.constant(height), width=tf.constant(width), config=config
         )
 
-    return next(places.map(draw).batch(number).as_numpy_iterator())
+    return next(positions.map(draw).batch(number).as_numpy_iterator())
 
 
 @pytest.fixture(scope="module")
@@ -420,13 +420,13 @@ def test_crop_boxes_are_distributed_as_torchvision_has_them(drawn, height, width
     assert aspect.max() < 4 / 3 * 1.02
     theirs = expected[:, 2] * expected[:, 3] / (height * width)
     quantiles = np.linspace(0.02, 0.98, 25)
-    for ours, reference, scale in (
+    for actual, reference, scale in (
         (area, theirs, 1),
         (aspect, expected[:, 3] / expected[:, 2], 1),
         (top, expected[:, 0], height),
         (left, expected[:, 1], width),
     ):
-        difference = np.quantile(ours, quantiles) - np.quantile(reference, quantiles)
+        difference = np.quantile(actual, quantiles) - np.quantile(reference, quantiles)
         assert np.abs(difference / scale).max() < 0.03
 
 
@@ -438,7 +438,7 @@ def test_crop_boxes_are_distributed_as_torchvision_has_them(drawn, height, width
         (1, 1000, (0, 499, 1, 1)),
     ],
 )
-def test_where_no_crop_fits_the_centre_is_taken(height, width, box):
+def test_without_a_crop_that_fits_the_centre_is_taken(height, width, box):
     boxes = _draw_many(50, height, width, min_crop_scale=0.9)["box"]
     np.testing.assert_array_equal(boxes, np.tile(box, (50, 1)))
 
@@ -447,7 +447,7 @@ def test_one_pixel_can_be_cropped():
     np.testing.assert_array_equal(_draw_many(50, 1, 1)["box"], np.tile((0, 0, 1, 1), (50, 1)))
 
 
-def test_crop_scale_is_kept_to():
+def test_crops_keep_to_the_crop_scale():
     boxes = _draw_many(500, 300, 300, min_crop_scale=0.3, max_crop_scale=0.5)["box"]
     area = boxes[:, 2] * boxes[:, 3] / 300**2
     assert area.min() > 0.3 * 0.99

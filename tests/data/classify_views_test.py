@@ -1,4 +1,4 @@
-"""Views for classification: crops equal Pillow's, draws are a function of the key alone."""
+"""Views for classification equal Pillow's, and are a function of the key alone."""
 
 import math
 import os
@@ -22,7 +22,7 @@ PLAIN = ClassifyAugmentConfig(operations=0)
 
 
 def _photo(seed: int, height: int, width: int) -> np.ndarray:
-    """A picture with a photograph's falling spectrum."""
+    """An image with a photograph's falling spectrum."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(height, width)
     channels = []
@@ -55,8 +55,8 @@ def _drawn(image: np.ndarray, number: int, config=PLAIN) -> classify_views.Param
 
 
 def _draw_many(number: int, config: ClassifyAugmentConfig) -> classify_views.Parameters:
-    def draw(place):
-        key = tf.stack([tf.constant(2, tf.int64), place])
+    def draw(position):
+        key = tf.stack([tf.constant(2, tf.int64), position])
         return classify_views.draw_parameters(
             key, height=tf.constant(375), width=tf.constant(500), config=config
         )
@@ -73,9 +73,9 @@ def _pillow_view(image: np.ndarray, drawn, *, interpolation="bicubic", size=SIZE
     return np.asarray(view)
 
 
-def _difference(ours: np.ndarray, pillow: np.ndarray) -> float:
-    assert ours.shape == pillow.shape
-    return float(np.abs(ours.astype(int) - pillow).mean())
+def _difference(actual: np.ndarray, pillow: np.ndarray) -> float:
+    assert actual.shape == pillow.shape
+    return float(np.abs(actual.astype(int) - pillow).mean())
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -102,8 +102,8 @@ def test_views_of_photographs_equal_pillow():
         pillow = _pillow_view(image, _drawn(image, number))
         assert _difference(_view(image, number), pillow) < TOLERANCE, path
         for size in (SIZE, 384):
-            ours = classify_views.eval_view(tf.constant(image), image_size=size).numpy()
-            assert _difference(ours, _pillow_eval_view(image, size=size)) < TOLERANCE, path
+            actual = classify_views.eval_view(tf.constant(image), image_size=size).numpy()
+            assert _difference(actual, _pillow_eval_view(image, size=size)) < TOLERANCE, path
 
 
 def test_a_view_is_a_function_of_the_key():
@@ -126,13 +126,13 @@ def test_rand_augment_comes_after_crop_and_flip():
         np.testing.assert_array_equal(_view(image, number, config), expected)
 
 
-def test_what_is_moved_in_has_the_colour_of_the_mean():
+def test_the_fill_colour_is_the_mean():
     assert preprocessing.fill_color("half") == (128, 128, 128)
     assert preprocessing.fill_color("imagenet") == (124, 116, 104)
 
 
 def test_views_are_made_in_a_tf_data_graph():
-    """Of images of any size, the same as eagerly."""
+    """For images of any size, with the same result as eagerly."""
     images = [_photo(4, 50, 80), _photo(5, 120, 64)]
     config = ClassifyAugmentConfig()
     dataset = tf.data.Dataset.from_generator(
@@ -170,7 +170,7 @@ def test_half_are_flipped(drawn):
     assert not _draw_many(50, ClassifyAugmentConfig(flip=False))["flip"].any()
 
 
-def test_crop_and_operations_are_unrelated(drawn):
+def test_crop_and_operations_are_independent(drawn):
     top, left, height, width = drawn["box"].T.astype(float)
     crop = np.stack([top, left, height * width, width / height, drawn["flip"]])
     operations = np.concatenate([drawn["operations"][name].T for name in drawn["operations"]])
@@ -180,7 +180,7 @@ def test_crop_and_operations_are_unrelated(drawn):
     assert np.abs(flipped).max() < 4.5 / math.sqrt(4000)
 
 
-def test_crop_scale_is_kept_to():
+def test_crops_keep_to_the_crop_scale():
     config = ClassifyAugmentConfig(min_crop_scale=0.35, max_crop_scale=0.5)
     box = _draw_many(300, config)["box"]
     area = box[:, 2] * box[:, 3] / (375 * 500)
@@ -213,11 +213,12 @@ def _pillow_eval_view(image: np.ndarray, *, size: int, crop: float | None = None
 def test_eval_views_equal_pillow(size, height, width):
     image = _photo(6, height, width)
     for crop in (None, 0.9, 1.0):
-        ours = classify_views.eval_view(tf.constant(image), image_size=size, crop=crop)
-        assert _difference(ours.numpy(), _pillow_eval_view(image, size=size, crop=crop)) < TOLERANCE
+        actual = classify_views.eval_view(tf.constant(image), image_size=size, crop=crop)
+        pillow = _pillow_eval_view(image, size=size, crop=crop)
+        assert _difference(actual.numpy(), pillow) < TOLERANCE
 
 
-def test_the_part_computed_equals_that_part_of_the_whole():
+def test_computing_only_the_crop_equals_cropping_the_whole():
     for height, width in ((375, 500), (801, 640), (40, 61)):
         image = _photo(7, height, width)
         shorter = 256
@@ -228,14 +229,14 @@ def test_the_part_computed_equals_that_part_of_the_whole():
         whole = tf.image.resize(image, size, method="bicubic", antialias=True)
         whole = np.clip(np.round(whole), 0, 255).astype(int)
         top, left = (round((side - SIZE) / 2) for side in size)
-        ours = classify_views.eval_view(tf.constant(image), image_size=SIZE).numpy()
-        difference = np.abs(ours - whole[top : top + SIZE, left : left + SIZE])
+        actual = classify_views.eval_view(tf.constant(image), image_size=SIZE).numpy()
+        difference = np.abs(actual - whole[top : top + SIZE, left : left + SIZE])
         assert difference.max() <= 1
         assert (difference > 0).mean() < 1e-3
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (256, 301), (403, 256), (256, 9001)])
-def test_an_image_of_the_right_size_is_only_cut(height, width):
+def test_an_image_of_the_right_size_is_only_cropped(height, width):
     image = _photo(8, height, width)
     top, left = round((height - SIZE) / 2), round((width - SIZE) / 2)
     np.testing.assert_array_equal(

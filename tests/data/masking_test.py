@@ -1,4 +1,4 @@
-"""Masks: the official distribution, a replay in plain Python, and purity in the key."""
+"""Masks have the official distribution, equal a replay in plain Python, and need only keys."""
 
 import functools
 import hashlib
@@ -39,7 +39,7 @@ def draws(config, *, grid=14, n, seed=0, epoch=0):
 
 
 def reference(next_try, *, config, grid):
-    """One mask by the algorithm's text, one patch at a time.
+    """One mask as the algorithm's text has it, one patch at a time.
 
     `next_try(block, attempt)` gives four numbers in [0, 1): for area, aspect, top and left.
     """
@@ -81,7 +81,7 @@ def reference(next_try, *, config, grid):
 
 
 def reference_draws(config, *, n, grid=14):
-    """Masks of `reference` with Python's own random numbers."""
+    """Masks of `reference` with random numbers of Python's generator."""
     numbers = random.Random(20210615)
     return np.stack(
         [
@@ -95,14 +95,16 @@ def reference_draws(config, *, n, grid=14):
     )
 
 
-def assert_same_distribution(ours, theirs):
-    """Counts by a two-sample chi-square, marginals by their largest difference."""
-    ours_count, theirs_count = (np.bincount(m.sum((1, 2)), minlength=300) for m in (ours, theirs))
-    scale = len(ours) / len(theirs)
-    pooled = ours_count + theirs_count
-    common = pooled >= 40  # the rest make one more bin
-    a = np.append(ours_count[common], ours_count[~common].sum()).astype(float)
-    b = np.append(theirs_count[common], theirs_count[~common].sum()).astype(float)
+def assert_same_distribution(actual, reference):
+    """Compares counts by a two-sample chi-square and marginals by their largest difference."""
+    actual_count, reference_count = (
+        np.bincount(m.sum((1, 2)), minlength=300) for m in (actual, reference)
+    )
+    scale = len(actual) / len(reference)
+    pooled = actual_count + reference_count
+    common = pooled >= 40  # the others are merged into one more bin
+    a = np.append(actual_count[common], actual_count[~common].sum()).astype(float)
+    b = np.append(reference_count[common], reference_count[~common].sum()).astype(float)
     filled = a + b > 0
     chi_square = np.sum(
         (a / math.sqrt(scale) - b * math.sqrt(scale))[filled] ** 2 / (a + b)[filled]
@@ -111,8 +113,8 @@ def assert_same_distribution(ours, theirs):
     assert freedom >= 5
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
     # 0.5 / sqrt(n) is the largest standard error of a frequency; 196 patches are compared.
-    error = 0.5 * math.sqrt(1 / len(ours) + 1 / len(theirs))
-    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 4.5 * error
+    error = 0.5 * math.sqrt(1 / len(actual) + 1 / len(reference))
+    assert np.abs(actual.mean(0) - reference.mean(0)).max() < 4.5 * error
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def masks():
 
 
 class TestOfficialDistribution:
-    """Against 20,000 draws of the official generator (their standard errors added to ours)."""
+    """Against 20,000 draws of the official generator (tolerances include their standard errors)."""
 
     def test_counts(self, masks):
         counts = masks.sum((1, 2))
@@ -213,7 +215,7 @@ def test_masks_are_those_of_version_0_1(config, grid, n, expected):
 
 class TestRandomNumbers:
     def test_splitmix64(self):
-        """The first outputs of the published generator for the seed 0."""
+        """The published generator's first outputs for seed 0."""
         counters = tf.constant(np.arange(1, 4, dtype=np.uint64))
         words = random_bits.mix(counters * random_bits.uint64(random_bits.GOLDEN))
         assert [hex(word) for word in words.numpy().tolist()] == [
@@ -236,7 +238,7 @@ class TestRandomNumbers:
         counts = np.stack([np.bincount((row * 64).astype(int), minlength=64) for row in numbers])
         chi_square = ((counts - n / 64) ** 2 / (n / 64)).sum(1)
         assert np.abs(chi_square - 63).max() < 5 * math.sqrt(2 * 63)
-        # The numbers of one key and those of the next one, every pair.
+        # All pairs of the numbers of one key and those of the next.
         pairs = np.corrcoef(np.concatenate([numbers[:, :-1], numbers[:, 1:]]))
         assert np.abs(pairs - np.eye(24)).max() < 5 / math.sqrt(n)
 
@@ -278,7 +280,7 @@ class TestKeys:
         else:
             second = draws(config, n=n, **{other: 1}).reshape(n, -1)
         assert (first == second).all(1).mean() < 0.001
-        # Patches hidden in both, against what independent masks with these marginals share.
+        # Patches hidden in both, compared with independent masks of these marginals.
         shared = (first & second).sum(1)
         expected = (first.mean(0) * second.mean(0)).sum()
         assert abs(shared.mean() - expected) < 4.5 * shared.std() / math.sqrt(n)
@@ -322,7 +324,7 @@ class TestBlockPaper:
     def test_bound_by_hand(self):
         # 78 are hidden; a block of area 16 and aspect 9/7 has sides 4.54 and 3.53: 5 x 4 patches.
         assert max_masked(PAPER, grid=14) == 98
-        # Nothing above the whole grid.
+        # Never more than the whole grid.
         assert max_masked(MaskConfig(kind="block_paper", ratio=0.9), grid=14) == 196
 
     @pytest.mark.parametrize(

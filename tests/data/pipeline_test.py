@@ -1,4 +1,4 @@
-"""Batches: a function of (seed, step), whatever the hosts, whatever the files."""
+"""Batches are a function of (seed, step), for any number of hosts and with broken files."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ from beit_jax.data.order import permute
 from beit_jax.training import device_jitter
 
 GRID = 4
-BOOKKEEPING = ("index", "replaced")  # which stays on the host
+BOOKKEEPING = ("index", "replaced")  # fields that stay on the host
 SMALL = {
     "image_size": 32,
     "token_image_size": 16,
@@ -27,12 +27,12 @@ SMALL = {
 
 
 def _write(folder: Path, number: int) -> None:
-    """Pictures of different sizes, each of its own colour."""
+    """Writes images of different sizes and colours."""
     rng = np.random.default_rng(0)
-    for place in range(number):
+    for position in range(number):
         height, width = rng.integers(20, 60, 2)
         noise = rng.integers(0, 40, (height, width, 3)) + rng.integers(0, 200, 3)
-        name = folder / str(place % 3) / f"{place:03d}.{'png' if place % 2 else 'jpg'}"
+        name = folder / str(position % 3) / f"{position:03d}.{'png' if position % 2 else 'jpg'}"
         name.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise.astype(np.uint8)).save(name)
 
@@ -141,26 +141,26 @@ def test_an_image_looks_different_in_each_epoch_and_for_each_seed(folder):
     source, config = _open(folder)
 
     def first_look(seed: int, epoch: int) -> dict:
-        """Image 5 of that epoch."""
+        """Image 5 in that epoch."""
         for batch in _take(4, source, config, seed=seed, batch_size=23, start_step=epoch):
-            place = batch["index"].tolist().index(5)
-            return {name: value[place] for name, value in batch.items()}
+            position = batch["index"].tolist().index(5)
+            return {name: value[position] for name, value in batch.items()}
 
     looks = [first_look(0, 0), first_look(0, 1), first_look(1, 0)]
     for name in ("image", "token_image", "mask"):
         assert len({look[name].tobytes() for look in looks}) == 3
 
 
-def test_an_image_looks_the_same_wherever_in_the_epoch_it_comes(folder):
+def test_an_image_looks_the_same_at_any_position_in_the_epoch(folder):
     """Mask and augmentation are a function of (seed, epoch, index), not of the batch size."""
     source, config = _open(folder)
     (whole,) = _take(1, source, config, batch_size=23)
-    for place, one in enumerate(_take(23, source, config, batch_size=1)):
+    for position, one in enumerate(_take(23, source, config, batch_size=1)):
         for name in ("image", "token_image", "mask"):
-            np.testing.assert_array_equal(one[name][0], whole[name][place])
+            np.testing.assert_array_equal(one[name][0], whole[name][position])
 
 
-def test_both_views_show_the_same(straight):
+def test_both_views_show_the_same_crop(straight):
     for batch in straight:
         half = batch["image"].reshape(8, 16, 2, 16, 2, 3).astype(float).mean((2, 4))
         assert np.abs(half - batch["token_image"]).mean() < 8  # the noise, filtered differently
@@ -172,8 +172,8 @@ def test_a_batch_may_be_larger_than_the_source(tmp_path):
     assert np.bincount(batch["index"]).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
 
 
-def test_orders_of_epochs_are_unrelated():
-    """Over many epochs every image comes at every place, and after every other, equally often."""
+def test_orders_of_epochs_are_independent():
+    """Over many epochs every image is at every position, and after every other, equally often."""
     size, epochs = 16, 1000
 
     def order(number):
@@ -182,17 +182,17 @@ def test_orders_of_epochs_are_unrelated():
     numbers = tf.data.Dataset.range(size * epochs).map(order).batch(size * epochs)
     orders = next(numbers.as_numpy_iterator()).reshape(epochs, size)
     np.testing.assert_array_equal(np.sort(orders), np.tile(np.arange(size), (epochs, 1)))
-    places, follows = np.zeros((size, size)), np.zeros((size, size))
-    np.add.at(places, (np.tile(np.arange(size), (epochs, 1)), orders), 1)
+    positions, follows = np.zeros((size, size)), np.zeros((size, size))
+    np.add.at(positions, (np.tile(np.arange(size), (epochs, 1)), orders), 1)
     np.add.at(follows, (orders[:, :-1], orders[:, 1:]), 1)
     # Binomial: mean 62.5, deviation 7.7; the root mean square of 240 cells is known to 5 %. (It is
     # 15 with tf.random.experimental.index_shuffle, which has only 256 orders here.)
-    for counts in (places.ravel(), follows[~np.eye(size, dtype=bool)]):
+    for counts in (positions.ravel(), follows[~np.eye(size, dtype=bool)]):
         assert np.sqrt(((counts - 62.5) ** 2).mean()) == pytest.approx(7.7, rel=0.15)
     assert len(np.unique(orders, axis=0)) > 990
 
 
-def test_labels_and_segmentations_where_asked_for():
+def test_labels_and_segmentations_on_request():
     config = DataConfig(source="embedded:40", **SMALL)
     source = sources.open_source(config, training=True)
     (batch,) = _take(1, source, config, extras=("label", "segmentation"))
@@ -220,7 +220,7 @@ def test_fast_batches_carry_the_jitter_for_the_device(folder, straight):
     (batch,) = _take(1, source, config)
     assert batch["factors"].shape == batch["order"].shape == (8, 3)
     assert (np.sort(batch["order"], axis=1) == np.arange(3)).all()
-    # The same images, boxes and masks as otherwise.
+    # The same images, boxes and masks as in the official mode.
     np.testing.assert_array_equal(batch["index"], straight[0]["index"])
     np.testing.assert_array_equal(batch["mask"], straight[0]["mask"])
     jittered = device_jitter.jitter_batch(batch)
@@ -260,7 +260,7 @@ def test_fast_views_of_the_embedded_set_and_its_segmentations():
 
 @pytest.mark.parametrize("fidelity", ["official", "fast"])
 def test_188_kilobytes_an_image_go_to_the_device(fidelity):
-    """Levels, not floats: the official loader's two views and mask are 753 kB."""
+    """As uint8 levels; the official loader's two views and mask take 753 kB as floats."""
     config = DataConfig(source="embedded:4", workers=1, augment=AugmentConfig(fidelity=fidelity))
     source = sources.open_source(config, training=True)
     made = views.pretraining_views(config, grid=14, keys=("image", "token_image", "mask"))
@@ -286,7 +286,7 @@ def test_bad_files_are_replaced_in_fast_mode(spoilt):
 
 @pytest.fixture
 def spoilt(tmp_path) -> Path:
-    """Twenty pictures, of which three can't be decoded."""
+    """Twenty images, three of which can't be decoded."""
     _write(tmp_path, 20)
     (tmp_path / "0/000.jpg").write_bytes(b"")
     (tmp_path / "1/001.png").write_bytes(b"this is no picture" * 9)
@@ -304,13 +304,13 @@ def test_bad_files_are_replaced_by_other_images(spoilt):
     batches = _take(10, source, config)  # four epochs
     shown = {name: [] for name in BAD_NAMES}
     for batch in batches:
-        for place, index in enumerate(batch["index"].tolist()):
-            assert batch["replaced"][place] == (source.name(index) in BAD_NAMES)
-            if batch["replaced"][place]:
-                assert len(np.unique(batch["image"][place])) > 10  # a picture, not plain grey
-                shown[source.name(index)].append(batch["image"][place].tobytes())
+        for position, index in enumerate(batch["index"].tolist()):
+            assert batch["replaced"][position] == (source.name(index) in BAD_NAMES)
+            if batch["replaced"][position]:
+                assert len(np.unique(batch["image"][position])) > 10  # an image, not uniform grey
+                shown[source.name(index)].append(batch["image"][position].tobytes())
     assert all(len(images) == 4 and len(set(images)) == 4 for images in shown.values())
-    # As pure as everything else.
+    # Replacements are a function of (seed, step) too.
     _assert_same(batches[3:], _take(7, source, config, start_step=3))
     _assert_same(
         batches, _join([_take(10, source, config, shard=shard, shards=2) for shard in (0, 1)])
@@ -341,7 +341,7 @@ def test_too_many_bad_files_end_the_run(spoilt):
     source, config = _open(spoilt, max_bad_share=0.1)
     bad_images = BadImages(source, max_share=config.max_bad_share)
     batches = _take(3, source, config)
-    bad_images.count(batches[0])  # not all has been read yet
+    bad_images.count(batches[0])  # not all images have been read yet
     bad_images.count(batches[1])
     with pytest.raises(TooManyBadImagesError, match=r"\d of the 24.*max_bad_share.*10.0%"):
         bad_images.count(batches[2])
@@ -353,7 +353,7 @@ def test_nothing_but_bad_files_ends_the_run_whatever_the_share(tmp_path):
     source, config = _open(tmp_path, max_bad_share=1.0)
     (batch,) = _take(1, source, config)
     assert batch["replaced"].all()
-    assert (batch["image"] == batch["image"][:, :1, :1, :1]).all()  # plain grey
+    assert (batch["image"] == batch["image"][:, :1, :1, :1]).all()  # uniform grey
     bad_images = BadImages(source, max_share=config.max_bad_share)
     with pytest.raises(TooManyBadImagesError, match="8 of the 8 images"):
         bad_images.count(batch)
@@ -425,7 +425,7 @@ TFDS_SIZES = {"train": 21, "validation": 11}
 
 @functools.cache  # TFDS takes a name once
 def _tiny_photos() -> type:
-    """A tiny data set: image i is plain i, its label i % 3."""
+    """A tiny data set: image i has level i everywhere and the label i % 3."""
     import tensorflow_datasets as tfds
 
     class TinyPhotos(tfds.core.GeneratorBasedBuilder):
@@ -447,9 +447,9 @@ def _tiny_photos() -> type:
             return {split: self._generate_examples(n) for split, n in TFDS_SIZES.items()}
 
         def _generate_examples(self, number):
-            for place in range(number):
-                image = np.full((30 + place, 40, 3), place, np.uint8)
-                yield place, {"image": image, "label": place % 3, "text": "unused"}
+            for position in range(number):
+                image = np.full((30 + position, 40, 3), position, np.uint8)
+                yield position, {"image": image, "label": position % 3, "text": "unused"}
 
     return TinyPhotos
 
@@ -475,7 +475,7 @@ def tfds_source(tfds_format, monkeypatch):
 
 
 def _values(batches: list[dict]) -> list[int]:
-    """Which image each is, told by its pixels (evaluation has no jitter)."""
+    """The images' indices, read from their pixels (evaluation has no jitter)."""
     return [int(image[0, 0, 0]) for batch in batches for image in batch["image"][batch["valid"]]]
 
 
@@ -488,7 +488,7 @@ def test_tfds_training_batches(tfds_source):
     assert (source.sequence is None) == (file_format == "array_record")
     straight = _take(5, source, config, extras=("label",))
     assert not any(batch["replaced"].any() for batch in straight)
-    # Two batches of 8 make an epoch where access is in order: step 3 is within the second.
+    # With access in order two batches of 8 make an epoch: step 3 is within the second one.
     again = _take(2, source, config, start_step=3, extras=("label",))
     _assert_same(straight[3:], again)
     parts = [_take(2, source, config, shard=shard, shards=2, extras=("label",)) for shard in (0, 1)]
@@ -544,7 +544,7 @@ def test_tensorflow_leaves_accelerators_alone():
 
 
 def test_a_cycle_repeats_everything_but_the_masks(folder):
-    """23 images, batches of 8: two steps an epoch, cycles of two epochs."""
+    """23 images in batches of 8: two steps per epoch, cycles of two epochs."""
     source, config = _open(folder)
     assert pipeline.steps_per_epoch(source, batch_size=8, shards=1) == 2
     batches = _take(10, source, config, cycle=2)
@@ -554,13 +554,13 @@ def test_a_cycle_repeats_everything_but_the_masks(folder):
         assert (first["mask"] != later["mask"]).any(axis=(1, 2)).mean() > 0.8
     for epoch in (batches[:2], batches[2:4]):
         assert len(set(np.concatenate([batch["index"] for batch in epoch]))) == 16
-    # Epochs of a cycle differ, in order and in views.
+    # The epochs of a cycle differ in order and views.
     orders = [np.concatenate([batch["index"] for batch in batches[i : i + 2]]) for i in (0, 2)]
     assert (orders[0] != orders[1]).any()
 
 
 @pytest.mark.slow
-def test_a_cycle_can_be_joined_anywhere_by_any_number_of_hosts(folder):
+def test_a_cycle_can_be_resumed_anywhere_on_any_number_of_hosts(folder):
     source, config = _open(folder)
     straight = _take(9, source, config, cycle=2)
     _assert_same(straight[5:], _take(4, source, config, cycle=2, start_step=5))
@@ -570,8 +570,8 @@ def test_a_cycle_can_be_joined_anywhere_by_any_number_of_hosts(folder):
     _assert_same(straight[6:8], _join(shards))
 
 
-def test_until_its_end_a_cycle_over_whole_batches_changes_nothing(folder):
-    """The 23 images in batches of 23."""
+def test_the_first_cycle_over_whole_batches_equals_a_run_without(folder):
+    """23 images in batches of 23."""
     source, config = _open(folder)
     plain = _take(3, source, config, batch_size=23)
     _assert_same(plain, _take(3, source, config, batch_size=23, cycle=3))

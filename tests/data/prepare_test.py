@@ -1,4 +1,4 @@
-"""Prepared sets: the same images in the same order, whole or not there, and what is left out."""
+"""Prepared sets hold the same images in the same order, and are complete or not there at all."""
 
 import io
 import json
@@ -19,7 +19,7 @@ CLASSES = ("ape", "bee")
 
 
 def _picture(number: int, *, height: int, width: int) -> Image.Image:
-    """Smooth, so that a JPEG is close to it; different for every number."""
+    """A smooth image, which JPEG changes little; different for every number."""
     y, x = np.mgrid[:height, :width]
     red, green = 255 * x / width, 255 * y / height
     return Image.fromarray(
@@ -29,7 +29,7 @@ def _picture(number: int, *, height: int, width: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Twelve pictures in two classes: JPEG, PNG with alpha, GIF and grey, and two broken files."""
+    """Twelve images in two classes (JPEG, PNG with alpha, GIF, grey) and two broken files."""
     root = tmp_path_factory.mktemp("pictures")
     kinds = (("JPEG", ".jpg"), ("PNG", ".png"), ("GIF", ".gif"), ("JPEG", ".jpeg"))
     for number in range(12):
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
             image.putalpha(200)
         elif number == 3:
             image = image.convert("L")
-        elif number == 4:  # lies on its side
+        elif number == 4:  # stored on its side
             options["exif"] = Image.Exif()
             options["exif"][0x0112] = 6
         image.save(path, kind, **options)
@@ -84,17 +84,17 @@ def test_the_same_images_and_labels_in_the_same_order(folder, finished):
     assert len(source) == 12 == len(good)
     assert source.classes == original.classes == CLASSES
     assert source.fields == ("image", "label")
-    for place, index in enumerate(good):
-        ours, theirs = _load(source, place), _load(original, index)
-        assert ours["label"] == theirs["label"]
+    for position, index in enumerate(good):
+        actual, theirs = _load(source, position), _load(original, index)
+        assert actual["label"] == theirs["label"]
         height, width = theirs["image"].shape[:2]
         scale = 32 / min(height, width)
-        assert ours["image"].shape == (round(height * scale), round(width * scale), 3)
+        assert actual["image"].shape == (round(height * scale), round(width * scale), 3)
         small = Image.fromarray(theirs["image"]).resize(
-            ours["image"].shape[1::-1], Image.Resampling.LANCZOS
+            actual["image"].shape[1::-1], Image.Resampling.LANCZOS
         )
-        # What JPEG loses at quality 95.
-        assert np.abs(ours["image"].astype(int) - np.asarray(small)).mean() < 3
+        # The loss of JPEG at quality 95.
+        assert np.abs(actual["image"].astype(int) - np.asarray(small)).mean() < 3
 
 
 def test_small_images_are_not_enlarged():
@@ -103,7 +103,7 @@ def test_small_images_are_not_enlarged():
     assert prepare.shrink(image, max_side=10).shape == (10, 16, 3)
 
 
-def test_what_is_left_out_is_said(folder, finished, tmp_path, capsys):
+def test_undecodable_images_are_left_out_and_named(folder, finished, tmp_path, capsys):
     output, header = finished
     assert header["undecodable"] == 2
     assert [Path(name).name for name in header["undecodable_names"]] == ["broken.jpg", "cut.jpg"]
@@ -122,8 +122,8 @@ def test_what_is_left_out_is_said(folder, finished, tmp_path, capsys):
     assert "--shard_images: was 5" in capsys.readouterr().err
 
 
-def test_a_set_is_whole_or_not_there(folder, finished, tmp_path, monkeypatch):
-    """Stopped in the second file, then continued: the same bytes, nothing done twice."""
+def test_a_set_is_complete_or_not_there(folder, finished, tmp_path, monkeypatch):
+    """Stopped in the second file and continued, the command writes the same bytes, each once."""
     output, _ = finished
     settings = _settings(folder, tmp_path / "set")
     write, written = prepare._write_shard, []
@@ -144,11 +144,11 @@ def test_a_set_is_whole_or_not_there(folder, finished, tmp_path, monkeypatch):
     prepare.prepare(settings)
     assert written == [f"images-{i:05}-of-00003.array_record" for i in (0, 1, 1, 2)]
     for path in output.iterdir():
-        ours = (tmp_path / "set" / path.name).read_bytes()
+        actual = (tmp_path / "set" / path.name).read_bytes()
         if path.suffix == ".array_record":
-            assert ours == path.read_bytes()
+            assert actual == path.read_bytes()
         elif path.suffix == ".json":
-            assert json.loads(ours) == json.loads(path.read_text())
+            assert json.loads(actual) == json.loads(path.read_text())
 
 
 def test_a_damaged_set_is_refused(folder, tmp_path):
@@ -167,7 +167,7 @@ def test_a_damaged_set_is_refused(folder, tmp_path):
 
 
 def test_images_without_labels_and_a_source_read_in_order(tmp_path):
-    """As TFDS gives records: no random access."""
+    """A source without random access, as TFDS has them."""
     numbers = range(7)
     pictures = []
     for number in numbers:
@@ -196,7 +196,7 @@ def test_images_without_labels_and_a_source_read_in_order(tmp_path):
 
 
 def test_batches_and_held_out_images(finished):
-    """Sharded over hosts like any source with random access; held-out images are kept apart."""
+    """Shared between hosts like any source with random access; held-out images are disjoint."""
     output, _ = finished
     source = _open(output)
     config = DataConfig(source="", workers=1)

@@ -1,4 +1,4 @@
-"""RandAugment: what is drawn has timm's distributions, what is applied equals Pillow."""
+"""Draws have timm's distributions, and applying them gives Pillow's results."""
 
 import importlib.util
 import math
@@ -17,7 +17,7 @@ from beit_jax.data import rand_augment
 FILL = (124, 116, 104)
 KEYS = 10_000
 
-# Integers and tables: bit for bit as Pillow has it.
+# Operations on integers and tables equal Pillow's bit for bit.
 EXACT = ("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add")
 # Elsewhere floating point numbers are cut to whole ones: one level apart where float32 lies just
 # beside a whole number. On photographs that is no pixel in blends and 0.08 % in geometry; more
@@ -30,7 +30,7 @@ GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
 def _pillow(image: np.ndarray, *, operation: str, magnitude: float, sign: float) -> np.ndarray:
-    """The operation with Pillow, arguments after the recipe."""
+    """The operation with Pillow, with the recipe's arguments."""
     picture = Image.fromarray(image)
     level = float(np.float32(magnitude)) / 10
     signed = sign * level
@@ -58,7 +58,7 @@ def _pillow(image: np.ndarray, *, operation: str, magnitude: float, sign: float)
         "rotate": lambda: picture.rotate(
             30 * signed, resample=Image.Resampling.BICUBIC, fillcolor=FILL
         ),
-        # Newer Pillow refuses to keep no bits; the version of the recipe's time made it black.
+        # Newer Pillow refuses to keep zero bits; the recipe's version gave black.
         "posterize": lambda: (
             ImageOps.posterize(picture, 4 - int(4 * level)) if level < 1 else point(lambda _: 0)
         ),
@@ -81,7 +81,7 @@ def _pillow(image: np.ndarray, *, operation: str, magnitude: float, sign: float)
 _apply = tf.function(rand_augment.apply_operation, autograph=False, reduce_retracing=True)
 
 
-def _ours(image: np.ndarray, *, operation: str, magnitude: float, sign: float) -> np.ndarray:
+def _tensorflow(image: np.ndarray, *, operation: str, magnitude: float, sign: float) -> np.ndarray:
     return _apply(
         tf.constant(image),
         operation=operation,
@@ -92,7 +92,7 @@ def _ours(image: np.ndarray, *, operation: str, magnitude: float, sign: float) -
 
 
 def _picture(seed: int, height: int, width: int) -> np.ndarray:
-    """Gradients, hard edges and noise; channels of different range, the first over all levels."""
+    """Gradients, edges and noise; channels of different range, the first over all levels."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(height, width)
     channels = []
@@ -111,7 +111,7 @@ PICTURES = {
     "tall": _picture(3, 60, 33),
     "tiny": _picture(4, 3, 3),
     "two levels": np.where(_picture(5, 20, 30) > 127, 200, 30).astype(np.uint8),
-    # Equalising it goes beyond 255, where Pillow's table is cut.
+    # Equalising it exceeds 255, where Pillow's table is clipped.
     "one step": np.arange(510, dtype=np.uint8).repeat(3).reshape(17, 30, 3),
     "black": np.zeros((16, 16, 3), np.uint8),
     "white": np.full((16, 16, 3), 255, np.uint8),
@@ -120,11 +120,11 @@ PICTURES = {
 
 def _check(image: np.ndarray, *, operation: str, magnitude: float, sign: float) -> None:
     arguments = {"operation": operation, "magnitude": magnitude, "sign": sign}
-    ours, pillow = _ours(image, **arguments), _pillow(image, **arguments)
+    actual, pillow = _tensorflow(image, **arguments), _pillow(image, **arguments)
     if operation in EXACT:
-        np.testing.assert_array_equal(ours, pillow)
+        np.testing.assert_array_equal(actual, pillow)
     else:
-        difference = np.abs(ours.astype(int) - pillow)
+        difference = np.abs(actual.astype(int) - pillow)
         assert difference.max() <= TOLERANCE, arguments
         assert (difference > 0).mean() <= SHARE, arguments
 
@@ -145,7 +145,7 @@ def test_operations_on_photographs_equal_pillow():
     rng = np.random.default_rng(0)
     for number, path in enumerate(files[::20]):
         picture = Image.open(path).convert("RGB")
-        # As in training, and as they are.
+        # Resized as in training, and at their own size.
         image = np.asarray(picture.resize((224, 224)) if number % 2 else picture)
         for operation in rand_augment.OPERATIONS:
             magnitude, sign = np.clip(rng.normal(9, 0.5), 0, 9.99), rng.choice([-1.0, 1.0])
@@ -153,11 +153,11 @@ def test_operations_on_photographs_equal_pillow():
 
 
 def test_the_reference_is_timms(monkeypatch):
-    """The level maps and calls above are those of timm's source, if it is at hand."""
+    """The level maps and calls above are those of timm's source, if timm is installed."""
     package = importlib.util.find_spec("timm")
     if package is None:
         pytest.skip("compares with timm, which is not installed")
-    # The file alone: the package as a whole needs torchvision.
+    # Only that file: the package as a whole needs torchvision.
     path = Path(package.origin).parent / "data" / "auto_augment.py"
     spec = importlib.util.spec_from_file_location("timm_auto_augment", path)
     timm = importlib.util.module_from_spec(spec)
@@ -181,24 +181,24 @@ def test_the_reference_is_timms(monkeypatch):
 @pytest.mark.parametrize("operation", GEOMETRY)
 def test_geometry_at_magnitude_zero_is_the_identity(operation):
     image = PICTURES["wide"]
-    same = _ours(image, operation=operation, magnitude=0.0, sign=1.0)
+    same = _tensorflow(image, operation=operation, magnitude=0.0, sign=1.0)
     np.testing.assert_array_equal(same, image)
 
 
 @pytest.mark.parametrize("operation", GEOMETRY)
-def test_geometry_fills_in_the_fill_colour_and_keeps_even_surfaces(operation):
+def test_geometry_fills_gaps_and_keeps_uniform_surfaces(operation):
     image = np.full((40, 50, 3), (7, 200, 91), np.uint8)
-    moved = _ours(image, operation=operation, magnitude=9.3, sign=-1.0)
+    moved = _tensorflow(image, operation=operation, magnitude=9.3, sign=-1.0)
     colours = {tuple(colour) for colour in np.unique(moved.reshape(-1, 3), axis=0).tolist()}
     assert colours == {FILL, (7, 200, 91)}
 
 
-def test_an_operation_goes_by_its_place_too():
+def test_an_operation_can_be_named_by_its_index():
     image = tf.constant(PICTURES["small"])
     arguments = {"magnitude": tf.constant(9.0), "sign": tf.constant(1.0), "fill": FILL}
-    for place, name in enumerate(rand_augment.OPERATIONS):
+    for position, name in enumerate(rand_augment.OPERATIONS):
         np.testing.assert_array_equal(
-            _apply(image, operation=tf.constant(place), **arguments),
+            _apply(image, operation=tf.constant(position), **arguments),
             _apply(image, operation=name, **arguments),
         )
     with pytest.raises(ConfigError, match="cutout"):
@@ -206,11 +206,11 @@ def test_an_operation_goes_by_its_place_too():
 
 
 def test_drawn_operations_are_applied_one_after_the_other():
-    """In a tf.data graph that knows nothing of the image's size, and with what is not applied."""
+    """In a tf.data graph without static sizes; operations that are not applied are skipped."""
     image = PICTURES["tall"]
-    place = rand_augment.OPERATIONS.index
+    position = rand_augment.OPERATIONS.index
     parameters = {
-        "operation": tf.constant([place("shear_y"), place("invert"), place("equalize")]),
+        "operation": tf.constant([position("shear_y"), position("invert"), position("equalize")]),
         "applied": tf.constant([True, False, True]),
         "magnitude": tf.constant([9.0, 9.0, 3.0]),
         "sign": tf.constant([-1.0, 1.0, 1.0]),
@@ -219,8 +219,8 @@ def test_drawn_operations_are_applied_one_after_the_other():
         lambda: iter([image]), output_signature=tf.TensorSpec([None, None, 3], tf.uint8)
     )
     views = images.map(lambda image: rand_augment.apply(image, parameters=parameters, fill=FILL))
-    sheared = _ours(image, operation="shear_y", magnitude=9.0, sign=-1.0)
-    expected = _ours(sheared, operation="equalize", magnitude=3.0, sign=1.0)
+    sheared = _tensorflow(image, operation="shear_y", magnitude=9.0, sign=-1.0)
+    expected = _tensorflow(sheared, operation="equalize", magnitude=3.0, sign=1.0)
     np.testing.assert_array_equal(next(views.as_numpy_iterator()), expected)
 
 
@@ -240,8 +240,8 @@ def test_without_operations_nothing_changes():
 def _draw_many(number: int, **settings) -> dict[str, np.ndarray]:
     config = ClassifyAugmentConfig(**settings)
 
-    def draw(place):
-        return rand_augment.draw(tf.stack([tf.constant(2, tf.int64), place]), config=config)
+    def draw(position):
+        return rand_augment.draw(tf.stack([tf.constant(2, tf.int64), position]), config=config)
 
     return next(tf.data.Dataset.range(number).map(draw).batch(number).as_numpy_iterator())
 
@@ -268,7 +268,7 @@ def test_operations_are_equally_likely_and_independent(drawn):
     count = len(rand_augment.OPERATIONS)
     assert count == 15
     share = np.stack([np.bincount(column, minlength=count) for column in operation.T]) / KEYS
-    # Four standard errors, at each place.
+    # Four standard errors, at every position.
     np.testing.assert_allclose(share, 1 / 15, atol=4 * math.sqrt(1 / 15 * 14 / 15 / KEYS))
     # With replacement: the same operation twice one time in 15.
     twice = (operation[:, 0] == operation[:, 1]).mean()
@@ -294,10 +294,10 @@ def test_magnitudes_are_normal_and_clipped(mean, std):
     assert magnitude.min() >= 0
     assert magnitude.max() <= 10
     values = np.linspace(0, 10, 101)[1:-1]
-    ours = (magnitude[:, None] <= values).mean(0)
-    # Kolmogorov and Smirnov's bound at 1 in 10,000; a standard deviation 5 % off exceeds it.
+    actual = (magnitude[:, None] <= values).mean(0)
+    # The Kolmogorov-Smirnov bound at 1 in 10,000; a standard deviation 5 % off exceeds it.
     bound = 2.23 / math.sqrt(magnitude.size)
-    assert np.abs(ours - _normal_below((values - mean) / std)).max() < bound
+    assert np.abs(actual - _normal_below((values - mean) / std)).max() < bound
     for end, expected in ((0, _normal_below(-mean / std)), (10, _normal_below((mean - 10) / std))):
         spread = math.sqrt(expected[0] * (1 - expected[0]) / magnitude.size)
         assert (magnitude == end).mean() == pytest.approx(expected[0], abs=4 * spread + 1e-9)
@@ -307,7 +307,7 @@ def test_magnitudes_without_spread_are_all_the_same():
     np.testing.assert_array_equal(_draw_many(50, magnitude_std=0.0)["magnitude"], 9.0)
 
 
-def test_what_is_drawn_is_unrelated(drawn):
+def test_draws_are_independent(drawn):
     columns = np.concatenate(
         [drawn[name].astype(float) for name in ("operation", "applied", "magnitude", "sign")], 1
     )

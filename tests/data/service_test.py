@@ -1,4 +1,4 @@
-"""Batches made elsewhere are those that would have been made here, in order, or the run ends."""
+"""Services give the batches that the host itself would make, in order, or the run ends."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def services():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Ten pictures, one of them broken."""
+    """Ten images, one of them broken."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for number in range(10):
@@ -55,8 +55,8 @@ def _read(folder, *, addresses=(), start_step=0, count=6, shard=0, shards=1, cyc
     return list(itertools.islice(batches, count))
 
 
-def _same(ours, theirs):
-    for mine, other in zip(ours, theirs, strict=True):
+def _same(actual, expected):
+    for mine, other in zip(actual, expected, strict=True):
         assert mine.keys() == other.keys()
         for name in mine:
             np.testing.assert_array_equal(mine[name], other[name], err_msg=name)
@@ -64,8 +64,8 @@ def _same(ours, theirs):
 
 @pytest.mark.slow
 def test_the_same_batches_with_services(folder, services):
-    """From the start and resumed, with one and with two, on two hosts; replaced images too."""
-    addresses = [each.address for each in services]
+    """From the start and resumed, with one and two services, on two hosts; with replaced images."""
+    addresses = [server.address for server in services]
     alone = _read(folder)
     assert any(batch["replaced"].any() for batch in alone)
     _same(_read(folder, addresses=addresses), alone)
@@ -77,7 +77,7 @@ def test_the_same_batches_with_services(folder, services):
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
 
 
-def test_services_are_shared_out():
+def test_services_are_divided_between_hosts():
     addresses = tuple("abcdefg")
     for shards in (1, 2, 3, 7):
         used = [service.assigned(addresses, shard=i, shards=shards) for i in range(shards)]
@@ -90,7 +90,7 @@ def test_services_are_shared_out():
     ]
 
 
-def test_a_service_that_lost_its_place_ends_the_run():
+def test_a_service_that_lost_its_position_ends_the_run():
     def numbers(*values):
         return iter([(np.int64(value), {}) for value in values])
 
@@ -104,7 +104,7 @@ def test_a_service_that_lost_its_place_ends_the_run():
         next(batches)
 
 
-def test_what_can_not_be_served_is_said(folder):
+def test_errors_name_what_cannot_be_served(folder):
     with pytest.raises(ConfigError, match=r"config\.data\.service: no answer from 'localhost:1'"):
         _read(folder, addresses=["localhost:1"])
     config = DataConfig(source="", workers=0, service=("localhost:1",))

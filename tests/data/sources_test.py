@@ -35,13 +35,13 @@ def test_folder_finds_images_at_any_depth(tmp_path, caplog):
     assert names == ["a.webp", "a/deep/er/y.jpeg", "a/x.png", "b.JPG", "c.bmp", "z.Gif"]
     assert "2 files" in caplog.text
     assert "scan.tiff" in caplog.text
-    # The format is told by content: all of these are PNGs.
+    # The content tells the format: all of these are PNGs.
     for index in range(len(source)):
         image = source.load(tf.constant(index, tf.int64))["image"].numpy()
         np.testing.assert_array_equal(image, np.asarray(Image.open(tmp_path / names[index])))
 
 
-def test_folder_follows_links_but_not_in_circles(tmp_path):
+def test_folder_follows_links_without_cycles(tmp_path):
     _write(tmp_path / "elsewhere", "linked.png")
     _write(tmp_path / "root", "a/plain.png")
     (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere")
@@ -71,7 +71,7 @@ def test_remote_listing_agrees_with_the_local_one(tmp_path, monkeypatch):
     # Object stores list folders with a slash at the end.
     def listdir(path: str) -> list[str]:
         real = tmp_path / path.removeprefix("gs://bucket")[1:]
-        return [each.name + "/" * each.is_dir() for each in real.iterdir()]
+        return [drawn.name + "/" * drawn.is_dir() for drawn in real.iterdir()]
 
     monkeypatch.setattr(tf.io.gfile, "listdir", listdir)
     monkeypatch.setattr(tf.io.gfile, "isdir", lambda path: False)
@@ -109,7 +109,7 @@ def test_new_files_do_not_move_old_ones_into_training(tmp_path):
     before = _names(config, training=False)
     _write(tmp_path, "new.png")
     after = _names(config, training=False)
-    assert len(before - after) <= 1  # at most one makes room for the new file
+    assert len(before - after) <= 1  # at most one gives way to the new file
 
 
 def test_eval_source_is_taken_whole(tmp_path):
@@ -157,14 +157,34 @@ def test_errors_name_the_setting(tmp_path, monkeypatch, settings, training, mess
     assert "\n" not in str(error.value)
 
 
+# ---------------------------------------------------------------------------- further kinds
+
+
+def test_a_kind_of_source_from_outside_is_one_row(monkeypatch):
+    def open_plain(request: sources.Request) -> sources.Source:
+        def load(index: tf.Tensor, *, window: sources.Window | None = None) -> sources.Element:
+            return {"image": tf.fill([8, 8, 3], tf.cast(index, tf.uint8))}
+
+        return sources.Source(
+            size=int(request.value), name=lambda index: f"grey {index}", load=load
+        )
+
+    monkeypatch.setitem(sources.KINDS, "plain", sources.Kind("plain:NUMBER", open_plain))
+    source = sources.open_source(DataConfig(source="plain:5"), training=True)
+    assert len(source) == 5
+    assert (source.load(tf.constant(3, tf.int64))["image"].numpy() == 3).all()
+    with pytest.raises(ConfigError, match=r"tfds:NAME or plain:NUMBER; got 'grey:5'"):
+        sources.open_source(DataConfig(source="grey:5"), training=True)
+
+
 # ---------------------------------------------------------------------------- embedded
 
 
 def _embedded(number: int, *, training: bool = True, start: int = 0, **settings) -> list[dict]:
     config = DataConfig(source="embedded", image_size=64, holdout=50, **settings)
     source = sources.open_source(config, training=training)
-    places = tf.data.Dataset.range(start, start + number)
-    return list(places.map(source.load).as_numpy_iterator())
+    indices = tf.data.Dataset.range(start, start + number)
+    return list(indices.map(source.load).as_numpy_iterator())
 
 
 def test_embedded_images_are_a_function_of_the_index():
@@ -172,10 +192,10 @@ def test_embedded_images_are_a_function_of_the_index():
     for first, second in zip(whole[8:], part, strict=True):
         np.testing.assert_array_equal(first["image"], second["image"])
         np.testing.assert_array_equal(first["segmentation"], second["segmentation"])
-    assert len({each["image"].tobytes() for each in whole}) == 12
+    assert len({drawn["image"].tobytes() for drawn in whole}) == 12
     held_out = _embedded(12, training=False)
-    assert not {each["image"].tobytes() for each in whole} & {
-        each["image"].tobytes() for each in held_out
+    assert not {drawn["image"].tobytes() for drawn in whole} & {
+        drawn["image"].tobytes() for drawn in held_out
     }
 
 
@@ -189,28 +209,30 @@ def test_embedded_sizes():
 
 def test_embedded_segmentations_show_one_shape():
     images = _embedded(300)
-    for each in images:
-        assert each["image"].shape == (80, 80, 3)
-        background, shape = np.unique(each["segmentation"])
+    for drawn in images:
+        assert drawn["image"].shape == (80, 80, 3)
+        background, shape = np.unique(drawn["segmentation"])
         assert background == 0
         assert 1 <= shape <= len(embedded.SHAPES)
-        assert 0.01 < (each["segmentation"] > 0).mean() < 0.6
-    assert len({each["segmentation"].max() for each in images}) == len(embedded.SHAPES)
+        assert 0.01 < (drawn["segmentation"] > 0).mean() < 0.6
+    assert len({drawn["segmentation"].max() for drawn in images}) == len(embedded.SHAPES)
 
 
 def test_embedded_classes_are_the_backgrounds_textures():
-    """Slopes of stripes all lie along one line, a gradient's too and it never turns back; those of
-    checks, dots and rings lie in all directions."""
+    """Gradients of stripes lie along one line; those of checks, dots and rings in all directions.
+
+    The texture "gradient" also lies along one line and never changes its sign.
+    """
     source = sources.open_source(DataConfig(source="embedded:1", image_size=64), training=True)
     assert source.classes == embedded.TEXTURES
 
-    def coherence(each: dict) -> tuple[float, float]:
-        image = each["image"].astype(float).mean(axis=2)
-        # Over four pixels: a gradient's steps are under one level a pixel.
+    def coherence(drawn: dict) -> tuple[float, float]:
+        image = drawn["image"].astype(float).mean(axis=2)
+        # Differences over four pixels: a gradient changes by less than a level per pixel.
         rows = (image[4:] - image[:-4])[:, 2:-2]
         columns = (image[:, 4:] - image[:, :-4])[2:-2]
-        windows = np.lib.stride_tricks.sliding_window_view(each["segmentation"], (5, 5))
-        clear = windows.max(axis=(2, 3)) == 0  # nothing of the shape around
+        windows = np.lib.stride_tricks.sliding_window_view(drawn["segmentation"], (5, 5))
+        clear = windows.max(axis=(2, 3)) == 0  # no part of the shape nearby
         slopes = np.stack([rows[clear], columns[clear]])
         tensor = slopes @ slopes.T
         large, small = np.linalg.eigvalsh(tensor)[::-1]
@@ -218,8 +240,8 @@ def test_embedded_classes_are_the_backgrounds_textures():
         return (large - small) / (large + small), abs(direction.sum()) / np.abs(direction).sum()
 
     found = {name: [] for name in embedded.TEXTURES}
-    for each in _embedded(300):
-        found[embedded.TEXTURES[each["label"]]].append(coherence(each))
+    for drawn in _embedded(300):
+        found[embedded.TEXTURES[drawn["label"]]].append(coherence(drawn))
     assert all(len(values) > 25 for values in found.values())
     along, one_way = (
         {name: np.median([value[i] for value in values]) for name, values in found.items()}
@@ -231,17 +253,17 @@ def test_embedded_classes_are_the_backgrounds_textures():
     assert max(value for name, value in one_way.items() if name != "gradient") < 0.6
 
 
-def test_embedded_shapes_are_what_they_are_called():
-    """Area over the square of the extent tells a full shape from a thin one, whatever the angle."""
+def test_embedded_shapes_look_like_their_names():
+    """Area over squared extent separates full shapes from thin ones at any angle."""
 
-    def fill(each: dict) -> float:
-        y, x = np.nonzero(each["segmentation"])
+    def fill(drawn: dict) -> float:
+        y, x = np.nonzero(drawn["segmentation"])
         extent = np.hypot(np.ptp(x) + 1, np.ptp(y) + 1)
         return len(x) / extent**2
 
     fills = {name: [] for name in embedded.SHAPES}
-    for each in _embedded(300):
-        fills[embedded.SHAPES[each["segmentation"].max() - 1]].append(fill(each))
+    for drawn in _embedded(300):
+        fills[embedded.SHAPES[drawn["segmentation"].max() - 1]].append(fill(drawn))
     mean = {name: np.mean(values) for name, values in fills.items()}
     assert mean["disc"] == pytest.approx(np.pi / 8, abs=0.02)
     assert mean["ring"] < 0.75 * mean["disc"]
@@ -251,12 +273,12 @@ def test_embedded_shapes_are_what_they_are_called():
 
 def test_embedded_hidden_patches_follow_from_their_neighbours():
     """An image's own colours predict a patch far better than the average over images does."""
-    images = np.stack([each["image"] for each in _embedded(200)]).astype(float) / 255
+    images = np.stack([drawn["image"] for drawn in _embedded(200)]).astype(float) / 255
     patches = images.reshape(200, 10, 8, 10, 8, 3).mean((2, 4))  # [image, row, column, rgb]
     around = (patches[:, :-2, 1:-1] + patches[:, 2:, 1:-1]) / 2
     around = (around + (patches[:, 1:-1, :-2] + patches[:, 1:-1, 2:]) / 2) / 2
     error = ((patches[:, 1:-1, 1:-1] - around) ** 2).mean()
     variance = patches.var((0, 1, 2)).mean()
     assert error < 0.35 * variance
-    # And there is something to predict within an image.
+    # And images are not uniform, so that there is something to predict.
     assert images.reshape(200, -1, 3).std(1).mean() > 0.1
