@@ -98,6 +98,12 @@ def test_every_recipe_is_documented():
     assert not missing
 
 
+def test_every_package_has_a_readme():
+    packages = sorted(path.parent for path in (ROOT / "beit_jax").rglob("__init__.py"))
+    missing = [str(folder.relative_to(ROOT)) for folder in packages[1:] if not _readme(folder)]
+    assert not missing
+
+
 def test_the_index_links_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     linked = {pathlib.Path(target).name for target in LINK.findall(index)}
@@ -277,3 +283,8 @@ def _in_library(name: str) -> bool:
     """A public name, or a module that can be imported by its own name."""
     folder = ROOT / "beit_jax"
     return name in dir(beit_jax) or any((folder / end).exists() for end in (name, f"{name}.py"))
+
+
+def _readme(folder: pathlib.Path) -> bool:
+    page = folder / "README.md"
+    return page.exists() and len(page.read_text().split()) > 20
