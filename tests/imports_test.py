@@ -56,6 +56,9 @@ def test_a_step_needs_neither_tensorflow_nor_pytorch(absent):
 import beit_jax.models.heads, beit_jax.tokenizers.loading, beit_jax.tasks.pretrain
 import beit_jax.training.loop, beit_jax.training.checkpoint, beit_jax.weights, beit_jax.pictures
 import beit_jax.planning.plan
+from beit_jax.config import MaskConfig
+from beit_jax.data import masking
+assert masking.max_masked(MaskConfig(), grid=14) == 75  # settings are checked without TensorFlow
 import sys
 assert {absent!r} not in sys.modules
 """
