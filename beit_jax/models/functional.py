@@ -19,7 +19,6 @@ returns as the module leaves it:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import nnx
@@ -85,11 +84,11 @@ class Functional:
     def apply(
         self,
         params: Params,
-        *args: Any,
+        *args: PyTree,
         variables: Variables | None = None,
         method: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: PyTree,
+    ) -> PyTree:
         """Calls the module with `params`.
 
         Args:
@@ -115,10 +114,10 @@ class Functional:
         self,
         params: Params,
         variables: Variables,
-        *args: Any,
+        *args: PyTree,
         method: str | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, Variables]:
+        **kwargs: PyTree,
+    ) -> tuple[PyTree, Variables]:
         """Calls the module and also returns its variables as the method left them.
 
         Args:
@@ -141,7 +140,7 @@ class Functional:
             return result, {}
         return result, nnx.to_pure_dict(nnx.state(module, _NOT_TRAINED))
 
-    def _module(self, params: Params, variables: Variables) -> Any:
+    def _module(self, params: Params, variables: Variables) -> PyTree:
         # `nnx.merge` counts leaves and takes them in order: a renamed key would pass there.
         if jax.tree.structure(params) != self.structure:
             raise ValueError(_misfit("parameters", expected=self.shapes(), given=params))
@@ -190,13 +189,13 @@ def parameter_names(params: Params) -> set[str]:
     return set(flatten(params))
 
 
-def flatten(params: Params) -> dict[str, Any]:
+def flatten(params: Params) -> dict[str, PyTree]:
     """Nested dict -> one flat dict from "a/b/c" to leaf, in the tree's (sorted) order."""
     leaves, _ = jax.tree.flatten_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def unflatten(flat: dict[str, Any]) -> Params:
+def unflatten(flat: dict[str, PyTree]) -> Params:
     """The inverse of `flatten`."""
     params: Params = {}
     for name, leaf in flat.items():
