@@ -30,7 +30,6 @@ full one: the compiler recomputes to make a program fit.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 import jax
@@ -38,6 +37,7 @@ from absl import logging
 from etils import epath
 
 from beit_jax.config import ConfigError, one_of
+from beit_jax.files import write_json
 from beit_jax.planning import report
 from beit_jax.planning.advice import advice, bound
 from beit_jax.planning.ahead_of_time import (
@@ -101,8 +101,7 @@ def run(
     if len(plans) > 1:
         print(f"\n{report.comparison(plans)}")
     path = epath.Path(workdir) / "plan.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2) + "\n")
+    write_json(path, [dataclasses.asdict(plan) for plan in plans])
     print(f"\nas JSON: {path}")
     return plans
 

@@ -29,6 +29,7 @@ from beit_jax.config import ConfigError, RunConfig, fixed_settings, parse, to_di
 from beit_jax.config.differences import ABSENT, differences
 from beit_jax.config.parse import PRESENCE, SHAPES
 from beit_jax.distributed import cluster
+from beit_jax.files import write_json
 from beit_jax.models.functional import flatten
 from beit_jax.training.optim import path_name
 from beit_jax.training.state import TrainState
@@ -111,8 +112,7 @@ class Checkpoints:
                 )
             for line in lines.values():
                 logging.info("changed since the checkpoint was written: config.%s", line)
-        self._root.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self._config, indent=2) + "\n")
+        write_json(path, self._config)
 
     def _as_now(self, saved: JsonObject) -> JsonObject:
         """A saved config with the settings that came later at their defaults, and no old ones."""

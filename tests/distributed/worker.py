@@ -9,6 +9,7 @@ directory each process leaves `<workdir>.<process>.writes`, the paths it opened 
 
 import dataclasses
 import json
+import os
 import sys
 import time
 
@@ -116,7 +117,9 @@ def record(workdir: str, process: int) -> None:
         if event == "open" and isinstance(arguments[0], str) and arguments[1] is not None:
             path, mode = arguments[0], arguments[1]
             if path.startswith(f"{workdir}/") and set(mode) & set("wax+"):
-                print(path[len(workdir) + 1 :], file=writes, flush=True)
+                # `files.write_whole` writes beside the file and renames.
+                whole = path[len(workdir) + 1 :].removesuffix(f".{os.getpid()}.tmp")
+                print(whole, file=writes, flush=True)
 
     sys.addaudithook(audit)
     original = pipeline.training_batches
