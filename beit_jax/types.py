@@ -25,6 +25,9 @@ HostBatch: TypeAlias = dict[str, np.ndarray]
 Sums: TypeAlias = dict[str, jax.Array]
 # Parameters as converters see them: "encoder/cls_token" → array.
 FlatParams: TypeAlias = Mapping[str, np.ndarray]
+# The value of a setting: a bool, int, float or str, a tuple of these, a section, or None. Also the
+# default of a dataclass field, which type checkers must take for the field's own type.
+Setting: TypeAlias = Any
 # What JSON holds, and a JSON object.
 Json: TypeAlias = Any
 JsonObject: TypeAlias = dict[str, Any]

@@ -1,16 +1,16 @@
 """The encoder's settings."""
 
 import dataclasses
-from typing import Any
 
 from beit_jax.config.parse import check, one_of, shape_setting
+from beit_jax.types import Setting
 
 # Paper §2.4 (base, large). The paper has no smaller model: tiny and small are DeiT's
 # (arXiv 2012.12877, table 1).
-_TINY = {"layers": 12, "width": 192, "heads": 3, "mlp_width": 768}
-_SMALL = {"layers": 12, "width": 384, "heads": 6, "mlp_width": 1536}
-_BASE = {"layers": 12, "width": 768, "heads": 12, "mlp_width": 3072}
-_LARGE = {"layers": 24, "width": 1024, "heads": 16, "mlp_width": 4096}
+_TINY: dict[str, Setting] = {"layers": 12, "width": 192, "heads": 3, "mlp_width": 768}
+_SMALL: dict[str, Setting] = {"layers": 12, "width": 384, "heads": 6, "mlp_width": 1536}
+_BASE: dict[str, Setting] = {"layers": 12, "width": 768, "heads": 12, "mlp_width": 3072}
+_LARGE: dict[str, Setting] = {"layers": 24, "width": 1024, "heads": 16, "mlp_width": 4096}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,22 +72,22 @@ class ModelConfig:
         check(self.scan_unroll >= 0, "scan_unroll", "must not be negative; 0 unrolls all blocks")
 
     @classmethod
-    def tiny(cls, **changes: Any) -> "ModelConfig":
+    def tiny(cls, **changes: Setting) -> "ModelConfig":
         """DeiT-Ti's sizes; `changes` are other settings, or these."""
         return cls(**(_TINY | changes))
 
     @classmethod
-    def small(cls, **changes: Any) -> "ModelConfig":
+    def small(cls, **changes: Setting) -> "ModelConfig":
         """DeiT-S's sizes; `changes` are other settings, or these."""
         return cls(**(_SMALL | changes))
 
     @classmethod
-    def base(cls, **changes: Any) -> "ModelConfig":
+    def base(cls, **changes: Setting) -> "ModelConfig":
         """BEiT-B's sizes; `changes` are other settings, or these."""
         return cls(**(_BASE | changes))
 
     @classmethod
-    def large(cls, **changes: Any) -> "ModelConfig":
+    def large(cls, **changes: Setting) -> "ModelConfig":
         """BEiT-L's sizes; `changes` are other settings, or these."""
         return cls(**(_LARGE | changes))
 

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
-from beit_jax.types import JsonObject
+from beit_jax.types import ConfigDataclass, JsonObject, Setting
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class Choice:
     options: Mapping[str, HasConfig]
 
 
-def shape_setting(default: Any = dataclasses.MISSING) -> Any:
+def shape_setting(default: Setting = dataclasses.MISSING) -> Setting:
     """A dataclass field that fixes the shapes of trained arrays, or their meaning.
 
     A run's checkpoints fit only the value they were written with.
@@ -81,7 +81,7 @@ def shape_setting(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={_FIXES: SHAPES})
 
 
-def presence_setting(default: Any = None) -> Any:
+def presence_setting(default: Setting = None) -> Setting:
     """A dataclass field whose value may change in a run, but not from or to None."""
     return dataclasses.field(default=default, metadata={_FIXES: PRESENCE})
 
@@ -95,7 +95,9 @@ def fixes(*names: str) -> dict[str, frozenset[str]]:
     return {_FIXES: frozenset(names)}
 
 
-def fixed_settings(config: Any, path: str = "") -> dict[str, str]:
+def fixed_settings(
+    config: ConfigDataclass | type[ConfigDataclass], path: str = ""
+) -> dict[str, str]:
     """Which settings a run's checkpoints fix.
 
     Args:
@@ -108,7 +110,9 @@ def fixed_settings(config: Any, path: str = "") -> dict[str, str]:
     return dict(_fixed_settings(config, path))
 
 
-def _fixed_settings(config: Any, path: str) -> Iterator[tuple[str, str]]:
+def _fixed_settings(
+    config: ConfigDataclass | type[ConfigDataclass], path: str
+) -> Iterator[tuple[str, str]]:
     for field in dataclasses.fields(config):
         name = f"{path}.{field.name}" if path else field.name
         fixed = field.metadata.get(_FIXES)
@@ -121,7 +125,7 @@ def _fixed_settings(config: Any, path: str) -> Iterator[tuple[str, str]]:
                     yield inner, how
 
 
-def parse(cls: type[T], values: Mapping[str, Any], *, path: str = "config") -> T:
+def parse(cls: type[T], values: Mapping[str, Setting], *, path: str = "config") -> T:
     """Turns nested mappings into the frozen dataclass `cls`.
 
     Args:
@@ -238,7 +242,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     return value
 
 
-def to_dict(config: Any) -> JsonObject:
+def to_dict(config: ConfigDataclass) -> JsonObject:
     """The dataclass as plain nested dicts and lists that `parse` and JSON take."""
     plain = dataclasses.asdict(config)
 

@@ -9,7 +9,7 @@ outside this package may add a row before a config is parsed.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 
@@ -18,12 +18,16 @@ from beit_jax.models.functional import Functional
 from beit_jax.tokenizers import dalle, dvae
 from beit_jax.tokenizers.tokenizer import Tokenizer
 
+# A kind's functions take the config class that its row names: some subclass of TokenizerConfig.
+KindConfig: TypeAlias = Any
+
 
 class OpenTokenizer(Protocol):
     """Makes a kind's pure functions; reads no file."""
 
-    # A kind takes the config class that its row names.
-    def __call__(self, config: Any, /, *, precision: jax.lax.PrecisionLike = None) -> Tokenizer: ...
+    def __call__(
+        self, config: KindConfig, /, *, precision: jax.lax.PrecisionLike = None
+    ) -> Tokenizer: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class Training:
       normalize: pixels in [0, 1] -> the range in which the network reads and paints them.
     """
 
-    network: Callable[[Any], Functional]
+    network: Callable[[KindConfig], Functional]
     normalize: Callable[[jax.Array], jax.Array]
 
 

@@ -221,7 +221,7 @@ class Checkpoints:
         )
         self._last_save = time.monotonic()
 
-    def best(self) -> dict[str, Any] | None:
+    def best(self) -> JsonObject | None:
         """The note of the last `save_best`; None before the first."""
         if not self._best_manager().all_steps():
             return None
@@ -297,7 +297,7 @@ def _names_and_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def _plain(config: JsonObject) -> JsonObject:
     """As it comes back from JSON, with lists for tuples."""
     return json.loads(json.dumps(config))
 

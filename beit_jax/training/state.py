@@ -202,11 +202,7 @@ def train_step(
       The new state and scalar metrics: the task's, `grad_norm` (before the clip),
       `learning_rate`, `skipped` and `skipped_in_row`.
     """
-    loss = stateful_loss(task)
-    if mesh is not None:
-        loss = sharding.on_mesh(loss, mesh)
-        if mesh.shape[sharding.FSDP] > 1:
-            loss = _with_whole_parameters(loss, mesh)
+    loss = _loss_on_mesh(task, mesh)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     batch = task.prepare(frozen, batch, jax.random.fold_in(key, PREPARATION))
     (gradients, sums), variables = _gradients(
@@ -239,6 +235,15 @@ def train_step(
         "skipped_in_row": new_state.skipped_in_row,
     }
     return new_state, metrics
+
+
+def _loss_on_mesh(task: Task, mesh: Mesh | None) -> StatefulLoss:
+    """The task's loss as the devices of the mesh compute it together."""
+    loss = stateful_loss(task)
+    if mesh is None:
+        return loss
+    loss = sharding.on_mesh(loss, mesh)
+    return _with_whole_parameters(loss, mesh) if mesh.shape[sharding.FSDP] > 1 else loss
 
 
 def _update(
