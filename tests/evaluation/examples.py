@@ -1,18 +1,17 @@
 """A small encoder with random weights, as every test of the evaluation uses it."""
 
+import dataclasses
 import functools
 
 import jax
 
-from beit_jax.config import ModelConfig
 from beit_jax.evaluation import features
 from beit_jax.models.heads import masked_image_model
 from beit_jax.weights import native
 from beit_jax.weights.description import Description, to_config
+from tests.tiny import TINY
 
-MODEL = ModelConfig(
-    layers=3, width=32, heads=2, mlp_width=64, image_size=32, patch_size=8, dtype="float32"
-)
+MODEL = dataclasses.replace(TINY, heads=2, image_size=32, drop_path_rate=0.1)
 CLASSES = 10
 
 

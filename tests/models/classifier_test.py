@@ -12,18 +12,9 @@ from beit_jax.models.functional import flatten, functional
 from beit_jax.models.heads import classifier
 from beit_jax.models.vit import Encoder
 from beit_jax.training import batch_augment, optim, sharding
+from tests.tiny import PER_BLOCK
 
-TINY = ModelConfig(
-    layers=3,
-    width=128,
-    heads=4,
-    mlp_width=256,
-    image_size=24,
-    patch_size=8,
-    positions="relative_per_block",
-    drop_path_rate=0.0,
-    dtype="float32",
-)
+MODEL = dataclasses.replace(PER_BLOCK, width=128, mlp_width=256)
 
 
 def parameters(config) -> int:
@@ -60,7 +51,7 @@ def test_plain_vit_parameter_count():
 
 def test_initialisation_is_the_fine_tuning_one():
     """Uncut normal of 0.02, 1/√(2l), patches as PyTorch draws them, a head 1000 times smaller."""
-    model = classifier(TINY, classes=50)
+    model = classifier(MODEL, classes=50)
     flat = {k: np.asarray(v) for k, v in flatten(jax.jit(model.init)(jax.random.key(0))).items()}
     bound = 1 / np.sqrt(3 * 8 * 8)
     for name, value in flat.items():
@@ -82,7 +73,7 @@ def test_mean_pooling_leaves_out_the_class_token_and_cls_is_the_class_token():
     """Pooling by hand from the encoder's tokens; the 'cls' encoder ends in its norm."""
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 24, 3)), jnp.float32)
     for pooling in ("mean", "cls"):
-        model = classifier(TINY, classes=5, pooling=pooling, init_scale=1.0)
+        model = classifier(MODEL, classes=5, pooling=pooling, init_scale=1.0)
         params = model.init(jax.random.key(1))
         assert ("fc_norm" in params) == (pooling == "mean")
         assert ("norm" in params["encoder"]) == (pooling == "cls")
@@ -99,13 +90,13 @@ def test_mean_pooling_leaves_out_the_class_token_and_cls_is_the_class_token():
 
 
 def _tokens(encoder_params, images):
-    encoder = functional(lambda rngs: Encoder(TINY, mask_token=False, final_norm=False, rngs=rngs))
+    encoder = functional(lambda rngs: Encoder(MODEL, mask_token=False, final_norm=False, rngs=rngs))
     return encoder.apply(encoder_params, images)
 
 
 def test_every_parameter_has_decay_and_sharding_rules():
     for pooling in ("mean", "cls"):
-        shapes = classifier(TINY, classes=5, pooling=pooling).shapes()
+        shapes = classifier(MODEL, classes=5, pooling=pooling).shapes()
         decayed = flatten(optim.decay_mask(shapes))
         assert decayed["head/kernel"]
         assert not decayed["head/bias"]
@@ -114,7 +105,7 @@ def test_every_parameter_has_decay_and_sharding_rules():
 
 def test_an_unknown_pooling_is_refused():
     with pytest.raises(ConfigError, match="pooling: must be one of mean, cls; got 'max'"):
-        classifier(dataclasses.replace(TINY, layers=1), classes=5, pooling="max")
+        classifier(dataclasses.replace(MODEL, layers=1), classes=5, pooling="max")
 
 
 def relative_error(actual, expected):
@@ -137,7 +128,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(
 
     sizes = {"xla": {"width": 32, "heads": 2}, "fused": {"layers": 1, "width": 64, "heads": 1}}
     config = dataclasses.replace(
-        TINY,
+        MODEL,
         **sizes[implementation],
         mlp_width=64,
         image_size=image_size,
@@ -181,13 +172,13 @@ def test_logits_loss_and_every_gradient_equal_transformers(
 
 
 FEATURES = {
-    "per block, mean": (TINY, "mean"),
-    "shared, cls": (dataclasses.replace(TINY, positions="relative_shared"), "cls"),
+    "per block, mean": (MODEL, "mean"),
+    "shared, cls": (dataclasses.replace(MODEL, positions="relative_shared"), "cls"),
     "plain, mean": (
-        dataclasses.replace(TINY, positions="absolute", layer_scale_init=None),
+        dataclasses.replace(MODEL, positions="absolute", layer_scale_init=None),
         "mean",
     ),
-    "224": (dataclasses.replace(TINY, image_size=224, patch_size=16), "mean"),
+    "224": (dataclasses.replace(MODEL, image_size=224, patch_size=16), "mean"),
 }
 
 

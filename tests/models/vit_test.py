@@ -12,23 +12,10 @@ from beit_jax.config import ConfigError, ModelConfig
 from beit_jax.models import flops, heads, relative_positions, vit
 from beit_jax.models.blocks import drop_path_factors
 from beit_jax.models.functional import flatten
+from tests.tiny import PER_BLOCK, PLAIN, TINY
 
-TINY = ModelConfig(
-    layers=3,
-    width=32,
-    heads=4,
-    mlp_width=64,
-    image_size=24,
-    patch_size=8,
-    drop_path_rate=0.0,
-    dtype="float32",
-)
 VOCABULARY = 40
-VARIANTS = {
-    "beit+": TINY,
-    "plain": dataclasses.replace(TINY, positions="absolute", layer_scale_init=None),
-    "per_block": dataclasses.replace(TINY, positions="relative_per_block"),
-}
+VARIANTS = {"beit+": TINY, "plain": PLAIN, "per_block": PER_BLOCK}
 
 
 def relative_error(actual, expected):

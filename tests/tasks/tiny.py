@@ -17,6 +17,24 @@ def shrink_run(run: ConfigDict, *, steps: int) -> None:
     run.keep_checkpoints = 2
 
 
+def shrink_model(model: ConfigDict) -> None:
+    model.layers = 2
+    model.width = 32
+    model.heads = 2
+    model.mlp_width = 64
+    model.image_size = 32
+    model.patch_size = 8
+    model.scan_unroll = 1
+
+
+def shrink_tokenizer(settings: ConfigDict, *, vocabulary: int) -> None:
+    settings.vocabulary = vocabulary
+    settings.image_size = 16
+    settings.width = 8
+    settings.levels = 2
+    settings.codebook_width = 8
+
+
 def shrink_data(data: ConfigDict) -> None:
     data.source = "embedded:64"
     data.eval_source = ""
@@ -28,21 +46,11 @@ def pretrain() -> ConfigDict:
     """Masked image modelling: 32 pixels, 4 × 4 patches, tokens of a random discrete VAE."""
     config = beit_base.get_config()
     shrink_run(config.run, steps=12)
-    config.model.layers = 2
-    config.model.width = 32
-    config.model.heads = 2
-    config.model.mlp_width = 64
-    config.model.image_size = 32
-    config.model.patch_size = 8
-    config.model.scan_unroll = 1
+    shrink_model(config.model)
     config.tokenizer.path = ""
     config.tokenizer.random_weights = True
     config.tokenizer.kind = "dvae"
-    config.tokenizer.vocabulary = 64
-    config.tokenizer.image_size = 16
-    config.tokenizer.width = 8
-    config.tokenizer.levels = 2
-    config.tokenizer.codebook_width = 8
+    shrink_tokenizer(config.tokenizer, vocabulary=64)
     shrink_data(config.data)
     config.data.mask.count = 6
     config.data.mask.min_block = 2
@@ -57,13 +65,7 @@ def classify() -> ConfigDict:
     shrink_run(config.run, steps=12)
     config.run.init_from = ""
     config.reference = ""
-    config.model.layers = 2
-    config.model.width = 32
-    config.model.heads = 2
-    config.model.mlp_width = 64
-    config.model.image_size = 32
-    config.model.patch_size = 8
-    config.model.scan_unroll = 1
+    shrink_model(config.model)
     config.classes = 0
     config.mixing.groups = 2
     shrink_data(config.data)
@@ -76,11 +78,7 @@ def tokenizer() -> ConfigDict:
     """A discrete VAE of 16 tokens on 16-pixel images."""
     config = dvae.get_config()
     shrink_run(config.run, steps=12)
-    config.tokenizer.vocabulary = 16
-    config.tokenizer.image_size = 16
-    config.tokenizer.width = 8
-    config.tokenizer.levels = 2
-    config.tokenizer.codebook_width = 8
+    shrink_tokenizer(config.tokenizer, vocabulary=16)
     shrink_data(config.data)
     config.optimizer.learning_rate = 1e-2
     config.optimizer.warmup_steps = 3

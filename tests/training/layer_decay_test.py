@@ -18,22 +18,13 @@ from beit_jax.models.functional import flatten
 from beit_jax.models.heads import classifier, masked_image_model
 from beit_jax.training import batch_augment, optim
 from beit_jax.training.state import Task, TrainState, state_from_params, train_step
+from tests.tiny import PER_BLOCK
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 BASE = ModelConfig.base(positions="relative_per_block")
 LARGE = ModelConfig.large(positions="relative_per_block")
 OFFICIAL = {"beit_base": (BASE, 0.65), "beit_large": (LARGE, 0.75)}
-TINY = ModelConfig(
-    layers=3,
-    width=16,
-    heads=2,
-    mlp_width=32,
-    image_size=16,
-    patch_size=8,
-    positions="relative_per_block",
-    drop_path_rate=0.0,
-    dtype="float32",
-)
+MODEL = dataclasses.replace(PER_BLOCK, width=16, heads=2, mlp_width=32, image_size=16)
 
 
 def multipliers(shapes, *, decay, layers):
@@ -118,8 +109,8 @@ def test_the_published_ends():
 
 
 def test_a_shared_table_and_the_final_norm_go_with_the_head_and_tokens_with_the_embeddings():
-    shared = dataclasses.replace(TINY, positions="relative_shared")
-    plain = dataclasses.replace(TINY, positions="absolute")
+    shared = dataclasses.replace(MODEL, positions="relative_shared")
+    plain = dataclasses.replace(MODEL, positions="absolute")
     found = multipliers(masked_image_model(shared, vocabulary=8).shapes(), decay=0.5, layers=3)
     for name in ("relative_position_bias/table", "norm/scale", "norm/bias"):
         assert found[f"encoder/{name}"] == [1.0], name
@@ -132,7 +123,7 @@ def test_a_shared_table_and_the_final_norm_go_with_the_head_and_tokens_with_the_
 
 
 def test_wrong_trees_are_named():
-    shapes = classifier(TINY, classes=5).shapes()
+    shapes = classifier(MODEL, classes=5).shapes()
     with pytest.raises(
         ValueError, match=r"no layer-decay rule .*: encoder/novelty, upsample/kernel"
     ):
@@ -160,7 +151,7 @@ def test_direction_and_decay_are_both_scaled():
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda shape: rng.uniform(1, 2, shape.shape).astype(np.float32),
-        classifier(TINY, classes=5).shapes(),
+        classifier(MODEL, classes=5).shapes(),
     )
     gradients = jax.tree.map(lambda p: 0.1 * p, params)
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5)
@@ -239,8 +230,8 @@ def test_twelve_steps_equal_torch_adamw_with_the_same_groups():
         weight_decay=0.3,
         layer_decay=decay,
     )
-    peer = beit_peer.classifier(TINY, classes=classes, pooling="mean")
-    model = classifier(TINY, classes=classes)
+    peer = beit_peer.classifier(MODEL, classes=classes, pooling="mean")
+    model = classifier(MODEL, classes=classes)
     optimizer, task = optim.adamw(config), labelled_task(model)
     schedule = optim.learning_rate(config, steps=steps)
 
@@ -259,10 +250,10 @@ def test_twelve_steps_equal_torch_adamw_with_the_same_groups():
     step = jax.jit(step)
     # Copied: torch goes on to write into its own buffers.
     start = jax.tree.map(
-        np.array, beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=TINY.layers)
+        np.array, beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=MODEL.layers)
     )
     state = state_from_params(jax.tree.map(jnp.asarray, start), optimizer=optimizer)
-    groups = peer_groups(peer, layers=TINY.layers, decay=decay, weight_decay=0.3)
+    groups = peer_groups(peer, layers=MODEL.layers, decay=decay, weight_decay=0.3)
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     cosine = 0.5 * (1 + np.cos(np.pi * np.arange(steps - 4) / (steps - 4)))
     rates = np.concatenate([np.linspace(0, 5e-3, 4), 1e-6 + (5e-3 - 1e-6) * cosine])
@@ -286,7 +277,7 @@ def test_twelve_steps_equal_torch_adamw_with_the_same_groups():
         np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5)
 
     start = flatten(start)
-    end = flatten(beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=TINY.layers))
+    end = flatten(beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=MODEL.layers))
     for name, value in flatten(state.params).items():
         distance = np.abs(end[name] - start[name]).max()
         difference = np.abs(np.asarray(value) - end[name]).max()

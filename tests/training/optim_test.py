@@ -9,23 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from beit_jax.config import ModelConfig, OptimizerConfig
+from beit_jax.config import OptimizerConfig
 from beit_jax.models.functional import flatten
 from beit_jax.models.heads import masked_image_model
 from beit_jax.training import optim
 from beit_jax.training.state import Task, TrainState, init_state, train_step
+from tests.tiny import TINY
 
 CONFIG = OptimizerConfig(learning_rate=1.5e-3, warmup_steps=6250)
-TINY = ModelConfig(
-    layers=2,
-    width=16,
-    heads=2,
-    mlp_width=32,
-    image_size=16,
-    patch_size=8,
-    drop_path_rate=0.0,
-    dtype="float32",
-)
+MODEL = dataclasses.replace(TINY, layers=2, width=16, heads=2, mlp_width=32, image_size=16)
 
 
 def official_schedule(*, base, final, steps, warmup):
@@ -59,8 +51,8 @@ def test_schedule_without_warm_up_starts_at_the_peak_or_zero(warmup):
 
 def test_decay_list_by_name():
     """Golden: everything 1-D, biases, cls_token and pos_embed are free of decay, nothing else."""
-    plain = dataclasses.replace(TINY, positions="absolute")
-    shapes = masked_image_model(TINY, vocabulary=8).shapes()
+    plain = dataclasses.replace(MODEL, positions="absolute")
+    shapes = masked_image_model(MODEL, vocabulary=8).shapes()
     plain_shapes = masked_image_model(plain, vocabulary=8).shapes()
     decayed = flatten(optim.decay_mask(shapes)) | flatten(optim.decay_mask(plain_shapes))
     assert {name for name, value in decayed.items() if value} == {
@@ -107,7 +99,7 @@ def test_probe_heads_are_decayed_whole():
 @pytest.mark.parametrize("positions", ["relative_shared", "relative_per_block"])
 def test_tables_can_be_taken_out_of_decay(positions):
     """Only the tables' flag changes, and a step with a zero gradient leaves them where they are."""
-    config = dataclasses.replace(TINY, positions=positions)
+    config = dataclasses.replace(MODEL, positions=positions)
     shapes = masked_image_model(config, vocabulary=8).shapes()
     with_tables = flatten(optim.decay_mask(shapes))
     without = flatten(optim.decay_mask(shapes, relative_positions=False))
@@ -250,11 +242,11 @@ def test_twelve_steps_equal_torch_adamw():
 
     steps, vocabulary = 12, 24
     config = OptimizerConfig(learning_rate=2e-3, warmup_steps=4, clip_norm=0.5)
-    peer = beit_peer.masked_image_model(TINY, vocabulary=vocabulary)
-    model = masked_image_model(TINY, vocabulary=vocabulary)
+    peer = beit_peer.masked_image_model(MODEL, vocabulary=vocabulary)
+    model = masked_image_model(MODEL, vocabulary=vocabulary)
     optimizer, step = jitted_step(masked_task(model), config, steps=steps)
     state = init_state(masked_task(model), optimizer, jax.random.key(0))
-    start = beit_peer.to_ours(dict(peer.named_parameters()), layers=TINY.layers)
+    start = beit_peer.to_ours(dict(peer.named_parameters()), layers=MODEL.layers)
     # Copied: torch goes on to write into its own buffers.
     state = dataclasses.replace(state, params=jax.tree.map(lambda x: jnp.array(x), start))
 
@@ -300,7 +292,7 @@ def test_twelve_steps_equal_torch_adamw():
         np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=1e-3)
         np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5)
     assert clipped > 3, "the clip was part of what was compared"
-    end = flatten(beit_peer.to_ours(dict(peer.named_parameters()), layers=TINY.layers))
+    end = flatten(beit_peer.to_ours(dict(peer.named_parameters()), layers=MODEL.layers))
     for name, value in flatten(state.params).items():
         difference = np.abs(np.asarray(value) - end[name]).max() / np.abs(end[name]).max()
         assert difference < 1e-3, name
@@ -309,7 +301,7 @@ def test_twelve_steps_equal_torch_adamw():
 @pytest.mark.slow
 def test_micro_batches_give_the_same_step():
     """The mean is over the whole batch, though the micro-batches' weights differ."""
-    model = masked_image_model(TINY, vocabulary=24)
+    model = masked_image_model(MODEL, vocabulary=24)
     task = masked_task(model)
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
     optimizer, step = jitted_step(task, config, steps=10)
@@ -326,7 +318,7 @@ def test_micro_batches_give_the_same_step():
 
 
 def test_a_non_finite_update_is_skipped_and_counted():
-    model = masked_image_model(TINY, vocabulary=24)
+    model = masked_image_model(MODEL, vocabulary=24)
     task = masked_task(model)
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
     optimizer, step = jitted_step(task, config, steps=10)
@@ -356,7 +348,7 @@ def test_a_non_finite_update_is_skipped_and_counted():
 @pytest.mark.slow
 def test_it_overfits_one_batch():
     """A tiny model names every masked token of eight images it sees again and again."""
-    model = masked_image_model(dataclasses.replace(TINY, width=32), vocabulary=24)
+    model = masked_image_model(dataclasses.replace(MODEL, width=32), vocabulary=24)
     task = masked_task(model)
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=10, weight_decay=0.0)
     optimizer, step = jitted_step(task, config, steps=150)

@@ -5,23 +5,14 @@ import pathlib
 
 import numpy as np
 
-from beit_jax.config import ModelConfig
 from beit_jax.models.functional import unflatten
 from beit_jax.weights import native
 from beit_jax.weights.description import Description, to_config
+from tests import tiny
 
-TINY = ModelConfig(
-    layers=3,
-    width=32,
-    heads=4,
-    mlp_width=64,
-    image_size=40,
-    patch_size=8,
-    drop_path_rate=0.0,
-    dtype="float32",
-)
-PLAIN = dataclasses.replace(TINY, positions="absolute", layer_scale_init=None)
-PER_BLOCK = dataclasses.replace(TINY, positions="relative_per_block")
+TINY = dataclasses.replace(tiny.TINY, image_size=40)
+PLAIN = dataclasses.replace(tiny.PLAIN, image_size=40)
+PER_BLOCK = dataclasses.replace(tiny.PER_BLOCK, image_size=40)
 # 384 pixels, as published: 24 × 24 patches.
 LARGE_IMAGE = dataclasses.replace(PER_BLOCK, image_size=384, patch_size=16, layers=2)
 
