@@ -20,10 +20,10 @@ class Command:
     """A sub-command.
 
     Attributes:
-      module: what runs it, by `main(arguments) -> exit code`.
+      module: the module that runs it; its `main(arguments)` returns the exit code.
       prefix: arguments of that module that come before the user's.
       summary: one line for `--help`.
-      extra: what `pip install beit-jax[...]` has to name for it; "" for nothing.
+      extra: the extra that it needs, as in `pip install beit-jax[train]`; "" for none.
     """
 
     module: str
@@ -38,7 +38,7 @@ def _weights(command: str, summary: str) -> Command:
 
 COMMANDS = {
     "export": _weights("export", "write a checkpoint for Hugging Face, timm, unilm and others"),
-    "import": _weights("import", "read such a file or folder into a checkpoint of this project"),
+    "import": _weights("import", "read a foreign file or folder into a checkpoint of this project"),
     "convert-tokenizer": _weights("convert-tokenizer", "DALL-E's weights → one safetensors file"),
     "inspect": _weights("inspect", "print what a checkpoint or a file of weights holds"),
     "features": Command(

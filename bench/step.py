@@ -323,11 +323,11 @@ def open_side(problem: Problem, name: str, *, tokenize: bool) -> Side:
     if name == NATIVE:
         return our_side(problem, tokenize=tokenize)
     with tempfile.TemporaryDirectory() as folder:
-        write_params(f"{folder}/ours", problem.params, config=to_dict(problem.config))
-        export_checkpoint(f"{folder}/ours", format="hugging_face", output=f"{folder}/theirs")
+        write_params(f"{folder}/native", problem.params, config=to_dict(problem.config))
+        export_checkpoint(f"{folder}/native", format="hugging_face", output=f"{folder}/exported")
         return their_side(
             problem,
-            f"{folder}/theirs",
+            f"{folder}/exported",
             best=name == BEST,
             tokenize=tokenize,
             attention={EAGER: "eager", BEST: "sdpa"}.get(name, ""),

@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     second.tokenizer = first.tokenizer.copy_and_resolve_references()
     second.data = first.data.copy_and_resolve_references()
     second.data.mask.kind = "block"
-    second.data.mask.count = 24  # 38 % of 64, as 75 of 196; the smallest block shrinks likewise
+    second.data.mask.count = 24  # 38 % of 64, as 75 of 196; the smallest block shrinks with it
     second.data.mask.min_block = 4
     second.optimizer.learning_rate = 2e-3
     second.optimizer.warmup_steps = 100

@@ -89,7 +89,7 @@ def sources(tmp_path_factory) -> pathlib.Path:
     (folder / "images").mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / "images" / f"{i}.png")
-    np.savez(folder / "theirs.npz", normed=normed, second=output.hidden_states[2])
+    np.savez(folder / "expected.npz", normed=normed, second=output.hidden_states[2])
     return folder
 
 
@@ -105,12 +105,12 @@ assert not {{"jax", "numpy"}} & set(sys.modules)
 import numpy as np
 
 folder = sys.argv[1]
-images, theirs = np.load(f"{{folder}}/images.npy"), np.load(f"{{folder}}/theirs.npz")
+images, peer = np.load(f"{{folder}}/images.npy"), np.load(f"{{folder}}/expected.npz")
 for name in ("hf", "timm.safetensors", "u.pth"):
     encoder = beit_jax.load_encoder(f"{{folder}}/{{name}}", heads=4)
     out = encoder(images)
     (second,) = encoder.blocks(images, [2])
-    for output, expected in ((out, theirs["normed"]), (second, theirs["second"])):
+    for output, expected in ((out, peer["normed"]), (second, peer["second"])):
         tokens = np.concatenate([output.cls[:, None], output.patches.reshape(2, 25, 32)], axis=1)
         error = np.abs(tokens - expected).max() / np.abs(expected).max()
         assert error < {TOLERANCE}, (name, error)
@@ -145,9 +145,9 @@ def test_features_of_a_folder_in_an_environment_without_training(environment, so
     settings = (f"--weights={sources / 'hf'}", "--output=features.npz", "--resize=squash")
     run(*command, *settings, cwd=tmp_path)  # images of the size asked for stay as they are
     written = np.load(tmp_path / "features.npz")
-    theirs = np.load(sources / "theirs.npz")["normed"][:, 0]
+    expected = np.load(sources / "expected.npz")["normed"][:, 0]
     assert written["names"].tolist() == ["0.png", "1.png"]
-    assert np.abs(written["features"] - theirs).max() / np.abs(theirs).max() < TOLERANCE
+    assert np.abs(written["features"] - expected).max() / np.abs(expected).max() < TOLERANCE
 
 
 def test_the_wheel_says_that_it_is_typed_and_holds_the_package_alone(wheel, tmp_path):

@@ -175,7 +175,7 @@ class MixingConfig:
     """
 
     mixup: float = 0.8  # both parameters of the Beta distribution; 0: no mixup
-    cutmix: float = 1.0  # likewise; 0: no CutMix
+    cutmix: float = 1.0  # as for mixup; 0: no CutMix
     probability: float = 1.0  # that a group is mixed at all
     switch_probability: float = 0.5  # of CutMix, where both are on
     groups: int = 1

@@ -93,7 +93,7 @@ class ModelConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What tells base from large: layers, width, heads, mlp_width."""
+        """The settings in which base and large differ: layers, width, heads, mlp_width."""
         return {name: getattr(self, name) for name in _BASE}
 
     @property

@@ -41,9 +41,9 @@ class Window:
 def decode_image(data: tf.Tensor, *, exif_orientation: bool) -> tf.Tensor:
     """Decodes a JPEG, PNG, BMP, GIF (first frame) or WebP as Pillow's convert("RGB") does.
 
-    The content tells the format, not the file's name. Alpha is dropped; 16-bit channels keep their
-    high 8 bits (Pillow clips grey ones instead). JPEG uses the accurate inverse DCT, which equals
-    Pillow's bit for bit.
+    The format is recognised by the content, not by the file's name. Alpha is dropped; 16-bit
+    channels keep their high 8 bits (Pillow clips grey ones instead). JPEG uses the accurate inverse
+    DCT, which equals Pillow's bit for bit.
 
     Args:
       data: string scalar, the file's content.
@@ -54,7 +54,7 @@ def decode_image(data: tf.Tensor, *, exif_orientation: bool) -> tf.Tensor:
       uint8 [h, w, 3].
 
     Raises:
-      tf.errors.InvalidArgumentError: the data is not such an image or is incomplete. TensorFlow
+      tf.errors.InvalidArgumentError: the data is incomplete or in no such format. TensorFlow
         does not support animated WebP or BMP with fewer than 8 bits per pixel; these raise it too.
     """
 

@@ -310,7 +310,7 @@ def eval_batches(
 
 
 def _padded_pass(source: Source, *, batch_size: int, shard: int, shards: int) -> tf.data.Dataset:
-    """One host's images, once each, and padding up to whole batches, as `valid` tells."""
+    """One host's images, once each, padded to whole batches; `valid` marks the images."""
     size, local = len(source), batch_size // shards
     if source.sequence is not None:
         records = source.sequence(seed=None, epoch=0, shard=shard, shards=shards)

@@ -189,7 +189,8 @@ def _check_empty_or_same(folder: Path, settings: JsonObject) -> None:
 def _check_same(before: JsonObject, now: JsonObject, *, folder: Path) -> None:
     changed = [f"--{name}: was {before[name]!r}" for name in now if before[name] != now[name]]
     if changed:
-        raise ConfigError(f"--output: {folder} was begun with other settings: {', '.join(changed)}")
+        listed = ", ".join(changed)
+        raise ConfigError(f"--output: {folder} was started with other settings: {listed}")
 
 
 def _undecodable(notes: list[JsonObject]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Beyond one host's cores: other machines decode and augment, in the order that the run asks for.
+"""Other machines decode and augment where a host has too few cores, in the order the run asks for.
 
     python -m beit_jax.data.service --port=5050 --address=NAME     # on each helping machine
     python main.py --config=... '--config.data.service=("NAME:5050", "OTHER:5050")' \\

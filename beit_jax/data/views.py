@@ -1,4 +1,4 @@
-"""What each job makes of an image: `Views` for the pipeline."""
+"""How each job turns an image into tensors: `Views` for the pipeline."""
 
 import dataclasses
 

@@ -1,1 +1,1 @@
-"""What frozen features are worth: the features themselves, k-NN and a linear probe."""
+"""Evaluation of frozen features: the features themselves, k-NN and a linear probe."""

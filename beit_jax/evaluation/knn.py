@@ -144,7 +144,8 @@ def block_accuracy(
       bank: this host's part of every batch: `image` uint8 [b, s, s, 3], `label` int [b] and, where
         there is padding, `valid` bool [b]. All batches of one size that divides over the devices,
         as many on every host. Must end.
-      queries: likewise. Images without a label (-1) neither vote nor count.
+      queries: the held-out images, in the same form. Images without a label (-1) neither vote
+        nor count.
       classes: C.
       kind: of features, see `FeatureSpec`. "cls_mean" is L2-normalised as a whole.
       normalization: of the pixels; None: what the encoder was trained on.

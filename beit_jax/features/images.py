@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from beit_jax.files import visible_files
 from beit_jax.preprocessing import eval_shorter_side
 
-# What is looked for: files with these suffixes, and others that start with these bytes. The header
+# Image files have one of these suffixes or start with one of these byte strings. The header
 # of a file with such a suffix is Pillow's to judge: a PNG named .jpg is read as the PNG it is.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")

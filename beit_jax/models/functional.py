@@ -36,7 +36,7 @@ class Functional:
       build: makes the module, drawing its parameters from the given `nnx.Rngs`.
       graphdef: the module without its arrays.
       structure: the parameters' tree structure, which `apply` demands.
-      variables_structure: likewise, of the state that no gradient trains.
+      variables_structure: the tree structure of the state that no gradient trains.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]

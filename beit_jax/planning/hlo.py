@@ -151,7 +151,7 @@ class _Instruction:
 
 
 def read(text: str) -> Program:
-    """Sums a compiled program's text up, from its entry computation down.
+    """Sums up a compiled program's text, from its entry computation down.
 
     Args:
       text: `compiled.as_text()`.

@@ -1,4 +1,4 @@
-"""Know before renting: the memory and time that a pre-training run takes on a named TPU slice.
+"""Predicts the memory and time of a pre-training run on a TPU slice before one is rented.
 
     python main.py --config=configs/beit_large.py --plan=v4-128
     python main.py --config=configs/beit_base.py --plan=v4-8,v5litepod-16,v6e-8

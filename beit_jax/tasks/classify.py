@@ -49,7 +49,7 @@ PICTURES = 8  # images in `first_batch.png`
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifyConfig:
-    """Everything a fine-tuning run is made of.
+    """All settings of a fine-tuning run.
 
     Attributes:
       classes: outputs; 0: as many as the images have.
@@ -58,7 +58,7 @@ class ClassifyConfig:
       label_smoothing: share of the target spread over all classes.
       mixing: mixup and CutMix; the recipes that start from ImageNet-22k labels use neither.
       evaluate_only: no training: evaluate the run's newest checkpoint or `run.init_from`.
-      labels: names of the classes, filled in from the images; others than theirs are an error.
+      labels: names of the classes, filled in from the images; a mismatch is an error.
       reference: what the published run reached; logged at the start.
     """
 
@@ -142,7 +142,7 @@ def with_classes(config: ClassifyConfig, classes: tuple[str, ...]) -> ClassifyCo
 
 
 def classify_task(model: Functional, *, config: ClassifyConfig) -> Task:
-    """The job as the train loop takes it; sums are over images.
+    """Fine-tuning as a task for the train loop; sums are over images.
 
     Args:
       model: from `classifier`.

@@ -1,4 +1,4 @@
-"""Masked image modelling: the main job, told whole.
+"""Masked image modelling, the main job, from images to the loss.
 
 The host sends two uint8 views and a mask per image. On the device, the frozen tokenizer turns the
 masked patches of view 2 into token ids `[b, slots]`; the encoder sees view 1 with masked patches
@@ -59,7 +59,7 @@ from beit_jax.types import Batch, JsonObject, Params, PyTree, Sums
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Everything a pre-training run is made of.
+    """All settings of a pre-training run.
 
     Attributes:
       evaluate_only: no training: evaluate the run's newest checkpoint or `run.init_from`.
@@ -190,7 +190,7 @@ def scored_positions(config: PretrainConfig) -> int:
     return masking.max_masked(config.data.mask, grid=config.model.grid)
 
 
-# Long because its closures are one step, told in order: prepare, predict, score.
+# Long because its closures are the parts of one step, in order: prepare, predict, score.
 def pretrain_task(
     model: Functional,
     tokenizer: Tokenizer,
@@ -199,7 +199,7 @@ def pretrain_task(
     config: PretrainConfig,
     slots: int,
 ) -> Task:
-    """The job as the train loop takes it.
+    """Pre-training as a task for the train loop.
 
     Args:
       model: from `masked_image_model`.

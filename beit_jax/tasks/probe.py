@@ -1,4 +1,4 @@
-"""Probe job: what frozen features are worth, by a linear probe of every block and weighted k-NN.
+"""Probe job: evaluates frozen features by a linear probe of every block and weighted k-NN.
 
 Paper appendix D; official run_linear_eval.py; DINO's k-NN vote. The job opens the labelled images
 and the checkpoint, runs both evaluations and writes one summary; what they compute is in
@@ -49,7 +49,7 @@ from beit_jax.weights import native
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Everything that makes up a probe. The model is the checkpoint's own.
+    """All settings of a probe. The model is the checkpoint's own.
 
     Attributes:
       run: `init_from` is the checkpoint to probe; `steps` are the linear probe's.

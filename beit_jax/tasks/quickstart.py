@@ -1,4 +1,4 @@
-"""The whole story in one command.
+"""The quickstart: every job once, in one command.
 
 Train a tokenizer, pre-train with its tokens, and show what was learned: how many masked tokens are
 predicted right, and what the weights are worth to a classifier, beside the same model without
@@ -158,7 +158,7 @@ def write_untrained(config: pretrain.PretrainConfig, *, path: str) -> None:
 
 
 def report(summary: JsonObject) -> str:
-    """What the model has learned, beside what takes no learning: two tables and a few numbers."""
+    """What the model has learned, next to baselines: two tables and a few numbers."""
     first, speed = summary["tokenizer"], summary["images_per_second"]
     numbers = (
         f"tokenizer: {first['codes_used']:.0f} codes in use, perplexity"

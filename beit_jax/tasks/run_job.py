@@ -1,4 +1,4 @@
-"""The frame of every job that trains: mesh, data, training or evaluation alone, summary, pictures.
+"""Runs any job that trains: mesh, data, training or evaluation alone, summary, pictures.
 
 def build(config: MyConfig, context: RunContext) -> Job: ...
 

@@ -1,4 +1,4 @@
-"""The distribution of held-out tokens: what the loss of pre-training has to be compared with."""
+"""The distribution of held-out tokens: baselines for the loss of pre-training."""
 
 import dataclasses
 import math

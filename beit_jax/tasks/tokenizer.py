@@ -76,7 +76,7 @@ class VaeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerTaskConfig:
-    """Everything a tokenizer run is made of.
+    """All settings of a tokenizer run.
 
     The data section is pre-training's, so that both jobs can share it; only view 2 is made of the
     images, whatever `data.image_size` is.
@@ -86,7 +86,7 @@ class TokenizerTaskConfig:
         "tokenizer.path": Unused("this job writes the file"),
         "tokenizer.random_weights": Unused("this job trains the weights"),
         "tokenizer.sha256": Unused("this job writes the file"),
-        "data.normalization": Unused("it is of view 1, which this job does not read"),
+        "data.normalization": Unused("it concerns view 1, which this job does not read"),
         "data.token_cache": Unused("no token ids are kept while the tokenizer trains"),
         # The accepted mask is that of configs/dvae.py.
         "data.mask": Unused(
@@ -146,7 +146,7 @@ def all_params(train_state: TrainState) -> Params:
 
 def write_tokenizer(trained: Trained, *, config: TokenizerTaskConfig, workdir: str) -> JsonObject:
     """Writes `tokenizer.safetensors`; returns the job's part of `summary.json`."""
-    shout_if_collapsed(trained.evaluation, vocabulary=config.tokenizer.vocabulary)
+    log_if_collapsed(trained.evaluation, vocabulary=config.tokenizer.vocabulary)
     params = sharding.to_host(all_params(trained.state))
     path = f"{workdir}/tokenizer.safetensors"
     if jax.process_index() == 0:
@@ -161,9 +161,9 @@ def temperature(config: VaeConfig, *, steps: int, step: jax.Array) -> jax.Array:
     return jnp.exp(log_start + share * (log_end - log_start))
 
 
-# Long because its closures are one step, told in order: prepare, reconstruct, score.
+# Long because its closures are the parts of one step, in order: prepare, reconstruct, score.
 def tokenizer_task(config: TokenizerTaskConfig) -> Task:
-    """The job as the train loop takes it; sums are over images, code counts over positions."""
+    """The task of the train loop; sums are over images, code counts over positions."""
     trained = training(config.tokenizer)
     network = trained.network(config.tokenizer)
     vocabulary = config.tokenizer.vocabulary
@@ -259,7 +259,7 @@ def forward_flops(network: Functional, *, image_size: int) -> float:
     )
 
 
-def shout_if_collapsed(evaluation: dict[str, float], *, vocabulary: int) -> None:
+def log_if_collapsed(evaluation: dict[str, float], *, vocabulary: int) -> None:
     """Logs an error where a few codes encode all images."""
     if not evaluation:
         return

@@ -160,8 +160,7 @@ def cutmix_boxes(lam: jax.Array, *, rows: jax.Array, columns: jax.Array, size: i
 
     Args:
       lam: float `[n]`.
-      rows: int `[n]`, the centres.
-      columns: likewise.
+      rows, columns: int `[n]`, the centres.
       size: pixels along a side.
 
     Returns:

@@ -82,7 +82,7 @@ class Checkpoints:
         """Writes `config.json`, on process 0.
 
         Raises:
-          ConfigError: the checkpoints are of another model, or hosts see different directories.
+          ConfigError: the checkpoints belong to another model, or hosts see different directories.
         """
         path = self._root / "config.json"
         if jax.process_index() == 0:
@@ -115,7 +115,7 @@ class Checkpoints:
         write_json(path, self._config)
 
     def _as_now(self, saved: JsonObject) -> JsonObject:
-        """A saved config with the settings that came later at their defaults, and no old ones."""
+        """A saved config with new settings at their defaults and without removed ones."""
         if isinstance(self._settings, dict):
             return saved
         try:

@@ -89,7 +89,7 @@ def joined(evaluation: Mapping[str, float]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that one job has of its own; the loop does the rest.
+    """Everything that is specific to one job; the loop does the rest.
 
     Attributes:
       task: parameters, loss and metrics.

@@ -1,4 +1,4 @@
-"""The train loop of every job: `train` reads like a table of contents, `TrainingRun` like a diary.
+"""The train loop of every job: `train` sets up a run, a `TrainingRun` takes its steps.
 
 trained = train(
     Job(task=task, feed=feed),

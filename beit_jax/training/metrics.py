@@ -1,4 +1,4 @@
-"""Where numbers go: TensorBoard (through clu), `metrics.jsonl`, and a line on the console."""
+"""Writes metrics to TensorBoard (through clu), to `metrics.jsonl` and to the console."""
 
 import json
 import time

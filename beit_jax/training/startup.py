@@ -1,4 +1,4 @@
-"""From the command to the first step: the compilation cache, and where the time goes.
+"""The compilation cache, and a timer for the phases before the first step.
 
 startup.keep_compiled("auto", workdir=workdir)  # once, before anything is compiled
 timer = startup.Startup()
@@ -147,7 +147,7 @@ class Startup:
                 self.done("start")
 
     def done(self, name: str) -> None:
-        """Ends the phase `name`, begun at the last call; phases of the same name add up."""
+        """Ends the phase `name`, which started at the last call; phases of the same name add up."""
         now = time.perf_counter()
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now

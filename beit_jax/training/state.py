@@ -58,7 +58,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """A job, as the shared train loop needs it.
+    """What the shared train loop needs to know about a job.
 
     Attributes:
       init: `key -> params`.

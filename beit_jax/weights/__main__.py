@@ -129,7 +129,7 @@ def _add_convert_tokenizer(command: argparse.ArgumentParser) -> None:
         "OpenMMLab's dalle_encoder.pth."
     )
     command.add_argument("--encoder", required=True, help=".pkl, .pth, .bin or .safetensors")
-    command.add_argument("--decoder", default="", help="likewise; only pictures need it")
+    command.add_argument("--decoder", default="", help="as the encoder; only pictures need it")
     command.add_argument("--output", required=True, help="the .safetensors file to write")
     command.add_argument("--encoder-sha256", default="", metavar="HEX", help="check the file")
     command.add_argument("--decoder-sha256", default="", metavar="HEX", help="check the file")

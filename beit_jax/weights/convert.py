@@ -253,7 +253,7 @@ def read_any(
     Args:
       source: its path or name.
       normalization: see `foreign.read`; ignored for a native checkpoint, whose config says.
-      heads: likewise.
+      heads: see `foreign.read`; ignored for a native checkpoint.
 
     Returns:
       Parameters (flat, float32), their description, and the config saved with them.

@@ -89,8 +89,7 @@ def convert_tokenizer(
       output: the safetensors file.
       encoder: a pickled module, a state dict (.pth, .bin, .safetensors), or FLAVA's codebook.
       decoder: the same; "" for none. Only pictures of tokens need it.
-      encoder_sha256: what the file must have; "" skips the check.
-      decoder_sha256: likewise.
+      encoder_sha256, decoder_sha256: what the files must have; "" skips the check.
       vocabulary: tokens the codebook must have.
       width: hidden channels, 256 in the published weights.
 

@@ -151,8 +151,7 @@ def normalization_of(mean: Sequence[float], std: Sequence[float], *, source: str
     """The name of a normalisation given by its numbers.
 
     Args:
-      mean: of [0, 1] pixels, RGB.
-      std: likewise.
+      mean, std: of [0, 1] pixels, RGB.
       source: for the message.
 
     Raises:

@@ -85,7 +85,7 @@ def read(
       allow_unused: foreign keys that may be left over.
 
     Raises:
-      WeightsError: damaged, refused, another checksum, no BEiT, or keys missing or unused.
+      WeightsError: damaged, refused, another checksum, not a BEiT, or keys missing or unused.
     """
     opened, found_format = open_foreign(path, sha256=sha256)
     reader = found_format.reader
@@ -156,7 +156,7 @@ def open_foreign(path: str, *, sha256: str = "") -> tuple[Opened, Format]:
     found = detect(opened)
     if found is None or found.reader is None:
         is_segmentation = "backbone.cls_token" in opened.state
-        what = "a segmentation model's" if is_segmentation else "no BEiT's"
+        what = "a segmentation model's" if is_segmentation else "not a BEiT's"
         some = ", ".join(list(opened.state)[:3]) or "none"
         raise WeightsError(f"{path}: the keys are {what} ({some}, ...)")
     state = found.reader.canonical(opened.state)

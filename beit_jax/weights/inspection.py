@@ -30,7 +30,7 @@ def inspect(source: str) -> str:
     found = foreign.detect(opened)
     if found is None or found.reader is None:
         metadata = dict(opened.metadata) or "none"
-        lines = [f"format: tensors that are no BEiT's; metadata {metadata}"]
+        lines = [f"format: tensors that are not a BEiT's; metadata {metadata}"]
         return "\n".join([*lines, f"SHA-256: {opened.sha256}", *_table(opened.state)])
     opened = dataclasses.replace(opened, state=found.reader.canonical(opened.state))
     lines = [f"format: {found.name}", f"SHA-256: {opened.sha256}"]

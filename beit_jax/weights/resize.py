@@ -19,7 +19,7 @@ def grid_of_table(rows: int) -> int:
     """
     grid = (math.isqrt(max(rows - EXTRA_TABLE_ROWS, 0)) + 1) // 2
     if rows != table_rows(grid):
-        raise ValueError(f"a relative-position table of {rows} rows is of no square grid")
+        raise ValueError(f"no square grid has a relative-position table of {rows} rows")
     return grid
 
 
@@ -150,7 +150,7 @@ def resize_positions(positions: np.ndarray, *, grid: int) -> np.ndarray:
     """
     old = math.isqrt(positions.shape[1] - 1)
     if old * old + 1 != positions.shape[1]:
-        raise ValueError(f"{positions.shape[1]} positions are of no square grid")
+        raise ValueError(f"{positions.shape[1]} positions do not make a square grid")
     if old == grid:
         return positions
     matrix = bicubic_matrix(old, grid)

@@ -48,23 +48,23 @@ def test_small(tmp_path):
     assert list(steps) == ["student", "with tokenizer"]
     assert steps["with tokenizer"]["flops_per_image"] > steps["student"]["flops_per_image"] > 0
     for step in steps.values():
-        ours, theirs, eager = step["sides"].values()
+        native, peer, eager = step["sides"].values()
         assert eager["attention"] == "eager"
-        assert eager["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        # With tokenizer, too: the same weights name the same tokens.
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["attention"] == "xla"
-        assert theirs["attention"] in ("sdpa", "eager")
-        assert ours["peak_memory_bytes"] > 4 * 3 * 8 * 64**2  # a block and its two moments
-        assert theirs["peak_memory_bytes"] is None
-        for side in (ours, theirs):
+        assert eager["loss"] == pytest.approx(peer["loss"], rel=1e-5)
+        # With tokenizer, too: the same weights give the same tokens.
+        assert native["loss"] == pytest.approx(peer["loss"], rel=1e-5)
+        assert native["attention"] == "xla"
+        assert peer["attention"] in ("sdpa", "eager")
+        assert native["peak_memory_bytes"] > 4 * 3 * 8 * 64**2  # a block and its two moments
+        assert peer["peak_memory_bytes"] is None
+        for side in (native, peer):
             assert len(side["each"]) == 3
             assert min(side["each"]) > 0
             assert side["seconds"] == statistics.median(side["each"])
             assert side["images_per_second"] == pytest.approx(BATCH / side["seconds"])
             assert side["mfu"] is None  # a CPU's peak isn't known
-        pairs = zip(ours["each"], theirs["each"], strict=True)
-        assert theirs["ratio"] == pytest.approx(statistics.median(b / a for a, b in pairs))
+        pairs = zip(native["each"], peer["each"], strict=True)
+        assert peer["ratio"] == pytest.approx(statistics.median(b / a for a, b in pairs))
     without = steps["student"]["sides"]["beit_jax"]["loss"]
     assert steps["with tokenizer"]["sides"]["beit_jax"]["loss"] != without  # other tokens
     assert "with tokenizer" in done.stdout

@@ -169,9 +169,9 @@ def test_resizing_equals_tensorflows(method, height, width):
     image = _photo(11, height, width)
     actual = resizing.resize(tf.constant(image), size=64, method=method).numpy().astype(int)
     whole = tf.image.resize(image, [64, 64], method=method, antialias=True)
-    theirs = np.clip(np.round(whole), 0, 255)
-    assert np.abs(actual - theirs).max() <= 1
-    assert (actual != theirs).mean() < 1e-3  # where rounding was close
+    reference = np.clip(np.round(whole), 0, 255)
+    assert np.abs(actual - reference).max() <= 1
+    assert (actual != reference).mean() < 1e-3  # where rounding was close
 
 
 # ---------------------------------------------------------------------------- fast views
@@ -418,10 +418,10 @@ def test_crop_boxes_are_distributed_as_torchvision_has_them(drawn, height, width
     assert area.max() <= 1
     assert aspect.min() > 0.75 * 0.98
     assert aspect.max() < 4 / 3 * 1.02
-    theirs = expected[:, 2] * expected[:, 3] / (height * width)
+    official_area = expected[:, 2] * expected[:, 3] / (height * width)
     quantiles = np.linspace(0.02, 0.98, 25)
     for actual, reference, scale in (
-        (area, theirs, 1),
+        (area, official_area, 1),
         (aspect, expected[:, 3] / expected[:, 2], 1),
         (top, expected[:, 0], height),
         (left, expected[:, 1], width),

@@ -85,12 +85,12 @@ def test_the_same_images_and_labels_in_the_same_order(folder, finished):
     assert source.classes == original.classes == CLASSES
     assert source.fields == ("image", "label")
     for position, index in enumerate(good):
-        actual, theirs = _load(source, position), _load(original, index)
-        assert actual["label"] == theirs["label"]
-        height, width = theirs["image"].shape[:2]
+        actual, expected = _load(source, position), _load(original, index)
+        assert actual["label"] == expected["label"]
+        height, width = expected["image"].shape[:2]
         scale = 32 / min(height, width)
         assert actual["image"].shape == (round(height * scale), round(width * scale), 3)
-        small = Image.fromarray(theirs["image"]).resize(
+        small = Image.fromarray(expected["image"]).resize(
             actual["image"].shape[1::-1], Image.Resampling.LANCZOS
         )
         # The loss of JPEG at quality 95.
@@ -139,7 +139,7 @@ def test_a_set_is_complete_or_not_there(folder, finished, tmp_path, monkeypatch)
         prepare.prepare(settings)
     with pytest.raises(ConfigError, match=r"no prepared\.json .* continues where it was stopped"):
         _open(tmp_path / "set")
-    with pytest.raises(ConfigError, match="begun with other settings: --quality: was 95"):
+    with pytest.raises(ConfigError, match="started with other settings: --quality: was 95"):
         prepare.prepare(_settings(folder, tmp_path / "set", quality=90))
     prepare.prepare(settings)
     assert written == [f"images-{i:05}-of-00003.array_record" for i in (0, 1, 1, 2)]

@@ -285,7 +285,7 @@ def test_half_are_applied_and_half_are_negated(drawn):
 
 
 def _normal_below(value: np.ndarray) -> np.ndarray:
-    return np.array([0.5 * math.erfc(-each / math.sqrt(2)) for each in np.atleast_1d(value)])
+    return np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in np.atleast_1d(value)])
 
 
 @pytest.mark.parametrize(("mean", "std"), [(9.0, 0.5), (1.0, 2.0)])

@@ -11,7 +11,7 @@ Everything is under the folder of the environment variable STANDIN:
     machine.json   {"state": ..., "initiator": ..., "queue": [states to pass, one per describe]}
     errors.json    {"create": [texts]}: what the next calls of a verb fail with; null: they don't
     hosts/NAME/    the hosts' homes
-    host-bin/      the hosts' first place for programs
+    host-bin/      programs that the hosts find first
     bucket/        stands for gs://; the file `preempt` there takes the machines away, once
 """
 

@@ -60,7 +60,7 @@ def _randomized(model, *, width: int):
     return model
 
 
-def to_ours(tensors: dict, *, layers: int) -> dict:
+def to_native(tensors: dict, *, layers: int) -> dict:
     """Parameters (or their gradients) by transformers-5 names → our nested dict."""
     arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
@@ -121,7 +121,7 @@ def to_ours(tensors: dict, *, layers: int) -> dict:
     return {"encoder": encoder, "lm_head": linear("lm_head")}
 
 
-def classifier_to_ours(tensors: dict, *, layers: int) -> dict:
+def classifier_to_native(tensors: dict, *, layers: int) -> dict:
     """`BeitForImageClassification`'s parameters, or their gradients, → our nested dict."""
     # The converter of the pre-training model, given this one's norm and head under its names.
     moved = {
@@ -134,7 +134,7 @@ def classifier_to_ours(tensors: dict, *, layers: int) -> dict:
         module, _, leaf = name.rpartition(".")
         renamed[f"{moved.get(module, module)}.{leaf}"] = tensor
     renamed["beit.embeddings.mask_token"] = tensors["beit.embeddings.cls_token"]
-    params = to_ours(renamed, layers=layers)
+    params = to_native(renamed, layers=layers)
     encoder = params["encoder"]
     del encoder["mask_token"]
     result = {"encoder": encoder, "head": params["lm_head"]}

@@ -137,7 +137,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(
     )
     classes = 12
     peer = beit_peer.classifier(config, classes=classes, pooling="mean")
-    params = beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=config.layers)
+    params = beit_peer.classifier_to_native(dict(peer.named_parameters()), layers=config.layers)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(3, image_size, image_size, 3)).astype(np.float32)
     labels = rng.integers(0, classes, 3)
@@ -147,7 +147,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(
     )
     loss.backward()
     expected = flatten(
-        beit_peer.classifier_to_ours(
+        beit_peer.classifier_to_native(
             {name: p.grad for name, p in peer.named_parameters()}, layers=config.layers
         )
     )
@@ -194,7 +194,7 @@ def test_hidden_states_equal_transformers(variant):
     config, pooling = FEATURES[variant]
     size = config.image_size
     peer = beit_peer.classifier(config, classes=5, pooling=pooling)
-    params = beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=config.layers)[
+    params = beit_peer.classifier_to_native(dict(peer.named_parameters()), layers=config.layers)[
         "encoder"
     ]
     images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)

@@ -52,7 +52,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(
         config = dataclasses.replace(config, width=128, heads=2, attention=implementation)
     images, mask, labels = batch
     peer = beit_peer.masked_image_model(config, vocabulary=VOCABULARY)
-    params = beit_peer.to_ours(dict(peer.named_parameters()), layers=config.layers)
+    params = beit_peer.to_native(dict(peer.named_parameters()), layers=config.layers)
     output = peer(
         torch.from_numpy(images.transpose(0, 3, 1, 2)), bool_masked_pos=torch.from_numpy(mask)
     )
@@ -60,7 +60,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(
         output.logits[torch.from_numpy(mask)], torch.from_numpy(labels[mask])
     )
     loss.backward()
-    peer_gradients = beit_peer.to_ours(
+    peer_gradients = beit_peer.to_native(
         {name: p.grad for name, p in peer.named_parameters()}, layers=config.layers
     )
 

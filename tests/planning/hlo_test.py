@@ -4,7 +4,7 @@ import pytest
 
 from beit_jax.planning import hlo
 
-# A loop of 12 with 100 + 20 cycles, 7 cycles around it, and one collective in each place.
+# A loop of 12 with 100 + 20 cycles, 7 cycles around it, and one collective in each position.
 LOOP = """\
 HloModule jit_step, is_scheduled=true, num_partitions=8
 
@@ -63,7 +63,7 @@ def test_a_loops_body_counts_once_per_iteration():
 def test_collectives_have_bytes_groups_and_runs():
     gather, reduce = hlo.read(LOOP).collectives
     assert (gather.kind, gather.group, gather.runs) == ("all-gather", 4, 12)
-    assert gather.bytes == 4 * (4 * 8 * 4)  # what every device has in the end
+    assert gather.bytes == 4 * (4 * 8 * 4)  # what every device holds afterwards
     assert gather.source == "jit(step)/while/body/gather"
     assert (reduce.kind, reduce.group, reduce.runs) == ("all-reduce", 8, 1)
     assert reduce.bytes_by_dtype == {"bf16": 64, "f32": 128}

@@ -28,14 +28,14 @@ SHADES = ("dark", "middle", "light")
 def shades(folder, *, number, seed):
     """A class is a brightness: pictures in class folders, of different sizes."""
     rng = np.random.default_rng(seed)
-    for place in range(number):
-        name = SHADES[place % 3]
+    for index in range(number):
+        name = SHADES[index % 3]
         height, width = rng.integers(30, 60, 2)
-        base = 40 + 85 * (place % 3)
+        base = 40 + 85 * (index % 3)
         noise = rng.integers(-30, 30, (height, width, 3))
         (folder / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray((base + noise).clip(0, 255).astype(np.uint8)).save(
-            folder / name / f"{place}.png"
+            folder / name / f"{index}.png"
         )
     return folder
 
@@ -50,7 +50,7 @@ def settings(folders=None, **changes):
     """`tiny.classify`; changes by path, with two underscores for a dot."""
     config = tiny.classify()
     if folders:
-        config.data.source, config.data.eval_source = (f"folder:{each}" for each in folders)
+        config.data.source, config.data.eval_source = (f"folder:{folder}" for folder in folders)
         config.data.holdout = 0
     for name, value in changes.items():
         section, _, key = name.rpartition("__")
@@ -148,7 +148,7 @@ def test_best_and_average_are_kept(trained):
     ]
     assert [step for _, _, step in scores] == [10, 20, 30, 40]
     best = summary["best"]
-    assert best["value"] == max(max(each[:2]) for each in scores)
+    assert best["value"] == max(max(score[:2]) for score in scores)
     assert best["step"] == next(step for *tops, step in scores if max(tops) == best["value"])
     assert native.saved_config(str(workdir / "best"))["labels"] == sorted(SHADES)
 

@@ -159,9 +159,9 @@ def test_held_out_loss_equals_plain_numpy(finished):
 
     workdir, config, summary = finished
     model = masked_image_model(config.model, vocabulary=64)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), model.shapes()
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), model.shapes()
     )
     params = checkpoint.restore_params(str(workdir), shapes=shapes)
     tokenizer = open_tokenizer(config.tokenizer)

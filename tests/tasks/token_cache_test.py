@@ -57,15 +57,15 @@ def test_rows_come_back_a_cycle_later(tmp_path):
         assert [known(cache, 7 * ROWS + row) for row in range(ROWS)] == [True] * 4 + [False]
 
 
-@pytest.mark.parametrize("place", [0, 5, 8, 30, -1])
-def test_a_damaged_row_is_not_believed_and_reported(tmp_path, caplog, place):
+@pytest.mark.parametrize("position", [0, 5, 8, 30, -1])
+def test_a_damaged_row_is_not_believed_and_reported(tmp_path, caplog, position):
     """A flipped bit in the mark, the checksum, a fingerprint or an id."""
     with opened(str(tmp_path)) as cache:
         fill(cache)
         path = tmp_path / "00000-of-00001.tokens"
         content = bytearray(path.read_bytes())
         size = len(content) // ROWS
-        content[2 * size + place % size] ^= 4
+        content[2 * size + position % size] ^= 4
         path.write_bytes(content)
         with caplog.at_level(logging.WARNING):
             assert [known(cache, row) for row in range(ROWS)] == [True, True, False, True, True]
@@ -320,7 +320,7 @@ def test_each_view_is_named_once(straight):
 
 
 @pytest.mark.slow
-def test_the_curve_is_that_of_naming_every_step(straight, tmp_path, monkeypatch):
+def test_the_loss_curve_equals_that_of_tokenising_every_step(straight, tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache.TokenCache, "read", lambda *args, **settings: None)
     curve, (numbers,) = train(tmp_path)
     assert numbers["tokenized_images"] >= 20 * 8

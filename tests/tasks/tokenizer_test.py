@@ -69,9 +69,9 @@ def test_temperature_goes_down_geometrically():
 
 def test_a_collapsed_codebook_is_shouted_about(caplog):
     with caplog.at_level(logging.ERROR):
-        tokenizer.shout_if_collapsed({"code_perplexity": 50.0, "codes_used": 60}, vocabulary=128)
+        tokenizer.log_if_collapsed({"code_perplexity": 50.0, "codes_used": 60}, vocabulary=128)
         assert not caplog.text
-        tokenizer.shout_if_collapsed({"code_perplexity": 1.5, "codes_used": 2}, vocabulary=128)
+        tokenizer.log_if_collapsed({"code_perplexity": 1.5, "codes_used": 2}, vocabulary=128)
     assert "THE CODEBOOK HAS COLLAPSED: perplexity 1.5 of 128, 2 codes" in caplog.text
 
 

@@ -28,11 +28,11 @@ HALF = dataclasses.replace(SMALL, dtype="bfloat16")
 RELATIVE_TOLERANCE = 1e-4
 
 
-def relative_error(actual, theirs) -> float:
+def relative_error(actual, expected) -> float:
     """Largest difference over the largest magnitude."""
-    actual, theirs = np.asarray(actual, np.float64), np.asarray(theirs, np.float64)
-    assert actual.shape == theirs.shape
-    return float(np.abs(actual - theirs).max() / np.abs(theirs).max())
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def channels_last(tensor) -> np.ndarray:
@@ -101,14 +101,14 @@ def params(originals):
 @pytest.mark.parametrize("size", [32, 64])
 def test_encoder_matches_the_original_block_by_block(torch, originals, params, size):
     images = np.random.default_rng(size).uniform(0.1, 0.9, (2, size, size, 3)).astype(np.float32)
-    theirs = block_outputs(originals["encoder"], torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    expected = block_outputs(originals["encoder"], torch.from_numpy(images.transpose(0, 3, 1, 2)))
     encoder = dalle_networks(SMALL)["encoder"]
     actual = jax.jit(lambda params, x: encoder.apply(params, x, method="stages"))(
         params["encoder"], images
     )
-    assert set(actual) == set(theirs)
+    assert set(actual) == set(expected)
     assert len(actual) == 10
-    errors = {name: relative_error(actual[name], theirs[name]) for name in theirs}
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     assert max(errors.values()) < RELATIVE_TOLERANCE, errors
     assert actual["output"].shape == (2, size // 8, size // 8, SMALL.vocabulary)
 
@@ -116,13 +116,13 @@ def test_encoder_matches_the_original_block_by_block(torch, originals, params, s
 def test_decoder_matches_the_original_block_by_block(torch, originals, params):
     ids = np.random.default_rng(0).integers(0, SMALL.vocabulary, (2, 5, 7))
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(ids), SMALL.vocabulary)
-    theirs = block_outputs(originals["decoder"], one_hot.permute(0, 3, 1, 2).float())
+    expected = block_outputs(originals["decoder"], one_hot.permute(0, 3, 1, 2).float())
     decoder = dalle_networks(SMALL)["decoder"]
     actual = jax.jit(lambda params, x: decoder.apply(params, x, method="stages"))(
         params["decoder"], ids
     )
-    assert set(actual) == set(theirs)
-    errors = {name: relative_error(actual[name], theirs[name]) for name in theirs}
+    assert set(actual) == set(expected)
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     assert max(errors.values()) < RELATIVE_TOLERANCE, errors
     assert actual["output"].shape == (2, 40, 56, 6)
 

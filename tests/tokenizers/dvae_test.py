@@ -99,10 +99,10 @@ def params():
 
 def test_logits_match_pytorch(torch, images):
     modules = reference(torch, SMALL)
-    theirs = channels_last(modules["encoder"](torch.from_numpy(images.transpose(0, 3, 1, 2))))
+    expected = channels_last(modules["encoder"](torch.from_numpy(images.transpose(0, 3, 1, 2))))
     actual = discrete_vae(SMALL).apply(converted(modules, SMALL), images, method="logits")
     assert actual.shape == (2, 4, 4, 40)
-    np.testing.assert_allclose(actual, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_some_positions_have_the_ids_that_all_have(params):
@@ -121,10 +121,10 @@ def test_reconstruction_from_the_same_soft_codes_matches_pytorch(torch):
     modules = reference(torch, SMALL)
     weights = np.random.default_rng(1).dirichlet(np.full(40, 0.3), (2, 4, 5)).astype(np.float32)
     codes = torch.einsum("bhwn,nd->bdhw", torch.from_numpy(weights), modules["codebook"].weight)
-    theirs = channels_last(modules["decoder"](codes))
+    expected = channels_last(modules["decoder"](codes))
     actual = discrete_vae(SMALL).apply(converted(modules, SMALL), weights, method="decode_soft")
     assert actual.shape == (2, 16, 20, 3)
-    np.testing.assert_allclose(actual, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_decode_is_decode_soft_of_one_hot(params):
@@ -137,20 +137,20 @@ def test_decode_is_decode_soft_of_one_hot(params):
 
 def test_initialisation_is_pytorchs(torch, params):
     """Every parameter's bound is PyTorch's; the codebook is N(0, 1)."""
-    theirs = converted(reference(torch, SMALL), SMALL)
-    theirs.pop("codebook")
+    expected = converted(reference(torch, SMALL), SMALL)
+    expected.pop("codebook")
     actual = dict(params)
     codebook = np.asarray(actual.pop("codebook"))
     assert codebook.mean() == pytest.approx(0, abs=0.1)
     assert codebook.std() == pytest.approx(1, abs=0.1)
 
-    def compare(actual, theirs):
-        assert actual.shape == theirs.shape
+    def compare(actual, expected):
+        assert actual.shape == expected.shape
         if actual.size >= 100:
-            assert np.abs(actual).max() == pytest.approx(np.abs(theirs).max(), rel=0.06)
-            assert np.std(actual) == pytest.approx(np.std(theirs), rel=0.15)
+            assert np.abs(actual).max() == pytest.approx(np.abs(expected).max(), rel=0.06)
+            assert np.std(actual) == pytest.approx(np.std(expected), rel=0.15)
 
-    jax.tree.map(compare, actual, theirs)
+    jax.tree.map(compare, actual, expected)
 
 
 def test_parameter_count_at_the_official_size():

@@ -93,31 +93,31 @@ def features(rows, *, size):
 
 def test_erased_boxes_have_timms_distribution():
     size = 224
-    ours = drawn_boxes(count=MANY, size=size, probability=1.0)
-    theirs = reference_boxes(count=MANY, size=size, probability=1.0, area=(0.02, 1 / 3))
-    ours, theirs = features(ours, size=size), features(theirs, size=size)
-    for name in ours:
-        assert largest_gap(ours[name], theirs[name]) < SAME, name
+    actual = drawn_boxes(count=MANY, size=size, probability=1.0)
+    reference = reference_boxes(count=MANY, size=size, probability=1.0, area=(0.02, 1 / 3))
+    actual, reference = features(actual, size=size), features(reference, size=size)
+    for name in actual:
+        assert largest_gap(actual[name], reference[name]) < SAME, name
     # By the definition, too: both are uniform but for the rounding to pixels.
-    np.testing.assert_allclose(ours["area"].mean(), (0.02 + 1 / 3) / 2, rtol=0.01)
-    np.testing.assert_allclose(ours["area"].std(), (1 / 3 - 0.02) / 12**0.5, rtol=0.02)
-    np.testing.assert_allclose(ours["log aspect"].mean(), 0, atol=0.02)
-    np.testing.assert_allclose(ours["log aspect"].std(), 2 * np.log(1 / 0.3) / 12**0.5, rtol=0.02)
-    # Both ends of the places are reached.
-    assert ours["top"].min() == ours["left"].min() == 0
-    assert ours["top"].max() == ours["left"].max() == 1
+    np.testing.assert_allclose(actual["area"].mean(), (0.02 + 1 / 3) / 2, rtol=0.01)
+    np.testing.assert_allclose(actual["area"].std(), (1 / 3 - 0.02) / 12**0.5, rtol=0.02)
+    np.testing.assert_allclose(actual["log aspect"].mean(), 0, atol=0.02)
+    np.testing.assert_allclose(actual["log aspect"].std(), 2 * np.log(1 / 0.3) / 12**0.5, rtol=0.02)
+    # Both ends of the range of positions are reached.
+    assert actual["top"].min() == actual["left"].min() == 0
+    assert actual["top"].max() == actual["left"].max() == 1
 
 
 def test_the_bound_tells_a_uniform_aspect_and_another_area_apart():
     size = 224
-    ours = features(drawn_boxes(count=MANY, size=size, probability=1.0), size=size)
+    actual = features(drawn_boxes(count=MANY, size=size, probability=1.0), size=size)
     settings = {"count": MANY, "size": size, "probability": 1.0}
     wrong = reference_boxes(
         **settings, area=(0.02, 1 / 3), aspect=lambda generator: generator.uniform(0.3, 1 / 0.3)
     )
-    assert largest_gap(ours["log aspect"], features(wrong, size=size)["log aspect"]) > 5 * SAME
+    assert largest_gap(actual["log aspect"], features(wrong, size=size)["log aspect"]) > 5 * SAME
     wrong = features(reference_boxes(**settings, area=(0.02, 0.4)), size=size)
-    assert largest_gap(ours["area"], wrong["area"]) > 3 * SAME
+    assert largest_gap(actual["area"], wrong["area"]) > 3 * SAME
 
 
 @pytest.mark.parametrize("probability", [0.25, 0.6])
@@ -129,14 +129,14 @@ def test_the_share_of_erased_images_is_the_probability(probability):
 def test_a_try_counts_only_if_both_sides_are_smaller_than_the_image():
     """Most tries of so large an area fail: ten of them are needed, and not always enough."""
     size, area = 16, (0.7, 1.0)
-    ours = drawn_boxes(count=MANY, size=size, probability=1.0, area=area)
-    theirs = reference_boxes(count=MANY, size=size, probability=1.0, area=area)
-    share, expected = len(ours) / MANY, len(theirs) / MANY
+    actual = drawn_boxes(count=MANY, size=size, probability=1.0, area=area)
+    reference = reference_boxes(count=MANY, size=size, probability=1.0, area=area)
+    share, expected = len(actual) / MANY, len(reference) / MANY
     assert 0.2 < expected < 0.8, "the case is one where it matters"
     assert abs(share - expected) < 0.02
-    for name, values in features(ours, size=size).items():
-        assert largest_gap(values, features(theirs, size=size)[name]) < 2 * SAME, name
-    height, width = ours[:, 1] - ours[:, 0], ours[:, 3] - ours[:, 2]
+    for name, values in features(actual, size=size).items():
+        assert largest_gap(values, features(reference, size=size)[name]) < 2 * SAME, name
+    height, width = actual[:, 1] - actual[:, 0], actual[:, 3] - actual[:, 2]
     assert height.max() == width.max() == size - 1
 
 
@@ -179,12 +179,12 @@ def test_erase_erases_some_images_and_no_other_pixels():
 def reference_mix(images, labels, *, lams, cutmix, boxes, groups, classes, smoothing):
     """timm's `_mix_batch` and `mixup_target` for each part of the batch; float64."""
     parts = []
-    each = len(images) // groups
+    size = len(images) // groups
     off = smoothing / classes
     for g in range(groups):
-        x = images[g * each : (g + 1) * each].astype(np.float64)
-        y = np.full((each, classes), off)
-        y[np.arange(each), labels[g * each : (g + 1) * each]] = 1 - smoothing + off
+        x = images[g * size : (g + 1) * size].astype(np.float64)
+        y = np.full((size, classes), off)
+        y[np.arange(size), labels[g * size : (g + 1) * size]] = 1 - smoothing + off
         other, lam = x[::-1].copy(), lams[g]
         if cutmix[g]:
             top, bottom, left, right = boxes[g]
@@ -193,7 +193,7 @@ def reference_mix(images, labels, *, lams, cutmix, boxes, groups, classes, smoot
         else:
             x = x * lam + other * (1 - lam)
         parts.append((x, y * lam + y[::-1] * (1 - lam)))
-    return [np.concatenate(each) for each in zip(*parts, strict=True)]
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 def soft_target_cross_entropy(logits, targets):
@@ -222,7 +222,7 @@ def test_mixing_at_fixed_draws_is_timms(groups):
     images = normal_images(batch=12, size=size)
     labels = np.random.default_rng(1).integers(0, classes, 12)
     mixture = Mixture(jnp.asarray(lams), jnp.asarray(cutmix), boxes_of(boxes))
-    ours = jax.jit(batch_augment.apply_mixture)(images, labels, mixture)
+    actual = jax.jit(batch_augment.apply_mixture)(images, labels, mixture)
     expected, targets = reference_mix(
         images,
         labels,
@@ -233,15 +233,15 @@ def test_mixing_at_fixed_draws_is_timms(groups):
         classes=classes,
         smoothing=0.1,
     )
-    np.testing.assert_allclose(ours.images, expected, rtol=1e-6, atol=1e-6)
-    assert (np.asarray(ours.images) != images).any()
+    np.testing.assert_allclose(actual.images, expected, rtol=1e-6, atol=1e-6)
+    assert (np.asarray(actual.images) != images).any()
 
     logits = 3 * np.random.default_rng(2).normal(size=(12, classes)).astype(np.float32)
     own, partner = (
-        batch_augment.smoothed_cross_entropy(logits, each, smoothing=0.1)
-        for each in (jnp.asarray(labels), ours.partners)
+        batch_augment.smoothed_cross_entropy(logits, classes_of, smoothing=0.1)
+        for classes_of in (jnp.asarray(labels), actual.partners)
     )
-    loss = ours.lam * own + (1 - ours.lam) * partner
+    loss = actual.lam * own + (1 - actual.lam) * partner
     np.testing.assert_allclose(loss, soft_target_cross_entropy(logits, targets), rtol=1e-5)
 
 
@@ -249,10 +249,10 @@ def test_lam_one_changes_no_bit():
     images = normal_images(batch=4, size=8)
     labels = np.arange(4)
     mixture = Mixture(jnp.ones(1), jnp.asarray([False]), boxes_of([(0, 8, 0, 8)]))
-    ours = batch_augment.apply_mixture(images, labels, mixture)
-    np.testing.assert_array_equal(ours.images, images)
-    np.testing.assert_array_equal(ours.partners, labels[::-1])
-    np.testing.assert_array_equal(ours.lam, np.ones(4))
+    actual = batch_augment.apply_mixture(images, labels, mixture)
+    np.testing.assert_array_equal(actual.images, images)
+    np.testing.assert_array_equal(actual.partners, labels[::-1])
+    np.testing.assert_array_equal(actual.lam, np.ones(4))
 
 
 def reference_cutmix_box(*, size, lam, row, column):
@@ -270,12 +270,12 @@ def test_cutmix_boxes_at_fixed_draws_are_timms(size):
     boxes = batch_augment.cutmix_boxes(
         jnp.asarray(lam), rows=jnp.asarray(rows), columns=jnp.asarray(columns), size=size
     )
-    ours = np.stack([np.asarray(edge) for edge in boxes], axis=1)
-    theirs = [
+    actual = np.stack([np.asarray(edge) for edge in boxes], axis=1)
+    reference = [
         reference_cutmix_box(size=size, lam=np.float64(value), row=row, column=column)
         for value, row, column in zip(lam, rows, columns, strict=True)
     ]
-    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(actual, reference)
     np.testing.assert_array_equal(boxes.area, np.asarray(boxes.inside(size)).sum(axis=(1, 2)))
 
 
@@ -306,16 +306,16 @@ def test_cutmix_lam_is_what_the_clipped_box_leaves():
     assert mixture.cutmix.all()
     np.testing.assert_allclose(mixture.lam, 1 - mixture.boxes.area / size**2, rtol=1e-6)
     rng = np.random.default_rng(0)
-    theirs = [
+    reference = [
         reference_cutmix_box(
             size=size, lam=rng.beta(1, 1), row=rng.integers(0, size), column=rng.integers(0, size)
         )
         for _ in range(MANY)
     ]
-    theirs = Boxes(*np.array(theirs).T)
-    assert largest_gap(mixture.lam, 1 - theirs.area / size**2) < SAME
-    for name, ours, reference in zip(Boxes._fields, mixture.boxes, theirs, strict=True):
-        assert largest_gap(ours, reference) < SAME, name
+    reference = Boxes(*np.array(reference).T)
+    assert largest_gap(mixture.lam, 1 - reference.area / size**2) < SAME
+    for name, drawn, expected in zip(Boxes._fields, mixture.boxes, reference, strict=True):
+        assert largest_gap(drawn, expected) < SAME, name
     # Without the correction it would be uniform.
     assert largest_gap(mixture.lam, rng.uniform(size=MANY)) > 3 * SAME
 
@@ -340,10 +340,10 @@ def test_groups_draw_independently():
 def test_both_off_is_nothing():
     images, labels = normal_images(batch=6, size=8), jnp.arange(6)
     config = MixingConfig(mixup=0.0, cutmix=0.0)
-    ours = batch_augment.mix(images, labels, key=jax.random.key(0), config=config)
-    np.testing.assert_array_equal(ours.images, images)
-    np.testing.assert_array_equal(ours.lam, np.ones(6))
-    assert (ours.lam.dtype, ours.partners.dtype) == (jnp.float32, jnp.int32)
+    actual = batch_augment.mix(images, labels, key=jax.random.key(0), config=config)
+    np.testing.assert_array_equal(actual.images, images)
+    np.testing.assert_array_equal(actual.lam, np.ones(6))
+    assert (actual.lam.dtype, actual.partners.dtype) == (jnp.float32, jnp.int32)
 
 
 def test_a_batch_that_does_not_divide_names_the_setting():
@@ -375,7 +375,7 @@ def test_one_and_eight_devices_erase_the_same():
     eight, moved = on_devices(8, erase, images)
     assert (one != images).any()
     np.testing.assert_allclose(one, eight, rtol=1e-6)
-    assert not [each for each in moved if each.bytes > images[0].nbytes], "no image travels"
+    assert not [move for move in moved if move.bytes > images[0].nbytes], "no image travels"
 
 
 @pytest.mark.parametrize("groups", [1, 8])
@@ -389,12 +389,12 @@ def test_one_and_eight_devices_mix_the_same(groups):
 
     one, _ = on_devices(1, mix, images, labels)
     eight, moved = on_devices(8, mix, images, labels)
-    for ours, theirs in zip(one, eight, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    for actual, reference in zip(one, eight, strict=True):
+        np.testing.assert_allclose(actual, reference, rtol=1e-6, atol=1e-6)
     assert (one.images != images).any()
     expected = labels.reshape(groups, -1)[:, ::-1].ravel()
     np.testing.assert_array_equal(one.partners, expected)
-    travels = [each for each in moved if each.bytes >= images[0].nbytes]
+    travels = [move for move in moved if move.bytes >= images[0].nbytes]
     assert bool(travels) == (groups == 1)
 
 
@@ -407,15 +407,15 @@ def test_smoothed_cross_entropy_is_timms_soft_target():
     for smoothing in (0.0, 0.1, 1.0):
         on, off = 1 - smoothing + smoothing / classes, smoothing / classes
         targets = off + (on - off) * one_hot(labels, classes)
-        ours = batch_augment.smoothed_cross_entropy(
+        actual = batch_augment.smoothed_cross_entropy(
             logits, jnp.asarray(labels), smoothing=smoothing
         )
         np.testing.assert_allclose(
-            ours, soft_target_cross_entropy(logits, targets), rtol=1e-5, atol=1e-5
+            actual, soft_target_cross_entropy(logits, targets), rtol=1e-5, atol=1e-5
         )
     rounded = jnp.asarray(logits, jnp.bfloat16)
-    ours = batch_augment.smoothed_cross_entropy(rounded, jnp.asarray(labels), smoothing=1.0)
-    assert ours.dtype == jnp.float32
+    actual = batch_augment.smoothed_cross_entropy(rounded, jnp.asarray(labels), smoothing=1.0)
+    assert actual.dtype == jnp.float32
     np.testing.assert_allclose(
-        ours, soft_target_cross_entropy(np.asarray(rounded, np.float32), targets), rtol=1e-5
+        actual, soft_target_cross_entropy(np.asarray(rounded, np.float32), targets), rtol=1e-5
     )

@@ -250,7 +250,7 @@ def test_twelve_steps_equal_torch_adamw_with_the_same_groups():
     step = jax.jit(step)
     # Copied: torch goes on to write into its own buffers.
     start = jax.tree.map(
-        np.array, beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=MODEL.layers)
+        np.array, beit_peer.classifier_to_native(dict(peer.named_parameters()), layers=MODEL.layers)
     )
     state = state_from_params(jax.tree.map(jnp.asarray, start), optimizer=optimizer)
     groups = peer_groups(peer, layers=MODEL.layers, decay=decay, weight_decay=0.3)
@@ -277,7 +277,9 @@ def test_twelve_steps_equal_torch_adamw_with_the_same_groups():
         np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5)
 
     start = flatten(start)
-    end = flatten(beit_peer.classifier_to_ours(dict(peer.named_parameters()), layers=MODEL.layers))
+    end = flatten(
+        beit_peer.classifier_to_native(dict(peer.named_parameters()), layers=MODEL.layers)
+    )
     for name, value in flatten(state.params).items():
         distance = np.abs(end[name] - start[name]).max()
         difference = np.abs(np.asarray(value) - end[name]).max()

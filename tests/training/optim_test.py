@@ -31,13 +31,13 @@ def official_schedule(*, base, final, steps, warmup):
 def test_schedule_is_the_official_array():
     steps = 300 * 625
     actual = np.asarray(optim.learning_rate(CONFIG, steps=steps)(jnp.arange(steps)))
-    theirs = official_schedule(base=1.5e-3, final=1e-5, steps=steps, warmup=6250)
-    np.testing.assert_allclose(actual, theirs, rtol=1e-4, atol=1e-9)
+    reference = official_schedule(base=1.5e-3, final=1e-5, steps=steps, warmup=6250)
+    np.testing.assert_allclose(actual, reference, rtol=1e-4, atol=1e-9)
     assert actual[0] == 0
     assert actual[6249] == np.float32(1.5e-3)
     assert actual[6250] == np.float32(1.5e-3)
     # The authors' log of the last epoch averages these 625 (unilm issue 383).
-    np.testing.assert_allclose(theirs[-625:].mean(), 1.0014606556134688e-05, rtol=1e-6)
+    np.testing.assert_allclose(reference[-625:].mean(), 1.0014606556134688e-05, rtol=1e-6)
     np.testing.assert_allclose(actual[-625:].mean(), 1.0014606556134688e-05, rtol=1e-3)
 
 
@@ -125,12 +125,12 @@ def test_a_held_rate_is_pytorchs_cosine_per_epoch():
     actual = np.asarray(optim.learning_rate(config, steps=epochs * hold)(jnp.arange(epochs * hold)))
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=4e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0.0)
-    theirs = []
+    reference = []
     for _ in range(epochs):
-        theirs += hold * [optimizer.param_groups[0]["lr"]]
+        reference += hold * [optimizer.param_groups[0]["lr"]]
         optimizer.step()
         scheduler.step()
-    np.testing.assert_allclose(actual, theirs, rtol=1e-5)
+    np.testing.assert_allclose(actual, reference, rtol=1e-5)
     assert len(np.unique(actual)) == epochs
 
 
@@ -157,15 +157,15 @@ def test_adam_is_optaxs():
     """Moments and directions over some steps; an update that is not finite leaves the state."""
     config = dataclasses.replace(CONFIG, weight_decay=0.0)
     actual = optim.adamw(config)
-    theirs = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    reference = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(3, 4)).astype(np.float32), "bias": np.ones(5, np.float32)}
-    state, expected_state = actual.init(params), theirs.init(params)
+    state, expected_state = actual.init(params), reference.init(params)
     update = jax.jit(actual.update)
     for _ in range(3):
         gradients = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
         directions, state = update(gradients, state, params, finite=True)
-        expected, expected_state = theirs.update(gradients, expected_state)
+        expected, expected_state = reference.update(gradients, expected_state)
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=2e-6),
             (directions, state[0]),
@@ -246,7 +246,7 @@ def test_twelve_steps_equal_torch_adamw():
     model = masked_image_model(MODEL, vocabulary=vocabulary)
     optimizer, step = jitted_step(masked_task(model), config, steps=steps)
     state = init_state(masked_task(model), optimizer, jax.random.key(0))
-    start = beit_peer.to_ours(dict(peer.named_parameters()), layers=MODEL.layers)
+    start = beit_peer.to_native(dict(peer.named_parameters()), layers=MODEL.layers)
     # Copied: torch goes on to write into its own buffers.
     state = dataclasses.replace(state, params=jax.tree.map(lambda x: jnp.array(x), start))
 
@@ -292,7 +292,7 @@ def test_twelve_steps_equal_torch_adamw():
         np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=1e-3)
         np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5)
     assert clipped > 3, "the clip was part of what was compared"
-    end = flatten(beit_peer.to_ours(dict(peer.named_parameters()), layers=MODEL.layers))
+    end = flatten(beit_peer.to_native(dict(peer.named_parameters()), layers=MODEL.layers))
     for name, value in flatten(state.params).items():
         difference = np.abs(np.asarray(value) - end[name]).max() / np.abs(end[name]).max()
         assert difference < 1e-3, name

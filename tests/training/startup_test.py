@@ -56,13 +56,13 @@ def test_a_folder_that_can_not_be_written_is_a_warning(settings, tmp_path):
 
 def test_times_add_up():
     startup.Startup()  # has the time since the process' start
-    begun = startup.Startup()
+    timer = startup.Startup()
     time.sleep(0.02)
-    begun.done("data")
-    begun.done("state")
+    timer.done("data")
+    timer.done("state")
     time.sleep(0.01)
-    begun.done("data")
-    seconds = begun.finish()
+    timer.done("data")
+    seconds = timer.finish()
     assert list(seconds) == ["data", "state", "total"]
     assert seconds["data"] >= 0.03 > seconds["state"]
     assert seconds["total"] == pytest.approx(seconds["data"] + seconds["state"])

@@ -155,7 +155,7 @@ def test_a_config_that_does_not_fit_its_tensors(changed):
         read(changed(intermediate_size=128))
     with pytest.raises(WeightsError, match=r"fit: unused beit\.encoder\.layer\.\*\."):
         read(changed(num_hidden_layers=2))
-    with pytest.raises(WeightsError, match="of a 'vit', no BEiT"):
+    with pytest.raises(WeightsError, match="describes a 'vit', not a BEiT"):
         read(changed(model_type="vit"))
     with pytest.raises(WeightsError, match="width: 30 is not a multiple of heads 4"):
         read(changed(hidden_size=30))
@@ -208,7 +208,7 @@ def test_other_files_are_refused(exported, tmp_path):
     folder, _ = exported
     path = tmp_path / "x.safetensors"
     write_any(path, {"layer1.weight": np.zeros(2, np.float32)})
-    with pytest.raises(WeightsError, match=r"the keys are no BEiT's \(layer1.weight"):
+    with pytest.raises(WeightsError, match=r"the keys are not a BEiT's \(layer1.weight"):
         read(str(path))
     state = {"backbone.cls_token": np.zeros((1, 1, 8), np.float32)}
     write_any(path, state)

@@ -105,9 +105,9 @@ def test_the_same_size_is_the_same_array():
 
 
 def test_sizes_of_no_square_grid_are_named():
-    with pytest.raises(ValueError, match="731 rows is of no square grid"):
+    with pytest.raises(ValueError, match=r"no square grid has a .* table of 731 rows"):
         resize.resize_table(np.zeros((731, 2), np.float32), grid=24)
-    with pytest.raises(ValueError, match="196 positions are of no square grid"):
+    with pytest.raises(ValueError, match="196 positions do not make a square grid"):
         resize.resize_positions(np.zeros((1, 196, 2), np.float32), grid=24)
     with pytest.raises(ValueError, match="2 × 2 grid is too small"):
         resize.resize_table(np.zeros((table_rows(2), 2), np.float32), grid=4)

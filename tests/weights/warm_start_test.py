@@ -40,7 +40,7 @@ def with_shardings(shapes):
     """Shapes with the shardings of a mesh, as the train loop passes them."""
     mesh = sharding.make_mesh(fsdp=1)
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
         shapes,
         sharding.shardings(shapes, mesh),
     )

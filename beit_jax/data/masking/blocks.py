@@ -1,4 +1,4 @@
-"""Block masks: rectangles of random size and place, until enough of the grid is hidden.
+"""Block masks: rectangles of random size and position, until enough of the grid is hidden.
 
 Three kinds of mask are drawn here:
 

@@ -59,9 +59,9 @@ def _check_block_sizes(config: MaskConfig, *, grid: int, name: str, most: float)
 def max_paper(config: MaskConfig, *, grid: int) -> int:
     """The most patches that one mask of "block_paper" can hide.
 
-    A block that is begun while k <= ratio * N patches are hidden hides at most its own rounded area
-    on top. The bound is therefore the maximum over k of k plus the largest rounded area that the
-    sizes allowed at k can reach.
+    A block that is started while k <= ratio * N patches are hidden hides at most its own rounded
+    area on top. The bound is therefore the maximum over k of k plus the largest rounded area that
+    the sizes allowed at k can reach.
     """
     cells = grid * grid
     sides = np.arange(1, grid + 1)

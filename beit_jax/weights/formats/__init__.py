@@ -3,7 +3,7 @@
     FORMATS["timm"].write(export)
     FORMATS["toy"] = Format(...)  # from anywhere, before the command line is parsed
 
-A file is asked for in the order of the rows, so a format whose keys are a special case of another's
+Formats are tried in the order of the rows, so a format whose keys are a special case of another's
 stands before it.
 """
 

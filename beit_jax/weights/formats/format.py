@@ -107,7 +107,7 @@ class Reader:
 
     Attributes:
       detect: whether an opened file is of this format. Formats are asked in the order of `FORMATS`,
-        so a later one may leave to an earlier one what both could read.
+        so where two could read a file, the earlier one does.
       describe: what the file holds.
       table: foreign keys ↔ parameters for a description.
       canonical: renames the keys of a variant of the format before `describe` and `table` see them.

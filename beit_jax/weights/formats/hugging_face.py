@@ -191,7 +191,7 @@ def describe(opened: Opened, *, normalization: str, heads: int) -> Description:
 
     Raises:
       WeightsError: there is no config, it is not a BEiT's or has an impossible value, or the image
-        processor normalises in another way.
+        processor normalises differently.
     """
     config, state = opened.config, opened.state
     if not config:
@@ -228,7 +228,8 @@ def describe(opened: Opened, *, normalization: str, heads: int) -> Description:
 
 def _model_config(config: JsonObject, *, source: str) -> ModelConfig:
     if config.get("model_type") not in ("beit", "data2vec-vision"):
-        raise WeightsError(f"{source}: config.json is of a {config.get('model_type')!r}, no BEiT")
+        found = config.get("model_type")
+        raise WeightsError(f"{source}: config.json describes a {found!r}, not a BEiT")
     positions = "absolute"
     if config.get("use_shared_relative_position_bias"):
         positions = "relative_shared"

@@ -142,7 +142,7 @@ def describe(opened: Opened, *, normalization: str, heads: int) -> Description:
 
 
 def _model_config(state: State, *, heads: int) -> ModelConfig:
-    """The sizes that shapes tell. Raises KeyError, IndexError or ValueError where they do not."""
+    """Sizes from shapes; KeyError, IndexError or ValueError where they make no model."""
     patch = state["patch_embed.proj.weight"].shape[-1]
     grid = resize.grid_of_state(state)
     if grid is None:

@@ -38,8 +38,8 @@ def test_values_and_gradients_equal_plain_products(function, expected, width):
     wanted, wanted_pull = jax.vjp(expected, x, kernel)
     np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5)
     gradient = rng.normal(size=value.shape).astype(np.float32)
-    for mine, theirs in zip(pull(gradient), wanted_pull(gradient), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    for part, wanted_part in zip(pull(gradient), wanted_pull(gradient), strict=True):
+        np.testing.assert_allclose(part, wanted_part, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("function", "expected"), PAIRS)
