@@ -147,7 +147,7 @@ def one_core(flags: argparse.Namespace, *, versions: dict[str, str]) -> dict[str
 
 
 def against_workers(flags: argparse.Namespace) -> dict[str, dict[int, float]]:
-    """Wall-clock images per second of our pipelines, with 1, 2, 4... workers on as many cores."""
+    """Wall-clock images/s of the native pipelines, with 1, 2, 4... workers on as many cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     counts = sorted({1 << power for power in range(cores.bit_length()) if 1 << power <= cores})
     speeds: dict[str, dict[int, float]] = {}
@@ -161,7 +161,7 @@ def against_workers(flags: argparse.Namespace) -> dict[str, dict[int, float]]:
 
 
 class Worker(Answering):
-    """A pipeline in a process of its own, which answers a number with what that many batches took.
+    """A pipeline in its own process, which answers a number of batches with the time they took.
 
     Attributes:
       error: why it can't be had; "" where it can.
@@ -201,7 +201,7 @@ def serve(flags: argparse.Namespace) -> None:
     if flags.worker in PEERS:
         batches, hello = peer_batches(flags)
     else:
-        batches, hello = our_batches(flags)
+        batches, hello = native_batches(flags)
     next(batches)
     print(json.dumps(hello), flush=True)
     for line in sys.stdin:
@@ -219,7 +219,7 @@ def serve(flags: argparse.Namespace) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def our_batches(flags: argparse.Namespace) -> tuple[Iterator[int], dict[str, Any]]:
+def native_batches(flags: argparse.Namespace) -> tuple[Iterator[int], dict[str, Any]]:
     """Batches of "official", "fast" or "tf.data" (as bytes per image), and versions."""
     import tensorflow as tf
 
@@ -252,7 +252,7 @@ def bytes_per_image(batch: dict[str, Any]) -> int:
 
 
 def plain_batches(flags: argparse.Namespace) -> Iterator[int]:
-    """What one writes first: a random crop, decoded alone, flipped and resized."""
+    """The simplest pipeline: a random crop, decoded alone, flipped and resized."""
     import tensorflow as tf
 
     paths = tf.constant([str(path) for path in jpegs(flags.images)])
@@ -352,7 +352,7 @@ def import_torchvision() -> tuple[Any, Any, str]:
 
 
 def pillow_transforms() -> tuple[Callable, Callable, Callable, Callable]:
-    """Jitter, flip, and both views' way to normalised floats, without torch."""
+    """Jitter, flip, and the conversion of both views to normalised floats, without torch."""
     import numpy
     from PIL import Image, ImageEnhance
 
@@ -417,7 +417,7 @@ def mask_generator(numpy: Any) -> Callable[[], Any]:
 
 
 def differences(folder: str, *, count: int) -> dict[str, dict[str, Any]]:
-    """How far our views are from Pillow's with the same box and jitter.
+    """How far the native views are from Pillow's with the same box and jitter.
 
     Args:
       folder: of JPEGs.

@@ -230,7 +230,7 @@ def sizes(steps: int) -> list[dict[str, Any]]:
 
 
 def growth(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds, against the smallest of each kind, how many times the time and the FLOPs it is."""
+    """Adds time and FLOPs as multiples of the smallest row's of the same kind."""
     result, first = [], {}
     for row in rows:
         start = first.setdefault(row["vary"], row)
@@ -392,7 +392,7 @@ def weak_scaling(
 
 
 def weak_row(config: Any, tpu_slice: Any, compiled: Any) -> dict[str, Any]:
-    """What the compiler says of one chip, and what of the communication shows.
+    """The compiler's numbers for one chip, and the exposed communication.
 
     Raises:
       RuntimeError: the compiler gave no program (it does not fit, or its text can't be had).

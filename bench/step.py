@@ -321,11 +321,11 @@ def open_side(problem: Problem, name: str, *, tokenize: bool) -> Side:
     from beit_jax.weights.native import write_params
 
     if name == NATIVE:
-        return our_side(problem, tokenize=tokenize)
+        return native_side(problem, tokenize=tokenize)
     with tempfile.TemporaryDirectory() as folder:
         write_params(f"{folder}/native", problem.params, config=to_dict(problem.config))
         export_checkpoint(f"{folder}/native", format="hugging_face", output=f"{folder}/exported")
-        return their_side(
+        return pytorch_side(
             problem,
             f"{folder}/exported",
             best=name == BEST,
@@ -347,8 +347,8 @@ def no_tokenizer(problem: Problem) -> str:
     return ""
 
 
-def our_side(problem: Problem, *, tokenize: bool) -> Side:
-    """Ours, compiled and warm."""
+def native_side(problem: Problem, *, tokenize: bool) -> Side:
+    """The native step, compiled and warm."""
     import jax
     import jax.numpy as jnp
 
@@ -413,14 +413,14 @@ def our_side(problem: Problem, *, tokenize: bool) -> Side:
     return Side(step=step, loss=loss, peak_memory=peak, facts=facts)
 
 
-def their_side(
+def pytorch_side(
     problem: Problem, folder: str, *, best: bool, tokenize: bool, attention: str = ""
 ) -> Side:
-    """PyTorch's, warm.
+    """PyTorch's step, warm.
 
     Args:
       folder: the same weights as `transformers` has them.
-      best: compiled, with fused kernels; else as it comes.
+      best: compiled, with fused kernels; else with the defaults.
       tokenize: whether the tokenizer is part of the step.
       attention: transformers' `attn_implementation`; "": its own choice.
     """
@@ -442,7 +442,7 @@ def their_side(
     if tokenize:
         from dall_e.utils import map_pixels
 
-        encoder = their_tokenizer(problem).to(device)
+        encoder = pytorch_tokenizer(problem).to(device)
         seen = torch.from_numpy(np.array(problem.views["token_image"])).permute(0, 3, 1, 2)
         seen = map_pixels(seen.float() / 255).contiguous().to(device)
 
@@ -510,8 +510,8 @@ def their_side(
     return Side(step=step, loss=loss, peak_memory=peak, facts=facts)
 
 
-def their_tokenizer(problem: Problem) -> Any:
-    """DALL-E's encoder, openai's module, with our random weights."""
+def pytorch_tokenizer(problem: Problem) -> Any:
+    """DALL-E's encoder, openai's module, with the native side's random weights."""
     import dall_e
     import jax
     import numpy as np

@@ -96,14 +96,14 @@ def recipe(size: str) -> Any:
     return ahead_of_time.for_tpu(jobs.parse_job(values))
 
 
-def place_of(chip: str) -> slices.Slice:
+def smallest_slice(chip: str) -> slices.Slice:
     """The smallest slice of a chip."""
     return slices.parse_slice(SMALLEST[chip])
 
 
 def compile_on(chip: str, function: Any, *shapes: Any) -> tuple[Any, str]:
     """Compiles a function of shapes for one device of a chip; also the program's text."""
-    device = ahead_of_time.devices(place_of(chip))[0]
+    device = ahead_of_time.devices(smallest_slice(chip))[0]
     where = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes
@@ -119,7 +119,7 @@ def compile_on(chip: str, function: Any, *shapes: Any) -> tuple[Any, str]:
 
 def kernel_bounds(chip: str, cost: fused_attention.Cost) -> dict[str, float]:
     """Seconds a kernel takes at least: matrix unit, vector unit, memory."""
-    description = place_of(chip).chip
+    description = smallest_slice(chip).chip
     cores = 2 if description.config_name else 1
     vector = VECTOR_SLOTS[chip] * LANES * SUBLANES * description.clock * cores
     return {
@@ -158,17 +158,17 @@ def kernel_calls(program: hlo.Program) -> dict[str, float]:
 def program_seconds(
     chip: str, program: hlo.Program, *, batch: int, tokens: int, heads: int
 ) -> dict[str, float]:
-    """The compiler's cycles and our kernels, in seconds; leaves where a kernel has no cost."""
+    """Seconds of the compiler's cycles and of the native kernels; exits where one has no cost."""
     calls = kernel_calls(program)
     kernels = 0.0
     if any(calls.values()):
         costs = kernel_seconds(chip, batch=batch, tokens=tokens, heads=heads)
         kernels = sum(runs * costs[name] for name, runs in calls.items())
-    return {"compiler": program.cycles / place_of(chip).chip.clock, "kernels": kernels}
+    return {"compiler": program.cycles / smallest_slice(chip).chip.clock, "kernels": kernels}
 
 
 def block_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """What one more block costs: two of them less one."""
+    """The cost of one more block: two blocks less one."""
     config = recipe(size).model
     if flags.residual:
         config = dataclasses.replace(config, residual_dtype=flags.residual)
@@ -176,7 +176,7 @@ def block_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[st
     blocks = encoder_flops(config) - patch_embedding_flops(config)
     useful = 3 * flags.batch * blocks / config.layers
     rows = []
-    for name, make in (("native", our_blocks), ("deit3-jax-like", deit3_blocks)):
+    for name, make in (("native", native_blocks), ("deit3-jax-like", deit3_blocks)):
         if name != "native" and flags.ours_only:
             continue
         seconds, memory, flops, texts = [], [], [], []
@@ -200,7 +200,7 @@ def block_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[st
                 "residual": config.residual_dtype if name == "native" else "float32",
                 "milliseconds": 1e3 * (compiler + kernels),
                 "of which kernels": 1e3 * kernels,
-                "MFU": useful / (compiler + kernels) / place_of(chip).chip.peak,
+                "MFU": useful / (compiler + kernels) / smallest_slice(chip).chip.peak,
                 "XLA's FLOPs / ours": (flops[1] - flops[0]) / useful,
                 "temporary GB": (memory[1] - memory[0]) / 1e9,
             }
@@ -210,7 +210,7 @@ def block_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[st
 
 
 def _program_flops(compiled: Any, program: hlo.Program, config: Any, *, batch: int) -> float:
-    """XLA's count, with a kernel's products at what they are worth and not with their padding."""
+    """XLA's count, with a kernel's products counted without their padding."""
     declared = sum(work.flops for work in program.uncosted if work.kernel)
     forward, backward = kernel_calls(program).values()
     worth = 4 * batch * (config.tokens + 1) ** 2 * config.width * (forward + 2 * backward)
@@ -231,8 +231,8 @@ def _print_instructions(text: str, count: int) -> None:
         print(*line)
 
 
-def our_blocks(config: Any, *, layers: int, batch: int) -> tuple[Any, tuple]:
-    """`layers` of our blocks with one bias: output and all gradients."""
+def native_blocks(config: Any, *, layers: int, batch: int) -> tuple[Any, tuple]:
+    """`layers` native blocks with one bias: output and all gradients."""
     build = functools.partial(Block, config, init=PRETRAINING)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
     stacked = jax.tree.map(
@@ -328,7 +328,7 @@ def kernels_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[
 def schedule(chip: str, *, batch: int, tokens: int, heads: int) -> dict[str, float]:
     """Seconds of the kernels alone by the instructions that libtpu schedules.
 
-    In a process of its own: what libtpu dumps is told to it before it starts.
+    In a process of its own, since libtpu reads what to dump when it starts.
     """
     import subprocess
 
@@ -341,7 +341,7 @@ def schedule(chip: str, *, batch: int, tokens: int, heads: int) -> dict[str, flo
             stdout=subprocess.DEVNULL,
         )
         cut = fused_attention.choose_layout(batch=batch, tokens=tokens, heads=heads)
-        description = place_of(chip).chip
+        description = smallest_slice(chip).chip
         cores = 2 if description.config_name else 1
         result = {}
         for name in KERNELS:
@@ -388,7 +388,7 @@ def tokenizer_table(chip: str, size: str, flags: argparse.Namespace) -> list[dic
     one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     useful = flags.batch * matmul_flops(tokenizer.encode, params, one)
     compiled, text = compile_on(chip, encode, params, images, positions)
-    seconds = hlo.read(text).cycles / place_of(chip).chip.clock
+    seconds = hlo.read(text).cycles / smallest_slice(chip).chip.clock
     _print_instructions(text, flags.instructions)
     return [
         {
@@ -397,7 +397,7 @@ def tokenizer_table(chip: str, size: str, flags: argparse.Namespace) -> list[dic
             "images": flags.batch,
             "milliseconds": 1e3 * seconds,
             "images/s": flags.batch / seconds,
-            "MFU": useful / seconds / place_of(chip).chip.peak,
+            "MFU": useful / seconds / smallest_slice(chip).chip.peak,
             "temporary GB": compiled.memory_analysis().temp_size_in_bytes / 1e9,
         }
     ]
@@ -405,7 +405,7 @@ def tokenizer_table(chip: str, size: str, flags: argparse.Namespace) -> list[dic
 
 def step_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
     """The whole train step at `--batch` images a chip: shallow programs, continued."""
-    config, tpu_slice = recipe(size), place_of(chip)
+    config, tpu_slice = recipe(size), smallest_slice(chip)
     run = dataclasses.replace(config.run, batch_size=flags.batch * tpu_slice.chips)
     model = config.model
     if flags.residual:

@@ -43,7 +43,7 @@ def test_boxes_fit(bench):
             assert top + h <= height
 
 
-def test_views_of_photographs_keep_their_distance(bench):
+def test_views_of_photographs_stay_close_to_pillows(bench):
     folder = os.environ.get("BEIT_JAX_IMAGES")
     if not folder:
         pytest.skip("needs photographs: set BEIT_JAX_IMAGES to a folder of JPEGs")

@@ -58,7 +58,7 @@ def test_rows_come_back_a_cycle_later(tmp_path):
 
 
 @pytest.mark.parametrize("position", [0, 5, 8, 30, -1])
-def test_a_damaged_row_is_not_believed_and_reported(tmp_path, caplog, position):
+def test_a_damaged_row_is_rejected_and_reported(tmp_path, caplog, position):
     """A flipped bit in the mark, the checksum, a fingerprint or an id."""
     with opened(str(tmp_path)) as cache:
         fill(cache)
@@ -74,7 +74,7 @@ def test_a_damaged_row_is_not_believed_and_reported(tmp_path, caplog, position):
         assert all(known(cache, row) for row in range(ROWS))
 
 
-def test_a_row_in_anothers_place_is_not_believed(tmp_path):
+def test_a_row_at_another_position_is_rejected(tmp_path):
     with opened(str(tmp_path)) as cache:
         fill(cache)
         path = tmp_path / "00000-of-00001.tokens"

@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_its_file_names_tokens(finished):
+def test_its_file_tokenises_images(finished):
     workdir, config, summary = finished
     settings = dataclasses.replace(config.tokenizer, path=summary["tokenizer"])
     params = load_params(settings)
@@ -67,7 +67,7 @@ def test_temperature_goes_down_geometrically():
         tokenizer.VaeConfig(temperature_start=0.01)
 
 
-def test_a_collapsed_codebook_is_shouted_about(caplog):
+def test_a_collapsed_codebook_is_logged_as_an_error(caplog):
     with caplog.at_level(logging.ERROR):
         tokenizer.log_if_collapsed({"code_perplexity": 50.0, "codes_used": 60}, vocabulary=128)
         assert not caplog.text
