@@ -25,7 +25,7 @@ ORDER = [
     ("data",),
     ("tokenizers",),
     ("models",),
-    ("config", "files", "hardware", "preprocessing", "text_table", "types"),
+    ("config", "files", "hardware", "preprocessing", "text_table", "types", "verbosity"),
 ]
 
 

@@ -34,6 +34,7 @@ from beit_jax.data.sources import Element, Source
 from beit_jax.data.sources.prepared import FORMAT, HEADER, LABELS, shard_name
 from beit_jax.files import write_whole
 from beit_jax.types import JsonObject
+from beit_jax.verbosity import verbosity
 
 SETTINGS = "preparing.json"  # exists while a set is being written
 NAMED = 100  # how many undecodable images the header names
@@ -293,9 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
       arguments: of the command line; None for the process's own.
     """
     options = _parser().parse_args(arguments)
-    logging.set_verbosity(logging.INFO)
     try:
-        header = prepare(PrepareConfig(**vars(options)))
+        with verbosity(logging.INFO):
+            header = prepare(PrepareConfig(**vars(options)))
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

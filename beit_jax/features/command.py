@@ -25,6 +25,7 @@ from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.pretrained import EncoderOutput, PretrainedEncoder, load_encoder
 from beit_jax.training import sharding
 from beit_jax.types import JsonObject, Params
+from beit_jax.verbosity import verbosity
 
 POOLS = ("cls", "mean", "patches")
 
@@ -364,15 +365,11 @@ def _portable(name: str) -> str:
 @contextlib.contextmanager
 def _few_warnings() -> Iterator[None]:
     """Silences warnings that would only clutter the progress line."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of metadata that it then finds elsewhere
-    try:
-        with warnings.catch_warnings():
-            # The image is read all the same, as it is stored.
-            warnings.filterwarnings("ignore", message="Corrupt EXIF data")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+    # Orbax warns of missing metadata even where it finds it in another file.
+    with verbosity(logging.ERROR), warnings.catch_warnings():
+        # The image is read all the same, as it is stored.
+        warnings.filterwarnings("ignore", message="Corrupt EXIF data")
+        yield
 
 
 def _say(line: str) -> None:

@@ -263,13 +263,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     from beit_jax.config import ConfigError
     from beit_jax.tokenizers.loading import TokenizerFileError
+    from beit_jax.verbosity import verbosity
 
-    logging.set_verbosity(
-        logging.ERROR
-    )  # Orbax warns of missing metadata even where it finds it in another file
     run = {command.name: command.run for command in _COMMANDS}[options.command]
     try:
-        run(options)
+        # Orbax warns of missing metadata even where it finds it in another file.
+        with verbosity(logging.ERROR):
+            run(options)
     except BrokenPipeError:  # the reader has seen enough: `inspect x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -229,6 +229,7 @@ def test_settings_that_do_not_fit_stop_the_run_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_training_does_not_resume_with_other_features(encoder, cached):
     for name, changes in (("features", {"features": "mean"}), ("blocks", {"blocks": (1, 2)})):
         config = settings(encoder, **changes)

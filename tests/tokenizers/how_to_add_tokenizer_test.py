@@ -139,6 +139,7 @@ def test_it_cannot_be_trained():
         jobs.parse_job(values)
 
 
+@pytest.mark.slow
 def test_pre_training_learns_its_tokens(tmp_path, caplog):
     """Every column of the picture that needs no decoder is there."""
     with caplog.at_level(logging.INFO):
@@ -209,6 +210,7 @@ def counting_tokenizer(config: DvaeConfig, *, precision=None) -> Tokenizer:
     )
 
 
+@pytest.mark.slow
 def test_a_kind_with_state_of_its_own_is_trained_by_the_tokenizer_job(tmp_path, monkeypatch):
     """Its variables are trained by no gradient, and end up in the file beside the parameters."""
     monkeypatch.setitem(

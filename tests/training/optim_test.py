@@ -235,6 +235,7 @@ def jitted_step(task, config, *, steps):
     return optimizer, jax.jit(step)
 
 
+@pytest.mark.slow
 def test_twelve_steps_equal_torch_adamw():
     """Same weights, groups, schedule and clip: losses within 1e-4, parameters within 1e-3."""
     torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
