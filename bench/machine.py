@@ -87,5 +87,6 @@ class Answering:
 def save(result: dict[str, Any], path: str) -> None:
     """Writes a result as JSON; writes nothing where no file is named."""
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+        from beit_jax.files import write_json  # after the path is set
+
+        write_json(path, result)

@@ -138,7 +138,6 @@ def build(config: Any) -> Step:
 
     import jax
     import numpy as np
-    from jax.sharding import NamedSharding
 
     from beit_jax.planning.ahead_of_time import batch_shapes
     from beit_jax.training import optim, sharding, state
@@ -161,17 +160,15 @@ def build(config: Any) -> Step:
     hidden[: config.data.mask.count] = True
     made["mask"] = rng.permuted(np.tile(hidden, (local, 1)), axis=1).reshape(made["mask"].shape)
     batch = sharding.to_devices(made, mesh)
-    step = functools.partial(
-        state.train_step,
-        task=task,
+    jitted = state.jitted_step(
+        task,
+        state=train_state,
         config=config.optimizer,
         optimizer=optimizer,
-        schedule=optim.learning_rate(config.optimizer, steps=config.run.steps),
+        steps=config.run.steps,
         seed=0,
         mesh=mesh,
     )
-    everywhere = NamedSharding(mesh, sharding.REPLICATED)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
     compiled = jitted.lower(train_state, frozen, batch).compile()
     held = [train_state]
 

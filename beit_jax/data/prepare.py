@@ -32,7 +32,7 @@ from beit_jax.config import ConfigError, RunError, SourceConfig, check
 from beit_jax.data import pipeline, sources
 from beit_jax.data.sources import Element, Source
 from beit_jax.data.sources.prepared import FORMAT, HEADER, LABELS, shard_name
-from beit_jax.files import write_whole
+from beit_jax.files import write_json
 from beit_jax.types import JsonObject
 from beit_jax.verbosity import verbosity
 
@@ -99,7 +99,7 @@ def prepare(config: PrepareConfig) -> JsonObject:
         logging.info("%s: done already", folder)
         return header
     _check_empty_or_same(folder, settings)
-    write_whole(folder / SETTINGS, json.dumps(settings, indent=2).encode())
+    write_json(folder / SETTINGS, settings)
     notes = _write_shards(source, folder, config=config)
     header = _header(source, folder, notes=notes, settings=settings)
     check(header["images"] > 0, "--source", f"no image of {config.source!r} can be decoded")
@@ -108,7 +108,7 @@ def prepare(config: PrepareConfig) -> JsonObject:
         temporary = folder / f"{LABELS}.tmp.npy"  # np.save appends .npy to any other name
         np.save(temporary, labels)
         temporary.replace(folder / LABELS)
-    write_whole(folder / HEADER, (json.dumps(header, indent=2) + "\n").encode())
+    write_json(folder / HEADER, header)
     for number in range(len(notes)):
         (folder / shard_name(number, shards=len(notes))).with_suffix(".json").unlink()
     (folder / SETTINGS).unlink()
@@ -133,7 +133,7 @@ def _write_shards(source: Source, folder: Path, *, config: PrepareConfig) -> lis
             notes.append(json.loads(note.read_text()))
         else:
             notes.append(_write_shard(source, path, first=first, last=last, config=config))
-            write_whole(note, json.dumps(notes[-1]).encode())
+            write_json(note, notes[-1])
             done += last - first
             speed = done / (time.perf_counter() - began)
             logging.info(

@@ -33,8 +33,19 @@ IMAGES_AT_ONCE = 64
 # Features are stored on the hosts in this type: half the bytes; it rounds by 0.05 %.
 STORED = np.float16
 
-# Kinds of features, and their width in units of the encoder's.
-KINDS = {"mean": 1, "cls_mean": 2}
+
+def _mean(tokens: jax.Array) -> jax.Array:
+    """[b, 1 + grid², d] → [b, d]: the patch tokens' average."""
+    return tokens[:, 1:].mean(axis=1)
+
+
+def _cls_mean(tokens: jax.Array) -> jax.Array:
+    """[b, 1 + grid², d] → [b, 2 d]: the class token, then the patch tokens' average."""
+    return jnp.concatenate([tokens[:, 0], _mean(tokens)], axis=-1)
+
+
+# Kinds of features: their width in units of the encoder's, and the pooling of a block's tokens.
+KINDS = {"mean": (1, _mean), "cls_mean": (2, _cls_mean)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +70,8 @@ class FeatureSpec:
 
     def width(self, model: ModelConfig) -> int:
         """f: how many numbers an image and block have."""
-        return KINDS[self.kind] * model.width
+        units, _ = KINDS[self.kind]
+        return units * model.width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,9 +211,8 @@ def block_features(
     """
 
     def pool(tokens: jax.Array) -> jax.Array:  # [b, n, d] → [b, f]
-        tokens = tokens.astype(jnp.float32)
-        mean = tokens[:, 1:].mean(axis=1)
-        return mean if kind == "mean" else jnp.concatenate([tokens[:, 0], mean], axis=-1)
+        _, pooled = KINDS[kind]
+        return pooled(tokens.astype(jnp.float32))
 
     def features(part: jax.Array) -> jax.Array:
         outputs = encoder.apply(params, part, method="block_outputs", blocks=blocks)

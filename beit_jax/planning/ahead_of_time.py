@@ -234,17 +234,15 @@ def lower_step(config: PretrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     frozen = jax.tree.map(functools.partial(sharded, layout=replicated), task.frozen)
     batch = batch_shapes(config, batch_size=config.run.batch_size)
     batch = {name: sharded(leaf, split) for name, leaf in batch.items()}
-    step = functools.partial(
-        state.train_step,
-        task=task,
+    jitted = state.jitted_step(
+        task,
+        state=shapes,
         config=config.optimizer,
         optimizer=optimizer,
-        schedule=optim.learning_rate(config.optimizer, steps=config.run.steps),
+        steps=config.run.steps,
         seed=config.run.seed,
         mesh=mesh,
     )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
     return jitted.trace(shapes, frozen, batch).lower(lowering_platforms=("tpu",))
 
 

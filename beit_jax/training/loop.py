@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from beit_jax.config import OptimizerConfig, RunConfig, RunError, check
 from beit_jax.distributed import cluster
@@ -235,18 +235,15 @@ class TrainingRun:
 
     def _compile(self, batch: Batch) -> Step:
         """Compiles the step for these shapes and shardings; it reuses the state's buffers."""
-        function = functools.partial(
-            state.train_step,
-            task=self._job.task,
+        jitted = state.jitted_step(
+            self._job.task,
+            state=self.state,
             config=self._optimizer_config,
             optimizer=self._optimizer,
-            schedule=optim.learning_rate(self._optimizer_config, steps=self._run.steps),
+            steps=self._run.steps,
             seed=self._run.seed,
             mesh=self._mesh,
         )
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        replicated = NamedSharding(self._mesh, sharding.REPLICATED)
-        jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, replicated))
         began = time.perf_counter()
         with startup.cache_hits() as hits:
             compiled = jitted.lower(self.state, self._frozen, batch).compile()

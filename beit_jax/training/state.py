@@ -1,6 +1,7 @@
 """The train state and the train step, from a batch on devices to updated parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TypeAlias, cast
 
@@ -235,6 +236,43 @@ def train_step(
         "skipped_in_row": new_state.skipped_in_row,
     }
     return new_state, metrics
+
+
+def jitted_step(
+    task: Task,
+    *,
+    state: TrainState,
+    config: OptimizerConfig,
+    optimizer: optax.GradientTransformationExtraArgs,
+    steps: int,
+    seed: int,
+    mesh: Mesh,
+) -> jax.stages.Wrapped:
+    """`train_step` under `jax.jit`, as a run compiles it: `(state, frozen, batch)`.
+
+    It reuses the buffers of the state that it is given and returns one with the same shardings.
+
+    Args:
+      task: parameters, loss and metrics.
+      state: arrays, or shapes with shardings (`state_shapes`).
+      config: AdamW and its schedule.
+      optimizer: made from it.
+      steps: length of the run, for the schedule.
+      seed: of the run.
+      mesh: of the state's shardings.
+    """
+    function = functools.partial(
+        train_step,
+        task=task,
+        config=config,
+        optimizer=optimizer,
+        schedule=optim.learning_rate(config, steps=steps),
+        seed=seed,
+        mesh=mesh,
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    replicated = NamedSharding(mesh, sharding.REPLICATED)
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
 def _loss_on_mesh(task: Task, mesh: Mesh | None) -> StatefulLoss:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from flax import nnx
 
 from beit_jax.config import ModelConfig, check, one_of, parse, to_dict
 from beit_jax.models.blocks import layer_norm
-from beit_jax.models.functional import flatten, functional
+from beit_jax.models.functional import Functional, flatten, functional
 from beit_jax.models.heads import classifier, masked_image_model
 from beit_jax.models.vit import Encoder
 from beit_jax.preprocessing import NORMALIZATIONS
@@ -23,8 +23,8 @@ class Description:
     """The kind and sizes of a checkpoint.
 
     Attributes:
-      task: "pretrain" (encoder and `lm_head`), "classify" (encoder and `head`) or "encoder" (no
-        head, as timm's and Hugging Face's bare models).
+      task: a key of `KINDS`: "pretrain" (encoder and `lm_head`), "classify" (encoder and `head`)
+        or "encoder" (no head, as timm's and Hugging Face's bare models).
       model: the encoder.
       outputs: vocabulary ("pretrain") or classes ("classify"); 0 for "encoder".
       pooling: "classify": "mean" or "cls". "encoder": "mean" where there is an `fc_norm`, "cls"
@@ -44,7 +44,7 @@ class Description:
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        one_of(self.task, "task", "pretrain", "classify", "encoder")
+        one_of(self.task, "task", *KINDS)
         one_of(self.pooling, "pooling", "mean", "cls", "none")
         one_of(self.normalization, "normalization", *NORMALIZATIONS)
 
@@ -55,14 +55,7 @@ class Description:
 
 @functools.cache
 def _shapes(description: Description) -> dict[str, jax.ShapeDtypeStruct]:
-    model, outputs = description.model, description.outputs
-    if description.task == "pretrain":
-        whole = masked_image_model(model, vocabulary=outputs)
-    elif description.task == "classify":
-        whole = classifier(model, classes=outputs, pooling=description.pooling)
-    else:
-        whole = functional(lambda rngs: _Headless(description, rngs=rngs))
-    return flatten(whole.shapes())
+    return flatten(KINDS[description.task].build(description).shapes())
 
 
 class _Headless(nnx.Module):
@@ -77,6 +70,54 @@ class _Headless(nnx.Module):
             self.fc_norm = layer_norm(description.model, rngs=rngs)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of checkpoint: what follows from `Description.task`.
+
+    Attributes:
+      required: keys of the config saved beside a checkpoint, besides `model` and `data`.
+      outputs: that config → `Description.outputs`.
+      settings: description → that config's keys besides `task`, `model` and `data`.
+      build: description → the model.
+      head: description → the head in a few words.
+    """
+
+    required: tuple[str, ...]
+    outputs: Callable[[JsonObject], int]
+    settings: Callable[[Description], JsonObject]
+    build: Callable[[Description], Functional]
+    head: Callable[[Description], str]
+
+
+KINDS = {
+    "pretrain": Kind(
+        required=("tokenizer",),
+        outputs=lambda config: config["tokenizer"]["vocabulary"],
+        settings=lambda it: {"tokenizer": {"vocabulary": it.outputs}},
+        build=lambda it: masked_image_model(it.model, vocabulary=it.outputs),
+        head=lambda it: f"masked image modelling, {it.outputs} tokens",
+    ),
+    "classify": Kind(
+        required=("classes", "pooling"),
+        outputs=lambda config: config["classes"],
+        settings=lambda it: {
+            "classes": it.outputs,
+            "labels": list(it.labels),
+            "pooling": it.pooling,
+        },
+        build=lambda it: classifier(it.model, classes=it.outputs, pooling=it.pooling),
+        head=lambda it: f"classification, {it.outputs} classes, pooling {it.pooling}",
+    ),
+    "encoder": Kind(
+        required=("pooling", "mask_token"),
+        outputs=lambda config: 0,
+        settings=lambda it: {"mask_token": it.mask_token, "pooling": it.pooling},
+        build=lambda it: functional(lambda rngs: _Headless(it, rngs=rngs)),
+        head=lambda it: "encoder without a head",
+    ),
+}
+
+
 def describe(config: JsonObject) -> Description:
     """Reads the description from the config saved beside a checkpoint.
 
@@ -89,23 +130,14 @@ def describe(config: JsonObject) -> Description:
       ConfigError: a key is missing or wrong, or this kind of run has no foreign format.
     """
     task = str(config.get("task"))
-    one_of(task, "task", "pretrain", "classify", "encoder")
-    required = {
-        "pretrain": ("model", "data", "tokenizer"),
-        "classify": ("model", "data", "classes", "pooling"),
-        "encoder": ("model", "data", "pooling", "mask_token"),
-    }[task]
-    for key in required:
+    one_of(task, "task", *KINDS)
+    kind = KINDS[task]
+    for key in ("model", "data", *kind.required):
         check(key in config, key, "missing from the checkpoint's config")
-    outputs = 0
-    if task == "pretrain":
-        outputs = config["tokenizer"]["vocabulary"]
-    elif task == "classify":
-        outputs = config["classes"]
     return Description(
         task=task,
         model=parse(ModelConfig, config["model"], path="model"),
-        outputs=outputs,
+        outputs=kind.outputs(config),
         pooling=config.get("pooling", "mean"),
         mask_token=config.get("mask_token", False),
         normalization=config["data"]["normalization"],
@@ -115,30 +147,18 @@ def describe(config: JsonObject) -> Description:
 
 def to_config(description: Description) -> JsonObject:
     """The inverse of `describe`, as plain dicts and lists."""
-    config: JsonObject = {
+    return {
         "task": description.task,
         "model": to_dict(description.model),
         "data": {"normalization": description.normalization},
+        **KINDS[description.task].settings(description),
     }
-    if description.task == "pretrain":
-        config["tokenizer"] = {"vocabulary": description.outputs}
-    if description.task == "classify":
-        config |= {"classes": description.outputs, "labels": list(description.labels)}
-    if description.task == "encoder":
-        config["mask_token"] = description.mask_token
-    if description.task != "pretrain":
-        config["pooling"] = description.pooling
-    return config
 
 
 def sentence(description: Description) -> str:
     """Describes the task and the sizes in one line."""
     model = description.model
-    head = {
-        "pretrain": f"masked image modelling, {description.outputs} tokens",
-        "classify": f"classification, {description.outputs} classes, pooling {description.pooling}",
-        "encoder": "encoder without a head",
-    }[description.task]
+    head = KINDS[description.task].head(description)
     return (
         f"{head}; {model.layers} layers, width {model.width}, {model.heads} heads, MLP"
         f" {model.mlp_width}; image {model.image_size}, patch {model.patch_size}; positions"
