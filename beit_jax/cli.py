@@ -39,7 +39,7 @@ def _weights(command: str, summary: str) -> Command:
 COMMANDS = {
     "export": _weights("export", "write a checkpoint for Hugging Face, timm, unilm and others"),
     "import": _weights("import", "read a foreign file or folder into a checkpoint of this project"),
-    "convert-tokenizer": _weights("convert-tokenizer", "DALL-E's weights → one safetensors file"),
+    "convert-tokenizer": _weights("convert-tokenizer", "write DALL-E's weights as one file"),
     "inspect": _weights("inspect", "print what a checkpoint or a file of weights holds"),
     "features": Command(
         module="beit_jax.features",

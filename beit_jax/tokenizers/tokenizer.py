@@ -37,8 +37,7 @@ def scores(output: nnx.Conv, features: jax.Array) -> jax.Array:
     product = jnp.matmul(
         features.astype(jnp.float32), output.kernel[0, 0], precision=output.precision
     )
-    assert output.bias is not None, "tokens are scored with a bias"
-    return product + output.bias[...]
+    return product + bias[...]
 
 
 def join(params: Params, variables: Variables) -> Params:
