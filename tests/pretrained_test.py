@@ -259,6 +259,11 @@ def test_a_checkpoint_without_the_head_asked_for_is_refused(sources):
         beit_jax.load_encoder(sources["run"], dtype="float16")
 
 
+def test_loading_a_run_warns_of_nothing(sources, caplog):
+    beit_jax.load_encoder(sources["run"])
+    assert not caplog.records
+
+
 def test_what_is_no_checkpoint_is_refused_with_what_would_be_one(tmp_path):
     for source in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ConfigError, match=r"is not a checkpoint: give a run's directory, "):

@@ -5,15 +5,18 @@ run, with the whole train state; or one written here, with nothing but parameter
 any number of devices, whatever number wrote it.
 """
 
+import contextlib
 import json
 from types import ModuleType
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from beit_jax.config import ConfigError
 from beit_jax.types import JsonObject, Params
+from beit_jax.verbosity import verbosity
 
 # Names in a checkpoint's folder, Orbax' marks included.
 _CONTENT = ("state", "config", "_CHECKPOINT_METADATA", "commit_success.txt")
@@ -29,6 +32,11 @@ def _orbax() -> ModuleType:
             " pip install beit-jax[train]"
         ) from None
     return orbax.checkpoint
+
+
+def _quiet() -> contextlib.AbstractContextManager[None]:
+    """Hides Orbax' warning of metadata that it then finds in another file."""
+    return verbosity(logging.ERROR)
 
 
 def is_checkpoint(source: str) -> bool:
@@ -66,7 +74,7 @@ def saved_params_shapes(source: str, *, name: str = "checkpoint", part: str = "p
     With `part="variables"`, those of the state that no gradient trains; {} where there is none.
     """
     folder = state_folder(source, name=name)
-    with _orbax().StandardCheckpointer() as checkpointer:
+    with _quiet(), _orbax().StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(folder)
     return metadata.item_metadata.tree.get(part, {})
 
@@ -124,7 +132,7 @@ def read_params(
     else:
         item = shapes
         restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             folder,
             args=ocp.args.PyTreeRestore(
