@@ -130,6 +130,10 @@ def test_blocks_agree_with_apply_blocks_and_with_the_call(encoder):
     for wrong in ((), (4,), (-4,)):
         with pytest.raises(ValueError, match="blocks 1 to 3, or -3 to -1"):
             encoder.blocks(images, wrong)
+    numbers = encoder.blocks(images, np.array([2, 3]))
+    assert relative_error(numbers[0].patches, pure.patches) < TOLERANCE
+    with pytest.raises(ValueError, match="blocks 1 to 3"):
+        encoder.blocks(images, np.array([], int))
 
 
 def test_the_nnx_module_gives_the_same_tokens(encoder):
@@ -172,6 +176,12 @@ def test_another_image_size_resizes_positions_as_the_export_does(sources, tmp_pa
 def test_unfit_images_are_refused(images, message, encoder):
     with pytest.raises(ValueError, match=message):
         encoder(images)
+
+
+def test_a_tensor_of_pytorch_is_refused_by_name(encoder):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ValueError, match=r"must be a uint8 array, got torch\.uint8"):
+        encoder(torch.zeros((2, 40, 40, 3), dtype=torch.uint8))
 
 
 def test_classifier_gives_logits_features_and_class_names(sources):
@@ -246,6 +256,9 @@ def test_masked_image_model_predicts_tokens(sources):
     assert model.encoder(images).cls.shape == (2, 32)
     with pytest.raises(ValueError, match=r"mask: \[2, 4, 4\]; must be \[2, 5, 5\]"):
         model(images, mask[:, :4, :4])
+    for wrong in (mask.astype(np.float32), mask.astype(np.int32), mask.tolist()):
+        with pytest.raises(ValueError, match="mask: must be a bool array, got"):
+            model(images, wrong)
 
 
 def test_a_checkpoint_without_the_head_asked_for_is_refused(sources):

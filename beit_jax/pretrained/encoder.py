@@ -1,6 +1,7 @@
 """The encoder: tokens of the last block, or of any block."""
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -216,9 +217,10 @@ def _apply_blocks(
 
 
 def _block_numbers(blocks: Sequence[int], *, layers: int) -> tuple[int, ...]:
-    """Block numbers from 0, negative ones resolved."""
-    if not blocks or not all(-layers <= block <= layers for block in blocks):
+    """Block numbers from 0, negative ones resolved. Takes any sequence of integers, NumPy's too."""
+    numbers = tuple(operator.index(block) for block in blocks)
+    if not numbers or not all(-layers <= number <= layers for number in numbers):
         raise ValueError(
-            f"blocks: {list(blocks)}; the encoder has blocks 1 to {layers}, or -{layers} to -1"
+            f"blocks: {list(numbers)}; the encoder has blocks 1 to {layers}, or -{layers} to -1"
         )
-    return tuple(block if block >= 0 else layers + 1 + block for block in blocks)
+    return tuple(number if number >= 0 else layers + 1 + number for number in numbers)

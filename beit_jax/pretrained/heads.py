@@ -11,7 +11,7 @@ from beit_jax.models import heads
 from beit_jax.models.functional import Functional
 from beit_jax.preprocessing import normalize
 from beit_jax.pretrained.encoder import PretrainedEncoder, encoder_of
-from beit_jax.pretrained.model import Array, Pretrained, check_images
+from beit_jax.pretrained.model import Array, Pretrained, check_images, check_mask
 from beit_jax.types import Params
 
 
@@ -107,9 +107,7 @@ class PretrainedMaskedImageModel(Pretrained):
           ValueError: images or a mask of another size, shape or type.
         """
         check_images(images, image_size=self.image_size)
-        shape, b, grid = np.shape(mask), np.shape(images)[0], self.grid
-        if shape not in ((b, grid, grid), (b, grid * grid)):
-            raise ValueError(f"mask: {list(shape)}; must be [{b}, {grid}, {grid}]")
+        check_mask(mask, batch=np.shape(images)[0], grid=self.grid)
         return _predict(
             self.params,
             images,

@@ -66,12 +66,13 @@ class Pretrained:
 
 def check_images(images: Array, *, image_size: int) -> None:
     """Raises ValueError unless `images` are uint8 `[b, image_size, image_size, 3]`."""
-    shape, found = np.shape(images), getattr(images, "dtype", None)
-    if found != np.uint8:
+    found = getattr(images, "dtype", None)
+    if not isinstance(images, np.ndarray | jax.Array) or found != np.uint8:
         hint = ""
-        if found is not None and np.issubdtype(found, np.floating):
+        if isinstance(found, np.dtype) and np.issubdtype(found, np.floating):
             hint = "; apply(params, images) takes normalised floats, as normalize() gives them"
         raise ValueError(f"images: must be a uint8 array, got {found or type(images)}{hint}")
+    shape = np.shape(images)
     if len(shape) == 3:
         raise ValueError(f"images: {list(shape)}; must be a batch: images[None]")
     if len(shape) != 4 or shape[-1] != 3:
@@ -83,3 +84,15 @@ def check_images(images: Array, *, image_size: int) -> None:
             f"images: {shape[1]} × {shape[2]}, but this model takes {image_size} × {image_size};"
             f" resize them, or load the model for square images with image_size="
         )
+
+
+def check_mask(mask: Array, *, batch: int, grid: int) -> None:
+    """Raises ValueError unless `mask` is bool, `[batch, grid, grid]` or `[batch, grid²]`.
+
+    Numbers would pass as "true where not zero": token ids or probabilities as a mask of everything.
+    """
+    shape, found = np.shape(mask), getattr(mask, "dtype", None)
+    if not isinstance(mask, np.ndarray | jax.Array) or found != np.bool_:
+        raise ValueError(f"mask: must be a bool array, got {found or type(mask)}")
+    if shape not in ((batch, grid, grid), (batch, grid * grid)):
+        raise ValueError(f"mask: {list(shape)}; must be [{batch}, {grid}, {grid}]")
