@@ -261,6 +261,22 @@ def test_masked_image_model_predicts_tokens(sources):
             model(images, wrong)
 
 
+def test_numbers_are_no_mask_for_the_pure_functions_either(sources):
+    """0.5 and token ids would hide every patch: they are true."""
+    model = beit_jax.load_masked_image_model(sources["run"])
+    images = model.normalize(np.zeros((2, model.image_size, model.image_size, 3), np.uint8))
+    mask = np.full((2, model.grid, model.grid), 0.5, np.float32)
+    for loaded in (model, model.encoder):
+        with pytest.raises(ValueError, match="mask: must be a bool array, got float32"):
+            jax.jit(loaded.apply)(loaded.params, images, mask=mask)
+
+
+def test_a_tokenizers_run_is_refused_by_its_path(sources, tmp_path):
+    native.write_params(str(tmp_path / "run"), {"a": np.zeros(1)}, config={"task": "tokenizer"})
+    with pytest.raises(ConfigError, match=r"run: task: must be one of pretrain, classify"):
+        beit_jax.load_encoder(tmp_path / "run")
+
+
 def test_a_checkpoint_without_the_head_asked_for_is_refused(sources):
     with pytest.raises(ConfigError, match="holds no classifier; it is a masked image model"):
         beit_jax.load_classifier(sources["run"])

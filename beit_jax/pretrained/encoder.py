@@ -13,7 +13,7 @@ from beit_jax.config import ModelConfig
 from beit_jax.models.functional import Functional, functional
 from beit_jax.models.vit import Encoder
 from beit_jax.preprocessing import normalize
-from beit_jax.pretrained.model import Array, Pretrained, check_images
+from beit_jax.pretrained.model import Array, Pretrained, check_images, check_mask
 from beit_jax.types import Params
 from beit_jax.weights.description import Description
 
@@ -115,10 +115,13 @@ class PretrainedEncoder(Pretrained):
           Tokens in the model's dtype, after the final norm where there is one.
 
         Raises:
-          ValueError: a mask for an encoder without a mask token, or parameters that don't fit.
+          ValueError: a mask for an encoder without a mask token, one of another shape or type, or
+            parameters that don't fit.
         """
         if mask is not None and "mask_token" not in params:
             raise ValueError("mask: this checkpoint has no mask token, so no patch can be hidden")
+        if mask is not None:
+            check_mask(mask, batch=images.shape[0], grid=self.grid)
         tokens = self.functions.apply(params, images, mask=mask, drop_path_key=drop_path_key)
         return _output(tokens, grid=self.grid)
 

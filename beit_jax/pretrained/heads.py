@@ -136,7 +136,11 @@ class PretrainedMaskedImageModel(Pretrained):
 
         Returns:
           Logits, float32 `[b, m, v]` (m = grid² where `positions` is None).
+
+        Raises:
+          ValueError: a mask of another shape or type, or parameters that don't fit.
         """
+        check_mask(mask, batch=images.shape[0], grid=self.grid)
         return self.functions.apply(
             params, images, mask=mask, positions=positions, drop_path_key=drop_path_key
         )

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from beit_jax.config import check, one_of
+from beit_jax.config import ConfigError, check, one_of
 from beit_jax.models.functional import flatten, unflatten
 from beit_jax.types import FlatParams, JsonObject, Params
 from beit_jax.weights import adapt, foreign, hub, native
@@ -267,9 +267,13 @@ def read_any(
         config["imported_from"] = {"source": source, "sha256": checkpoint.sha256}
         return checkpoint.params, checkpoint.description, config
     config = native.saved_config(source)
+    try:
+        description = describe(config)
+    except ConfigError as error:  # of a tokenizer's run, say
+        raise WeightsError(f"{source}: {error}") from None
     params = flatten(native.read_params(source))
     params = {name: np.asarray(array, np.float32) for name, array in params.items()}
-    return params, describe(config), config
+    return params, description, config
 
 
 def resized(
