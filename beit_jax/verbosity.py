@@ -1,6 +1,7 @@
 """The verbosity of absl's log while a command runs, put back afterwards."""
 
 import contextlib
+import logging as python_logging
 from collections.abc import Iterator
 
 from absl import logging
@@ -14,8 +15,13 @@ def verbosity(level: int) -> Iterator[None]:
       level: `logging.ERROR`, `logging.INFO`, ...
     """
     before = logging.get_verbosity()
+    # A logger without a level of its own follows the root's; setting the verbosity gives it one.
+    loggers = (logging.get_absl_logger(), python_logging.getLogger())
+    levels = [logger.level for logger in loggers]
     logging.set_verbosity(level)
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        for logger, level_before in zip(loggers, levels, strict=True):
+            logger.setLevel(level_before)

@@ -22,6 +22,14 @@ def test_the_level_is_put_back_after_an_error():
     assert logging.get_verbosity() == before
 
 
+def test_a_logger_that_follows_the_root_still_does(caplog):
+    with verbosity(logging.ERROR):
+        pass
+    with caplog.at_level("INFO"):
+        logging.info("heard")
+    assert caplog.messages == ["heard"]
+
+
 @pytest.mark.parametrize(
     ("main", "arguments"),
     [
