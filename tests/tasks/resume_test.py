@@ -11,6 +11,7 @@ from beit_jax.training.state import state_from_params
 from tests.tasks import tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "key", "value", "message"),
     [

@@ -318,6 +318,7 @@ def test_micro_batches_give_the_same_step():
         np.testing.assert_allclose(mu_one[name], mu_four[name], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_non_finite_update_is_skipped_and_counted():
     model = masked_image_model(MODEL, vocabulary=24)
     task = masked_task(model)
