@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from flax import nnx
 
 import beit_jax
@@ -291,6 +292,20 @@ def test_a_checkpoint_without_the_head_asked_for_is_refused(sources):
 def test_loading_a_run_warns_of_nothing(sources, caplog):
     beit_jax.load_encoder(sources["run"])
     assert not caplog.records
+
+
+def test_loading_a_run_hides_no_other_warning(sources, caplog, monkeypatch):
+    """Another thread's, for instance: of an image in the first batch that cannot be read."""
+    orbax = native._orbax()
+
+    def warn(*arguments, **settings):
+        logging.warning("an image cannot be read")
+        return original(*arguments, **settings)
+
+    original = orbax.PyTreeCheckpointer.restore
+    monkeypatch.setattr(orbax.PyTreeCheckpointer, "restore", warn)
+    beit_jax.load_encoder(sources["run"])
+    assert caplog.messages == ["an image cannot be read"]
 
 
 def test_what_is_no_checkpoint_is_refused_with_what_would_be_one(tmp_path):

@@ -7,6 +7,8 @@ any number of devices, whatever number wrote it.
 
 import contextlib
 import json
+from collections.abc import Iterator
+from logging import LogRecord
 from types import ModuleType
 
 import jax
@@ -16,7 +18,6 @@ from etils import epath
 
 from beit_jax.config import ConfigError
 from beit_jax.types import JsonObject, Params
-from beit_jax.verbosity import verbosity
 
 # Names in a checkpoint's folder, Orbax' marks included.
 _CONTENT = ("state", "config", "_CHECKPOINT_METADATA", "commit_success.txt")
@@ -34,9 +35,22 @@ def _orbax() -> ModuleType:
     return orbax.checkpoint
 
 
-def _quiet() -> contextlib.AbstractContextManager[None]:
-    """Hides Orbax' warning of metadata that it then finds in another file."""
-    return verbosity(logging.ERROR)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides Orbax' warning of metadata that it then finds in another file.
+
+    That message alone: meanwhile another thread may have something to say of the first batch.
+    """
+
+    def keep(record: LogRecord) -> bool:
+        return "Metadata file does not exist" not in record.getMessage()
+
+    logger = logging.get_absl_logger()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def is_checkpoint(source: str) -> bool:
