@@ -14,7 +14,7 @@ from beit_jax.models.heads import classifier, masked_image_model
 from beit_jax.pretrained.encoder import PretrainedEncoder, encoder_of
 from beit_jax.pretrained.heads import PretrainedClassifier, PretrainedMaskedImageModel
 from beit_jax.types import Params
-from beit_jax.weights import convert, foreign, native
+from beit_jax.weights import convert, native, opening
 from beit_jax.weights.description import Description
 from beit_jax.weights.report import WeightsError, check_names
 
@@ -132,7 +132,7 @@ def _read(
 ) -> tuple[dict[str, np.ndarray], Description]:
     """Flat parameters of any checkpoint, resized, and their description with these settings."""
     source = os.fspath(source)
-    if not native.is_checkpoint(source) and not foreign.is_foreign(source):
+    if not native.is_checkpoint(source) and not opening.is_foreign(source):
         raise WeightsError(
             f"{source} is not a checkpoint: give a run's directory, a Hugging Face folder, a"
             " .safetensors or .pth file, or hf:OWNER/NAME"

@@ -19,7 +19,7 @@ from absl import logging
 from beit_jax.config import ConfigError, check, one_of
 from beit_jax.models.functional import flatten, unflatten
 from beit_jax.types import FlatParams, JsonObject, Params
-from beit_jax.weights import adapt, foreign, hub, native
+from beit_jax.weights import adapt, foreign, hub, native, opening
 from beit_jax.weights.description import Description, describe, to_config
 from beit_jax.weights.formats import FORMATS, Export, Written
 from beit_jax.weights.report import Report, WeightsError, check_names
@@ -208,7 +208,7 @@ def restore_params(
     """
     wanted = flatten(shapes)
     wanted_shapes = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
-    is_native = native.is_checkpoint(source) or not foreign.is_foreign(source)
+    is_native = native.is_checkpoint(source) or not opening.is_foreign(source)
     if is_native:
         stored = flatten(native.saved_params_shapes(source, name=name))
         if {path: tuple(leaf.shape) for path, leaf in stored.items()} == wanted_shapes:
@@ -261,7 +261,7 @@ def read_any(
     Raises:
       ConfigError: nothing there, or it can't be read.
     """
-    if not native.is_checkpoint(source) and foreign.is_foreign(source):
+    if not native.is_checkpoint(source) and opening.is_foreign(source):
         checkpoint = foreign.read(source, normalization=normalization, heads=heads)
         config = to_config(checkpoint.description)
         config["imported_from"] = {"source": source, "sha256": checkpoint.sha256}

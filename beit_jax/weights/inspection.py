@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from beit_jax.models.functional import flatten
-from beit_jax.weights import foreign, native
+from beit_jax.weights import foreign, native, opening
 from beit_jax.weights.description import describe, sentence
 from beit_jax.weights.report import WeightsError
 
@@ -26,7 +26,7 @@ def inspect(source: str) -> str:
         lines = ["format: beit_jax", f"checkpoint: {native.state_folder(source, name='').parent}"]
         lines.append(sentence(describe(native.saved_config(source))))
         return "\n".join([*lines, *_table(shapes)])
-    opened = foreign.open_file(source)
+    opened = opening.open_file(source)
     found = foreign.detect(opened)
     if found is None or found.reader is None:
         metadata = dict(opened.metadata) or "none"

@@ -31,6 +31,10 @@ class Opened:
       config: `config.json` beside it, where there is one.
       preprocessor: `preprocessor_config.json` beside it, where there is one.
       sha256: of the file with the weights.
+      notes: lines for the report: what was chosen where the file leaves a choice.
+      extras: what the file says beside its tensors: strings, numbers and bools of the top level,
+        and `args` or `hyper_parameters` as a dict of these:
+        {"arch": "...", "args": {"model": "..."}}.
     """
 
     path: str
@@ -39,6 +43,8 @@ class Opened:
     config: JsonObject = dataclasses.field(default_factory=dict)
     preprocessor: JsonObject = dataclasses.field(default_factory=dict)
     sha256: str = ""
+    notes: tuple[str, ...] = ()
+    extras: JsonObject = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
