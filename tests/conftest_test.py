@@ -19,9 +19,9 @@ raise ModuleNotFoundError(__name__)
 
 @pytest.mark.parametrize("processes", ["-n0", "-n1"])
 def test_triton_is_imported_before_tensorflow(processes, tmp_path):
-    """The other order is a segmentation fault, see conftest.py; here stand-ins write the order down.
+    """In pytest's process and in a worker's; the other order is a segmentation fault.
 
-    So it holds where Triton is not installed, too, in pytest's process and in a worker's.
+    Stand-ins write the order down, so the test says the same where Triton is not installed.
     """
     for name in ("triton", "tensorflow"):
         (tmp_path / f"{name}.py").write_text(STAND_IN)
