@@ -1,12 +1,16 @@
 """Files of tensors as bytes: safetensors, what `torch.save` writes, and their checksums.
 
 content = read_bytes("model.safetensors")
-state, metadata = load(content, source="model.safetensors")
+loaded = load(content, source="model.safetensors")
+loaded.state, loaded.metadata
 """
 
+import dataclasses
 import hashlib
+import io
 import json
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -14,13 +18,13 @@ import safetensors
 import safetensors.numpy
 
 from beit_jax.files import write_whole
-from beit_jax.types import FlatParams, PyTree
-from beit_jax.weights import pickles
+from beit_jax.types import FlatParams, JsonObject
+from beit_jax.weights import pickles, unwrapping
 from beit_jax.weights.pickles import read_bytes as read_bytes
 from beit_jax.weights.report import WeightsError
 
-# Keys that a `.pth` may keep its state dict under: official, DeepSpeed, OpenMMLab.
-_WRAPPERS = ("model", "module", "state_dict")
+# Of files that `load` reads. What is in them decides how, not the suffix.
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".pt.tar", ".zip")
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -35,29 +39,92 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-def load(content: bytes, *, source: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors and metadata of a file whose name says what it is.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a file of tensors holds.
+
+    Attributes:
+      source: the file, or the one file in a zip: "beit.zip/beit.pth".
+      state: key → array.
+      metadata: of a safetensors header; empty for other containers.
+      notes: lines for the report: what was chosen where the file leaves a choice.
+      extras: see `Opened.extras`.
+      sha256: of the file, where the caller has set it.
+    """
+
+    source: str
+    state: dict[str, np.ndarray]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    extras: JsonObject = dataclasses.field(default_factory=dict)
+    sha256: str = ""
+
+
+def load(content: bytes, *, source: str, weights: str = "") -> Loaded:
+    """Tensors of a safetensors file, of what `torch.save` wrote, or of a zip with one such file.
 
     Args:
-      content: the file.
-      source: its name; one that ends in .safetensors is read as safetensors, any other as what
-        `torch.save` wrote.
-
-    Returns:
-      Tensors by key, and the safetensors header's metadata (empty for the other kind).
+      content: the file, which says itself what it is.
+      source: its name, for messages.
+      weights: see `unwrapping.unwrap`.
 
     Raises:
-      WeightsError: the file is damaged or refused.
+      WeightsError: the file is damaged or refused, holds no tensors, or not those asked for.
     """
-    if source.endswith(".safetensors"):
-        return load_safetensors(content, source=source)
-    return state_dict(pickles.loads(content, source=source), source=source), {}
+    content, source = _unzipped(content, source=source)
+    if is_safetensors(content, source=source):
+        unwrapping.refuse_average(weights, source=source)
+        whole, metadata = load_safetensors(content, source=source)
+        state, notes = unwrapping.plain_names(whole, source=source)
+        return Loaded(state=state, metadata=metadata, notes=notes, source=source)
+    found = unwrapping.unwrap(pickles.loads(content, source=source), source=source, weights=weights)
+    return Loaded(state=found.state, notes=found.notes, extras=found.extras, source=source)
+
+
+def is_safetensors(content: bytes, *, source: str) -> bool:
+    """Whether a file is to be read as safetensors: by its header, else by its name.
+
+    Neither container of `torch.save` can have a brace after eight bytes that count a header.
+    """
+    if content[8:9] == b"{" and content[5:8] == bytes(3):
+        return True
+    return source.endswith(".safetensors") and content[:1] != b"\x80" and content[:2] != b"PK"
+
+
+def _unzipped(content: bytes, *, source: str) -> tuple[bytes, str]:
+    """The one file of weights in a zip, and its name; any other content as it is."""
+    if content[:4] != b"PK\3\4":
+        return content, source
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        names = [name for name in archive.namelist() if not _is_hidden(name)]
+        if any(name.endswith("data.pkl") for name in names):
+            return content, source
+        files = [name for name in names if name.endswith(SUFFIXES)]
+        if len(files) == 1:
+            return archive.read(files[0]), f"{source}/{files[0]}"
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+        raise WeightsError(
+            f"{source} ({len(content)} bytes) is a zip file that is damaged, cut off or locked:"
+            f" {' '.join(str(error).split())[:200]}"
+        ) from None
+    what = f"{len(files)} files of weights ({', '.join(files[:5])})" if files else "no weights"
+    raise WeightsError(
+        f"{source} is a zip file, but not one of torch.save, and holds {what}; unpack it and give"
+        " a file or folder of it"
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    return name.endswith("/") or any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
 def load_safetensors(
     content: bytes, *, source: str
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors and metadata of a safetensors file, bfloat16 included; WeightsError if damaged."""
+    if not content:
+        pickles.refuse_text(content, source=source)
     try:
         entries = safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
@@ -73,40 +140,30 @@ def load_safetensors(
         state[name] = flat.reshape(entry["shape"])
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    return state, header.get("__metadata__", {})
-
-
-def state_dict(whole: PyTree, *, source: str) -> dict[str, np.ndarray]:
-    """Finds the tensors in the content of a `.pth`: bare, wrapped, or a whole pickled module.
-
-    Raises:
-      WeightsError: there are none, or the module is damaged.
-    """
-    if isinstance(whole, pickles.Record):
-        try:
-            whole = pickles.module_state(whole)
-        except (RecursionError, AttributeError):  # a module inside itself, or no dicts in it
-            raise WeightsError(f"{source} holds a damaged module") from None
-    for key in _WRAPPERS:
-        if isinstance(whole, Mapping) and isinstance(whole.get(key), Mapping):
-            whole = whole[key]
-            break
-    if not isinstance(whole, Mapping):
-        raise WeightsError(f"{source} holds a {type(whole).__name__}, no state dict")
-    state = {str(k): v for k, v in whole.items() if isinstance(v, np.ndarray)}
-    if not state:
-        raise WeightsError(f"{source} holds no tensors")
-    if all(key.startswith("module.") for key in state):  # as DataParallel saves
-        state = {key.removeprefix("module."): array for key, array in state.items()}
-    return state
+    return state, header.get("__metadata__") or {}
 
 
 def check_sha256(content: bytes, expected: str, *, source: str) -> str:
     """The content's SHA-256; raises WeightsError where it is not `expected`, unless that is ""."""
     found = hashlib.sha256(content).hexdigest()
+    check_digest(found, expected, source=source)
+    return found
+
+
+def check_digest(found: str, expected: str, *, source: str) -> None:
+    """Raises WeightsError where a SHA-256 is not `expected`, unless that is ""."""
     if expected and expected.lower() != found:
         raise WeightsError(f"{source} has SHA-256 {found}, expected {expected}")
-    return found
+
+
+def combined_sha256(digests: Iterable[tuple[str, str]]) -> str:
+    """One SHA-256 for several files, `(name, SHA-256)` each.
+
+    It is what `sha256sum FILE... | sha256sum` prints in their folder: the digest of one line a
+    file, in the order of the names.
+    """
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(digests))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def write_safetensors(path: str, state: FlatParams, *, metadata: dict[str, str]) -> None:

@@ -106,7 +106,7 @@ def convert_tokenizer(
             continue
         content = containers.read_bytes(path)
         sources[part] = containers.check_sha256(content, sha256, source=path)
-        state, _ = containers.load(content, source=path)
+        state = containers.load(content, source=path).state
         params[part], reports[part] = to_params(state, part=part, config=config, source=path)
     save_params(output, params, config=config)
     return ConvertedTokenizer(

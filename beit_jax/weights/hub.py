@@ -11,18 +11,19 @@ cache wait for each other's file locks.
 """
 
 import dataclasses
-import fnmatch
+import glob
 import os
 import re
 from collections.abc import Mapping
 from types import ModuleType
 
+from etils import epath
+
+from beit_jax.weights import folders, shards
 from beit_jax.weights.report import WeightsError
 
 PREFIX = "hf:"
 _SETTINGS = ("config.json", "preprocessor_config.json")
-# Tried in this order, so that a pickle is downloaded only where the repository has nothing better.
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors", "*.pth")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,20 +70,19 @@ def resolve(source: str) -> str:
         return source
     repository = parse(source)
     hub = _hub(source)
-    for pattern in _WEIGHTS:
-        try:
-            folder = hub.snapshot_download(
-                repository.name,
-                revision=repository.revision,
-                allow_patterns=[*_SETTINGS, pattern],
-            )
-        except Exception as error:  # the HTTP library's own errors differ between its versions
-            raise WeightsError(f"{source}: {_reason(error, hub, repository)}") from None
-        files = sorted(fnmatch.filter(_names(folder), pattern))
-        if files:
-            has_config = os.path.exists(os.path.join(folder, "config.json"))
-            return folder if has_config else os.path.join(folder, files[0])
-    raise WeightsError(f"{source} holds none of {', '.join(_WEIGHTS)}")
+    try:
+        names = _names(hub, repository)
+        choice = folders.choose([name for name in names if "/" not in name], source=source)
+        folder = _download(hub, repository, [*_SETTINGS, choice.file])
+        if folders.is_index(choice.file):
+            shards_named = shards.weight_map(epath.Path(folder) / choice.file).values()
+            _download(hub, repository, sorted(set(shards_named)))
+    except WeightsError:
+        raise
+    except Exception as error:  # the HTTP library's own errors differ between its versions
+        raise WeightsError(f"{source}: {_reason(error, hub, repository)}") from None
+    has_config = os.path.exists(os.path.join(folder, "config.json"))
+    return folder if has_config else os.path.join(folder, choice.file)
 
 
 def check(repository: str) -> None:
@@ -130,14 +130,40 @@ def push(
     return str(commit.commit_url)
 
 
-def _names(folder: str) -> list[str]:
-    # The folder is not there where the repository has no file of the wanted names.
-    return os.listdir(folder) if os.path.isdir(folder) else []
+def _names(hub: ModuleType, repository: Repository) -> list[str]:
+    """The files of a repository, or those of it in the cache where the hub can't be asked."""
+    errors = hub.errors
+    try:
+        return list(hub.HfApi().list_repo_files(repository.name, revision=repository.revision))
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise
+    except Exception:  # offline, or unreachable: the HTTP library's own errors differ
+        # Without patterns, files that were never asked for would make the cache incomplete.
+        folder = hub.snapshot_download(
+            repository.name,
+            revision=repository.revision,
+            allow_patterns=[],
+            local_files_only=True,
+        )
+        return os.listdir(folder)
+
+
+def _download(hub: ModuleType, repository: Repository, names: list[str]) -> str:
+    """Downloads files by their exact names; gives the folder in the cache."""
+    return str(
+        hub.snapshot_download(
+            repository.name,
+            revision=repository.revision,
+            allow_patterns=[glob.escape(name) for name in names],
+        )
+    )
 
 
 def _hub(source: str) -> ModuleType:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
     except ImportError:
         raise WeightsError(
             f"{source}: the hub needs huggingface_hub, which is not installed:"

@@ -6,93 +6,101 @@
 Which format the keys are in is for `foreign` to find out.
 """
 
-import json
+import dataclasses
 
-import numpy as np
 from etils import epath
 
 from beit_jax.types import JsonObject
-from beit_jax.weights import containers, hub
+from beit_jax.weights import containers, folders, hub, shards, unwrapping
 from beit_jax.weights.formats import FORMATS
 from beit_jax.weights.formats.format import Opened
 from beit_jax.weights.report import WeightsError
 
-# Containers that `containers.load` reads; a format's own are beside them.
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+_CONFIGS = ("config.json", "preprocessor_config.json")
 
 
 def is_foreign(path: str) -> bool:
-    """Whether `path` looks like a foreign checkpoint, judged without opening a file.
+    """Whether `path` is a foreign checkpoint, judged without opening a file.
 
-    A file does by its suffix, a folder by its config.json beside weights, "hf:…" always.
+    Every file is one, since this project's checkpoints are folders, and so is what is not there but
+    has the suffix of one; a folder is one by the names of the files in it, "hf:…" always.
     """
     if path.startswith(hub.PREFIX):
         return True
-    if path.endswith((*_SUFFIXES, *(row.suffix for row in FORMATS.values() if row.suffix))):
+    formats = (row.suffix for row in FORMATS.values() if row.suffix)
+    if path.endswith((*containers.SUFFIXES, *formats)):
         return True
-    folder = epath.Path(path)
-    return (folder / "config.json").exists() and any(
-        (folder / name).exists() for name in _FOLDER_FILES
-    )
+    place = epath.Path(path)
+    if place.is_dir():
+        return folders.has_weights(place)
+    return place.exists()
 
 
 def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
-    """Reads the tensors of a file, or of a folder with config.json, whatever they are.
+    """Reads the tensors of a file, or of a folder, whatever they are.
 
     Args:
-      path: a file or folder, local or gs://, or "hf:OWNER/NAME[@REVISION]".
-      sha256: what the file must have; "" skips the check.
+      path: a file in a container of `containers` or of a format; an index of shards; a folder that
+        holds one or the other, Hugging Face's or DeepSpeed's; local or gs://, or
+        "hf:OWNER/NAME[@REVISION]".
+      sha256: what the file must have; "" skips the check. For shards, see
+        `containers.combined_sha256`.
       weights: which of a training checkpoint's two sets: "ema", "model", or "" for the EMA's where
         there is one, as timm chooses.
 
     Raises:
-      WeightsError: nothing there, damaged, refused, another checksum, or a format that can only be
-        written.
+      WeightsError: nothing there, damaged, refused, another checksum, several files or sets of
+        weights that could be meant, or a format that can only be written.
     """
+    unwrapping.check_choice(weights)
     file = epath.Path(hub.resolve(path))
-    config: JsonObject = {}
-    preprocessor: JsonObject = {}
+    notes: list[str] = []
+    configs: list[JsonObject] = [{}, {}]
     if file.is_dir():
         folder = file
-        present = [folder / name for name in _FOLDER_FILES if (folder / name).exists()]
-        if not present or not (folder / "config.json").exists():
-            raise WeightsError(
-                f"{path} is no Hugging Face folder: it lacks config.json or model.safetensors"
-            )
-        file = present[0]
-        config = _json(folder / "config.json")
-        if (folder / "preprocessor_config.json").exists():
-            preprocessor = _json(folder / "preprocessor_config.json")
-    source = str(file)
-    content = containers.read_bytes(source)
-    found = containers.check_sha256(content, sha256, source=source)
-    state, metadata = _load(content, source=source)
+        choice = folders.find(folder, source=path)
+        file = folder / choice.file
+        notes += [choice.note] if choice.note else []
+        configs = [_config(folder / name) for name in _CONFIGS]
+    elif folders.is_index(file.name):
+        configs = [_config(file.parent / name) for name in _CONFIGS]
+    elif folders.is_shard(file.name) and file.exists():
+        raise WeightsError(f"{file} is one of several files of weights; give their folder")
+    found = _read(file, sha256=sha256, weights=weights)
     return Opened(
-        path=source,
-        state=state,
-        metadata=metadata,
-        config=config,
-        preprocessor=preprocessor,
-        sha256=found,
+        path=found.source,
+        state=found.state,
+        metadata=found.metadata,
+        config=configs[0],
+        preprocessor=configs[1],
+        sha256=found.sha256,
+        notes=(*notes, *found.notes),
+        extras=found.extras,
     )
 
 
-def _load(content: bytes, *, source: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """By suffix: a format's own container, or one of those that many formats share."""
+def _config(path: epath.Path) -> JsonObject:
+    return shards.read_json(path) if path.exists() else {}
+
+
+def _read(file: epath.Path, *, sha256: str, weights: str) -> containers.Loaded:
+    """A file's tensors: an index's, a format's own container's, or one that many formats share."""
+    source = str(file)
+    if folders.is_index(file.name):
+        unwrapping.refuse_average(weights, source=source)
+        loaded = shards.load(file.parent, file.name)
+        containers.check_digest(loaded.sha256, sha256, source=source)
+        return loaded
+    content = containers.read_bytes(source)
+    digest = containers.check_sha256(content, sha256, source=source)
     for row in FORMATS.values():
         if not row.suffix or not source.endswith(row.suffix):
             continue
         if row.reader is None:
             raise WeightsError(f"{source}: the format {row.name} can be written, not read")
         if row.reader.load is not None:
-            return row.reader.load(content, source)
-    return containers.load(content, source=source)
-
-
-def _json(path: epath.Path) -> JsonObject:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{path} is no JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
+            unwrapping.refuse_average(weights, source=source)
+            state, metadata = row.reader.load(content, source)
+            return containers.Loaded(source=source, state=state, metadata=metadata, sha256=digest)
+    loaded = containers.load(content, source=source, weights=weights)
+    return dataclasses.replace(loaded, sha256=digest)

@@ -1,89 +1,44 @@
 """Reads what `torch.save` wrote without running code from it, and without PyTorch.
 
-A pickle is a program: it may name any importable function and call it. Here allow-listed classes
-become inert placeholders, and any other name is an error that says the name, before anything is
-called. Tensors become NumPy arrays. Both containers are read: zip (PyTorch ≥ 1.6) and the older
-stream.
+A pickle is a program: it may name any importable function and call it. Here known names become
+inert placeholders (`placeholders`), and any other is an error that says the name; nothing that is
+named is imported or called. Tensors become NumPy arrays. Both containers are read: zip (PyTorch
+≥ 1.6) and the older stream.
 
     state = pickles.load("beit_base.pth")["model"]          # {"cls_token": array, ...}
     module = pickles.load("encoder.pkl")                    # a Record
     state = pickles.module_state(module)                    # its state dict
 """
 
-import collections
+import codecs
 import io
 import pickle
+import re
 import struct
 import sys
 import zipfile
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from beit_jax.types import PyTree
+from beit_jax.weights.placeholders import STORAGES, Names, Refused
+from beit_jax.weights.placeholders import Record as Record
 from beit_jax.weights.report import WeightsError
 
 # The first object in a stream of the older container (torch/serialization.py).
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
+_LFS_POINTER = "version https://git-lfs.github.com/spec/"
+# What other containers start with: containers that hold weights, but not in a way that is read.
+_OTHERS = {
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+    b"BZh": "compressed by bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"\x89HDF": "an HDF5 file, as TensorFlow and Keras write; PyTorch's or safetensors are read",
 }
-# Classes whose objects become `Record`s. Training scripts save those of the second group beside the
-# weights; nothing is read from them.
-_RECORDS = {
-    *(("dall_e.encoder", name) for name in ("Encoder", "EncoderBlock")),
-    *(("dall_e.decoder", name) for name in ("Decoder", "DecoderBlock")),
-    ("dall_e.utils", "Conv2d"),
-    ("torch", "device"),
-    ("argparse", "Namespace"),
-    ("torch.nn.backends.thnn", "_get_thnn_function_backend"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-    ("_codecs", "encode"),
-}
-_RECORD_MODULES = ("torch.nn.modules.",)
-
-
-class Record:
-    """An inert placeholder for an object: the name of its class and its attributes.
-
-    Attributes:
-      of: the class, "dall_e.encoder.Encoder".
-      fields: the attributes; empty where the object had other state.
-    """
-
-    of = ""
-    fields: dict[str, PyTree]
-
-    def __new__(cls, *args: object, **kwargs: object) -> "Record":
-        record = super().__new__(cls)
-        record.fields = {}
-        return record
-
-    def __init__(self, *args: object, **kwargs: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, tuple) and state and isinstance(state[0], dict):
-            state = state[0]
-        self.fields = dict(state) if isinstance(state, dict) else {}
-
-
-class _Refused(Exception):
-    """The pickle names something that is not allow-listed."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -92,38 +47,25 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, *, storage: Callable[[PyTree], PyTree] | None = None):
         super().__init__(file, encoding="utf-8")
         self._storage = storage
-        self._classes: dict[tuple[str, str], Callable[..., PyTree]] = {}
+        self._names = Names()
 
-    def find_class(self, module: str, name: str) -> Callable[..., PyTree]:
-        key = (module, name)
-        if key not in self._classes:
-            self._classes[key] = self._placeholder(module, name)
-        return self._classes[key]
+    def find_class(self, module: str, name: str) -> PyTree:
+        return self._names.find(module, name)
 
     def persistent_load(self, saved_id: PyTree) -> PyTree:
         if self._storage is None:
             raise pickle.UnpicklingError("a reference outside of the tensors' pickle")
         return self._storage(saved_id)
 
-    def _placeholder(self, module: str, name: str) -> Callable[..., PyTree]:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if module in ("builtins", "__builtin__") and name == "set":
-            return set
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return type(name, (Record,), {"of": name})
-        if (module, name) in (
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("torch._utils", "_rebuild_tensor"),
-        ):
-            return lambda *args: _tensor(*args)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *args: data
-        if (module, name) in _RECORDS or module.startswith(_RECORD_MODULES):
-            return type(name, (Record,), {"of": f"{module}.{name}"})
-        raise _Refused(f"{module}.{name}")
+    def load(self) -> PyTree:
+        """The object; Refused where the pickle names something that has no placeholder."""
+        try:
+            result = super().load()
+        except Exception:
+            self._names.check()  # the better error, where an unknown name led to this one
+            raise
+        self._names.check()
+        return result
 
 
 def load(path: str) -> PyTree:
@@ -152,17 +94,17 @@ def read_bytes(path: str) -> bytes:
 
 def loads(content: bytes, *, source: str) -> PyTree:
     """Does the work of `load` on bytes; `source` is for messages."""
-    if not content:
-        raise WeightsError(f"{source} is empty")
     refuse_text(content, source=source)
     try:
         if content[:2] == b"PK":
             return _load_zip(content, source=source)
         return _load_stream(content, source=source)
-    except _Refused as error:
+    except Refused as error:
         raise WeightsError(
-            f"{source} is refused: it names {error}, which loading would import and may run;"
-            " only tensors and the modules of DALL-E are read"
+            f"{source} is refused: it names {error}, which loading would import and may run; only"
+            " tensors and plain settings are read. If you trust the file, keep its weights alone:"
+            f' torch.save(torch.load("{source}", weights_only=False)["model"], "weights.pth")'
+            ' (its key may be another than "model")'
         ) from None
     except WeightsError:
         raise
@@ -188,22 +130,50 @@ def module_state(module: PyTree, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def refuse_text(content: bytes, *, source: str) -> None:
-    """Raises WeightsError for a text file: the log of `wget -o`, an error page."""
+    """Raises WeightsError for what is no file of weights at all, and says what it is.
+
+    An empty file, a Git-LFS pointer, an error page, the log of `wget -o`, any other text, or
+    another container's first bytes.
+    """
+    if not content:
+        raise WeightsError(f"{source} is empty")
+    for start, what in _OTHERS.items():
+        if content.startswith(start):
+            raise WeightsError(f"{source} is {what}")
+    if content[257:262] == b"ustar":
+        raise WeightsError(f"{source} is a tar archive; unpack it first")
     head = content[:512]
     if head[:1] == b"\x80" or head[:2] == b"PK":
         return
     try:
-        text = head.decode("ascii")
+        # Incremental, since the 512 bytes may end within a character.
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head).strip()
     except UnicodeDecodeError:
         return
     if not all(character.isprintable() or character in "\r\n\t" for character in text):
         return
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "")[:60]
-    raise WeightsError(
-        f"{source} is a text file, not weights; it starts with {first!r}. BEiT's instructions say"
-        " `wget -o encoder.pkl`, which writes wget's log there: download again with a capital"
-        " letter, `wget -O encoder.pkl https://cdn.openai.com/dall-e/encoder.pkl`"
-    )
+    if not text:
+        raise WeightsError(f"{source} is blank, not weights")
+    if text.startswith(_LFS_POINTER):
+        raise WeightsError(
+            f"{source} is a Git-LFS pointer, not the weights it stands for; `git lfs pull` in its"
+            " repository downloads them"
+        )
+    first = text.splitlines()[0].strip()[:60]
+    if re.match(r"<(!doctype|html|\?xml|head|error)", text, re.IGNORECASE):
+        raise WeightsError(
+            f"{source} is a web page, not weights; it starts with {first!r}. The download got an"
+            " error or a login page: look at it in a browser, and download again"
+        )
+    log = re.match(r"--[\d-]+ [\d:]+--\s+(\S+)", text)
+    advice = ""
+    if log:
+        name = source.rsplit("/", 1)[-1]
+        advice = (
+            f". That is wget's log, which `wget -o {name}` writes there: download again with a"
+            f" capital letter, `wget -O {name} {log[1]}`"
+        )
+    raise WeightsError(f"{source} is a text file, not weights; it starts with {first!r}{advice}")
 
 
 def _load_zip(content: bytes, *, source: str) -> PyTree:
@@ -273,30 +243,13 @@ def _load_stream(content: bytes, *, source: str) -> PyTree:
 
 def _dtype(kind: object) -> type[np.generic]:
     name = getattr(kind, "of", None)
-    if name not in _STORAGES:
-        raise pickle.UnpicklingError(f"storage of kind {kind!r}")
-    return _STORAGES[name]
+    if not isinstance(name, str) or name not in STORAGES:
+        raise pickle.UnpicklingError("a storage of a kind that is not read")
+    return STORAGES[name]
 
 
 def _native_order(array: np.ndarray, order: str) -> np.ndarray:
     return array if order == sys.byteorder else array.byteswap()
-
-
-def _tensor(
-    storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
-) -> np.ndarray:
-    """A view of a storage, checked to lie inside it."""
-    if not isinstance(storage, np.ndarray) or len(size) != len(stride):
-        raise pickle.UnpicklingError("a tensor without a storage")
-    if min((offset, *size, *stride)) < 0:
-        raise pickle.UnpicklingError("a tensor with negative sizes")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= storage.size:
-        raise EOFError(f"a tensor of shape {tuple(size)} ends behind its {storage.size} numbers")
-    steps = [step * storage.itemsize for step in stride]
-    if 0 in size:
-        return np.zeros(size, storage.dtype)
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
 
 def _one_line(error: Exception) -> str:

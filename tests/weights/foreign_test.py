@@ -222,8 +222,9 @@ def test_other_files_are_refused(exported, tmp_path):
         read(str(path))
     with pytest.raises(WeightsError, match="has Hugging Face's keys; give the folder"):
         read(str(folder / "hf" / "model.safetensors"))
-    with pytest.raises(WeightsError, match=r"lacks config\.json or model"):
-        read(str(tmp_path))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(WeightsError, match=r"holds no weights: no model\.safetensors"):
+        read(str(tmp_path / "nothing"))
     with pytest.raises(WeightsError, match="does not exist"):
         read(str(tmp_path / "nothing.pth"))
 

@@ -126,7 +126,7 @@ def test_what_does_not_exist_is_named(server, run):
     assert resolved(run, "hf:owner/name@v9") == (
         "error: hf:owner/name@v9: owner/name has no revision v9"
     )
-    assert "hf:owner/data holds none of model.safetensors" in resolved(run, "hf:owner/data")
+    assert "hf:owner/data holds no weights: no model.safetensors" in resolved(run, "hf:owner/data")
 
 
 def test_a_pickle_is_taken_only_without_safetensors(server, run):
