@@ -63,6 +63,9 @@ def eval_shorter_side(image_size: int, *, crop: float | None = None) -> int:
       crop: the view's share of the resized shorter side, in (0, 1]; None for the official one,
         224/256 for views under 384 pixels and 1 for others.
     """
-    if crop is None:
-        crop = _SMALL_CROP if image_size < _SMALL_BELOW else 1.0
-    return int(image_size / crop)
+    return int(image_size / (crop or official_crop(image_size)))
+
+
+def official_crop(image_size: int) -> float:
+    """The view's share of the resized shorter side in the official evaluation."""
+    return _SMALL_CROP if image_size < _SMALL_BELOW else 1.0

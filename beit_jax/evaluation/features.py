@@ -110,13 +110,15 @@ def load_frozen_encoder(
       ConfigError: `source` does not exist or has no encoder, or the image size does not fit.
     """
     try:
-        params, description, _ = convert.read_any(source)
+        params, description, _, report = convert.read_any(source)
         size, patch = image_size or description.model.image_size, description.model.patch_size
         check(size % patch == 0, "image_size", f"{size} is not a multiple of its patches, {patch}")
         params, description, reshaped = convert.resized(params, description, image_size=size)
     except ConfigError as error:
         raise ConfigError(f"{name}: {source}: {error}") from None
     logging.info("probing %s (%s)", source, description.task)
+    for line in report.guessed:
+        logging.warning("%s: guessed %s", source, line)
     for line in reshaped:
         logging.info("resized %s", line)
     functions, encoder_params = frozen_encoder(

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from beit_jax.config import ModelConfig
 from beit_jax.models.functional import Functional, unflatten
@@ -16,6 +17,7 @@ from beit_jax.pretrained.heads import PretrainedClassifier, PretrainedMaskedImag
 from beit_jax.types import Params
 from beit_jax.weights import convert, native, opening
 from beit_jax.weights.description import Description
+from beit_jax.weights.formats.format import Stated
 from beit_jax.weights.report import WeightsError, check_names
 
 Source: TypeAlias = str | os.PathLike[str]
@@ -29,6 +31,8 @@ def load_encoder(
     attention: str = "auto",
     normalization: str = "",
     heads: int = 0,
+    layer_norm_epsilon: float | None = None,
+    weights: str = "",
 ) -> PretrainedEncoder:
     """Loads the encoder of any checkpoint, without its head.
 
@@ -42,6 +46,10 @@ def load_encoder(
       normalization: "half" or "imagenet", in place of what the checkpoint says. With "", the
         checkpoint decides, and "half" is taken where its format cannot say.
       heads: attention heads, for formats that don't say; 0 stands for width / 64 there.
+      layer_norm_epsilon: in place of what the checkpoint says; None takes that, or the official
+        1e-6 where its format cannot say.
+      weights: "ema" or "model", for training checkpoints with an average beside the model; "" takes
+        a foreign file's average, as timm does, and a run's model.
 
     Returns:
       The encoder, its parameters on the default device.
@@ -54,8 +62,12 @@ def load_encoder(
         image_size=image_size,
         dtype=dtype,
         attention=attention,
-        normalization=normalization,
-        heads=heads,
+        stated=Stated(
+            normalization=normalization,
+            heads=heads,
+            layer_norm_epsilon=layer_norm_epsilon,
+            weights=weights,
+        ),
     )
     kept = {name: array for name, array in flat.items() if name.startswith("encoder/")}
     return encoder_of(_on_device(kept)["encoder"], description)
@@ -69,6 +81,8 @@ def load_classifier(
     attention: str = "auto",
     normalization: str = "",
     heads: int = 0,
+    layer_norm_epsilon: float | None = None,
+    weights: str = "",
 ) -> PretrainedClassifier:
     """Loads a fine-tuned classifier; the arguments are those of `load_encoder`.
 
@@ -80,8 +94,12 @@ def load_classifier(
         image_size=image_size,
         dtype=dtype,
         attention=attention,
-        normalization=normalization,
-        heads=heads,
+        stated=Stated(
+            normalization=normalization,
+            heads=heads,
+            layer_norm_epsilon=layer_norm_epsilon,
+            weights=weights,
+        ),
     )
     _check_task(description, "classify", source=source)
     functions = _classifier_functions(
@@ -100,6 +118,8 @@ def load_masked_image_model(
     attention: str = "auto",
     normalization: str = "",
     heads: int = 0,
+    layer_norm_epsilon: float | None = None,
+    weights: str = "",
 ) -> PretrainedMaskedImageModel:
     """Loads a pre-trained encoder with its token head; the arguments are those of `load_encoder`.
 
@@ -111,8 +131,12 @@ def load_masked_image_model(
         image_size=image_size,
         dtype=dtype,
         attention=attention,
-        normalization=normalization,
-        heads=heads,
+        stated=Stated(
+            normalization=normalization,
+            heads=heads,
+            layer_norm_epsilon=layer_norm_epsilon,
+            weights=weights,
+        ),
     )
     _check_task(description, "pretrain", source=source)
     functions = _masked_image_model_functions(description.model, vocabulary=description.outputs)
@@ -127,8 +151,7 @@ def _read(
     image_size: int | None,
     dtype: str,
     attention: str,
-    normalization: str,
-    heads: int,
+    stated: Stated,
 ) -> tuple[dict[str, np.ndarray], Description]:
     """Flat parameters of any checkpoint, resized, and their description with these settings."""
     source = os.fspath(source)
@@ -137,9 +160,9 @@ def _read(
             f"{source} is not a checkpoint: give a run's directory, a Hugging Face folder, a"
             " .safetensors or .pth file, or hf:OWNER/NAME"
         )
-    params, description, _ = convert.read_any(source, normalization=normalization, heads=heads)
-    if heads and description.model.heads != heads:
-        raise WeightsError(f"heads: {heads}, but {source} says {description.model.heads}")
+    params, description, _, report = convert.read_any(source, stated=stated)
+    for line in report.guessed:
+        logging.warning("%s: guessed %s", source, line)
     check_names(
         {name: leaf.shape for name, leaf in description.shapes().items()},
         {name: array.shape for name, array in params.items()},
@@ -149,7 +172,6 @@ def _read(
     return params, dataclasses.replace(
         description,
         model=dataclasses.replace(description.model, dtype=dtype, attention=attention),
-        normalization=normalization or description.normalization,
     )
 
 

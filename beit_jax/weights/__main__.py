@@ -4,7 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from beit_jax.weights.formats.format import Stated
 
 _ALLOWED = "NAME is a name, a module (lm_head) or a glob; may be given several times"
 
@@ -67,7 +70,9 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--format", required=True, choices=tuple(_formats()))
     command.add_argument("--output", required=True, help="folder or file to write")
     _add_image_size(command)
-    _add_allow(command, "unused", "leave parameter NAME out")
+    _add_stated(command)
+    _add_allow(command, "missing", "go on without a foreign checkpoint's key NAME")
+    _add_allow(command, "unused", "leave out parameter, or a foreign checkpoint's key, NAME")
     command.add_argument(
         "--push",
         default="",
@@ -97,19 +102,7 @@ def _add_import(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="copy a shared relative-position table to every block, as fine-tuning has it",
     )
-    command.add_argument("--sha256", default="", metavar="HEX", help="check the file")
-    command.add_argument(
-        "--normalization",
-        default="",
-        choices=_normalizations(),
-        help="of the pixels, where the format doesn't say (default: half)",
-    )
-    command.add_argument(
-        "--heads",
-        type=int,
-        default=0,
-        help="attention heads, where the format doesn't say (default: width / 64)",
-    )
+    _add_stated(command)
     _add_allow(command, "missing", "go on without foreign key NAME")
     _add_allow(command, "unused", "ignore foreign key NAME")
 
@@ -149,6 +142,36 @@ def _add_image_size(command: argparse.ArgumentParser) -> None:
     command.add_argument("--image-size", type=int, help="resize positions to this image size")
 
 
+def _add_stated(command: argparse.ArgumentParser) -> None:
+    """What a foreign file may not say, and what is to be taken in place of what it does."""
+    command.add_argument("--sha256", default="", metavar="HEX", help="check a foreign file")
+    command.add_argument(
+        "--normalization",
+        default="",
+        choices=_normalizations(),
+        help="of the pixels, in place of what the file says (half, where it does not)",
+    )
+    command.add_argument(
+        "--heads",
+        type=int,
+        default=0,
+        help="attention heads, where the file doesn't say (default: width / 64)",
+    )
+    command.add_argument(
+        "--epsilon",
+        type=float,
+        default=None,
+        help="of the LayerNorms, in place of what the file says (1e-6, where it does not)",
+    )
+    command.add_argument(
+        "--weights",
+        default="",
+        choices=("ema", "model"),
+        help="of a training checkpoint with an average beside the model (default: a foreign file's"
+        " average, as timm; a run's model)",
+    )
+
+
 def _add_allow(command: argparse.ArgumentParser, what: str, effect: str) -> None:
     command.add_argument(
         f"--allow-{what}",
@@ -165,6 +188,17 @@ def _normalizations() -> tuple[str, ...]:
     return tuple(NORMALIZATIONS)
 
 
+def _stated(options: argparse.Namespace) -> "Stated":
+    from beit_jax.weights.formats.format import Stated
+
+    return Stated(
+        normalization=options.normalization,
+        heads=options.heads,
+        layer_norm_epsilon=options.epsilon,
+        weights=options.weights,
+    )
+
+
 def _export(options: argparse.Namespace) -> None:
     from beit_jax.weights.convert import export_checkpoint
 
@@ -173,6 +207,9 @@ def _export(options: argparse.Namespace) -> None:
         format=options.format,
         output=options.output,
         image_size=options.image_size,
+        sha256=options.sha256,
+        stated=_stated(options),
+        allow_missing=options.allow_missing,
         allow_unused=options.allow_unused,
         push=options.push,
         private=options.private,
@@ -193,8 +230,7 @@ def _import(options: argparse.Namespace) -> None:
         image_size=options.image_size,
         per_block=options.per_block,
         sha256=options.sha256,
-        normalization=options.normalization,
-        heads=options.heads,
+        stated=_stated(options),
         allow_missing=options.allow_missing,
         allow_unused=options.allow_unused,
     )

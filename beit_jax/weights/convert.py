@@ -11,6 +11,7 @@ over is an error unless it was allowed.
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +22,8 @@ from beit_jax.models.functional import flatten, unflatten
 from beit_jax.types import FlatParams, JsonObject, Params
 from beit_jax.weights import adapt, foreign, hub, native, opening
 from beit_jax.weights.description import Description, describe, to_config
-from beit_jax.weights.formats import FORMATS, Export, Written
+from beit_jax.weights.formats import FORMATS, Export, Format, Written
+from beit_jax.weights.formats.format import NOTHING_STATED, Stated
 from beit_jax.weights.report import Report, WeightsError, check_names
 
 
@@ -48,21 +50,24 @@ def export_checkpoint(
     format: str,
     output: str,
     image_size: int | None = None,
+    sha256: str = "",
+    stated: Stated = NOTHING_STATED,
+    allow_missing: Iterable[str] = (),
     allow_unused: Iterable[str] = (),
     push: str = "",
     private: bool = False,
 ) -> Exported:
-    """Writes a checkpoint in a foreign format.
-
-    Needs only the checkpoint and the config saved in it, on one CPU, on whatever devices it was
-    written.
+    """Writes a checkpoint in a foreign format, on one CPU, on whatever devices it was written.
 
     Args:
       source: a checkpoint, a run's directory, a foreign checkpoint or "hf:OWNER/NAME".
       format: a key of `formats.FORMATS`.
       output: the folder or file to write; replaced if it is there.
       image_size: another resolution to resize positions to.
-      allow_unused: parameters that may be left out.
+      sha256: what a foreign file must have; "" skips the check.
+      stated: facts that a foreign file may not say.
+      allow_missing: foreign keys that may be missing.
+      allow_unused: parameters, or a foreign file's keys, that may be left out.
       push: "OWNER/NAME", a repository on the hub to upload the result to; "" for none.
       private: whether a repository that the push creates is private.
 
@@ -70,33 +75,43 @@ def export_checkpoint(
       ConfigError: the source can't be read or does not fit its config, the output has another
         suffix than the format's, or the push fails.
     """
-    one_of(format, "format", *FORMATS)
-    check(bool(push) or not private, "--private", "only with --push")
-    target = FORMATS[format]
-    target.check_output(output)
-    if push:
-        hub.check(push)  # before minutes of converting
-    params, description, config = read_any(source)
-    params, unused = _fitting(params, description, source=source, allow_unused=allow_unused)
-    params, description, reshaped = resized(params, description, image_size=image_size)
+    target = _target(format, output=output, push=push, private=private)
+    left = tuple(allow_unused)
+    read = read_any(
+        source, sha256=sha256, stated=stated, allow_missing=allow_missing, allow_unused=left
+    )
+    params, unused = _fitting(read.params, read.description, source=source, allow_unused=left)
+    params, description, reshaped = resized(params, read.description, image_size=image_size)
     written = target.write(
         Export(
             output=output,
             params=params,
             description=description,
-            config=config,
+            config=read.config,
             metrics=native.saved_metrics(source),
             source=source,
         )
     )
     commit = _push(written, output, repository=push, private=private, format=format)
-    report = Report(
+    report = dataclasses.replace(
+        read.report,
         used=written.used,
         unused=(*unused, *written.left_out),
         rebuilt=written.rebuilt,
         reshaped=(*reshaped, *written.reshaped),
+        cast=(),
     )
     return Exported(output=output, report=report, load=written.load, commit=commit)
+
+
+def _target(format: str, *, output: str, push: str, private: bool) -> Format:
+    """The format to write, with everything checked that would fail after minutes of converting."""
+    one_of(format, "format", *FORMATS)
+    check(bool(push) or not private, "--private", "only with --push")
+    FORMATS[format].check_output(output)
+    if push:
+        hub.check(push)
+    return FORMATS[format]
 
 
 def _fitting(
@@ -128,8 +143,7 @@ def import_checkpoint(
     image_size: int | None = None,
     per_block: bool = False,
     sha256: str = "",
-    normalization: str = "",
-    heads: int = 0,
+    stated: Stated = NOTHING_STATED,
     allow_missing: Iterable[str] = (),
     allow_unused: Iterable[str] = (),
 ) -> tuple[Report, Description, str]:
@@ -141,8 +155,7 @@ def import_checkpoint(
       image_size: another resolution to resize positions to.
       per_block: copy a shared relative-position table to every block.
       sha256: what the file must have; "" skips the check.
-      normalization: see `foreign.read`.
-      heads: see `foreign.read`.
+      stated: facts that the file may not say.
       allow_missing: foreign keys that may be missing.
       allow_unused: foreign keys that may be left over.
 
@@ -155,8 +168,7 @@ def import_checkpoint(
     checkpoint = foreign.read(
         source,
         sha256=sha256,
-        normalization=normalization,
-        heads=heads,
+        stated=stated,
         allow_missing=allow_missing,
         allow_unused=allow_unused,
     )
@@ -168,8 +180,7 @@ def import_checkpoint(
         description = dataclasses.replace(description, model=model)
         reshaped.append(f"{adapt.SHARED_TABLE} → {adapt.BLOCK_TABLE}, copies")
     params, description, more = resized(params, description, image_size=image_size)
-    config = to_config(description)
-    config["imported_from"] = {"source": source, "sha256": checkpoint.sha256}
+    config = to_config(description) | _imported_from(source, checkpoint)
     native.write_params(output, unflatten(params), config=config)
     report = dataclasses.replace(checkpoint.report, reshaped=(*reshaped, *more))
     return report, description, checkpoint.sha256
@@ -245,35 +256,70 @@ def to_devices(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
 
 
+class Read(NamedTuple):
+    """A checkpoint in memory.
+
+    Attributes:
+      params: flat, float32.
+      description: what they are.
+      config: as saved with them.
+      report: of a foreign checkpoint's keys; empty for one of this project's.
+    """
+
+    params: dict[str, np.ndarray]
+    description: Description
+    config: JsonObject
+    report: Report
+
+
 def read_any(
-    source: str, *, normalization: str = "", heads: int = 0
-) -> tuple[dict[str, np.ndarray], Description, JsonObject]:
+    source: str,
+    *,
+    sha256: str = "",
+    stated: Stated = NOTHING_STATED,
+    allow_missing: Iterable[str] = (),
+    allow_unused: Iterable[str] = (),
+) -> Read:
     """Reads a checkpoint, native or in any format that can be read, or "hf:OWNER/NAME".
 
     Args:
       source: its path or name.
-      normalization: see `foreign.read`; ignored for a native checkpoint, whose config says.
-      heads: see `foreign.read`; ignored for a native checkpoint.
-
-    Returns:
-      Parameters (flat, float32), their description, and the config saved with them.
+      sha256: what a foreign file must have; "" skips the check.
+      stated: facts in place of what the checkpoint says, or where a foreign file does not.
+      allow_missing, allow_unused: see `foreign.read`; of no meaning to a native checkpoint.
 
     Raises:
-      ConfigError: nothing there, or it can't be read.
+      ConfigError: nothing there, it can't be read, or it contradicts `stated`.
     """
     if not native.is_checkpoint(source) and opening.is_foreign(source):
-        checkpoint = foreign.read(source, normalization=normalization, heads=heads)
-        config = to_config(checkpoint.description)
-        config["imported_from"] = {"source": source, "sha256": checkpoint.sha256}
-        return checkpoint.params, checkpoint.description, config
+        checkpoint = foreign.read(
+            source,
+            sha256=sha256,
+            stated=stated,
+            allow_missing=allow_missing,
+            allow_unused=allow_unused,
+        )
+        config = to_config(checkpoint.description) | _imported_from(source, checkpoint)
+        return Read(checkpoint.params, checkpoint.description, config, checkpoint.report)
     config = native.saved_config(source)
     try:
         description = describe(config)
     except ConfigError as error:  # of a tokenizer's run, say
         raise WeightsError(f"{source}: {error}") from None
-    params = flatten(native.read_params(source))
+    if stated.heads and stated.heads != description.model.heads:
+        raise WeightsError(f"heads: {stated.heads}, but {source} says {description.model.heads}")
+    part = "ema" if stated.weights == "ema" else "params"
+    if not native.saved_params_shapes(source, part=part):
+        raise WeightsError(f"{source} has no average of its weights: --weights model")
+    params = flatten(native.read_params(source, part=part))
     params = {name: np.asarray(array, np.float32) for name, array in params.items()}
-    return params, description, config
+    return Read(params, stated.over(description), config, Report())
+
+
+def _imported_from(source: str, checkpoint: foreign.Checkpoint) -> JsonObject:
+    """What is saved about a file that a checkpoint was imported from."""
+    facts = {"source": source, "sha256": checkpoint.sha256, "kept": checkpoint.kept}
+    return {"imported_from": facts}
 
 
 def resized(

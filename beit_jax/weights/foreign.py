@@ -9,16 +9,25 @@ The formats themselves are in `formats`; nothing here depends on a particular on
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
 
+from beit_jax.types import JsonObject
 from beit_jax.weights import keys, opening
 from beit_jax.weights.description import Description
 from beit_jax.weights.formats import FORMATS
-from beit_jax.weights.formats.format import Format, Opened, Reader
-from beit_jax.weights.report import Report, WeightsError, check_names
+from beit_jax.weights.formats.format import (
+    NOTHING_STATED,
+    Described,
+    Format,
+    Opened,
+    Reader,
+    State,
+    Stated,
+)
+from beit_jax.weights.report import Report, WeightsError, allowed, check_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +38,8 @@ class Checkpoint:
       params: flat, "encoder/cls_token" → float32 array.
       description: the kind and sizes of the model.
       report: of foreign keys.
+      guessed: facts that the file does not say → what was taken for them and why.
+      kept: what the file says that no parameter shows, for exports.
       format: its name in `FORMATS`.
       sha256: of the file.
     """
@@ -36,6 +47,8 @@ class Checkpoint:
     params: dict[str, np.ndarray]
     description: Description
     report: Report
+    guessed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    kept: JsonObject = dataclasses.field(default_factory=dict)
     format: str
     sha256: str
 
@@ -44,8 +57,7 @@ def read(
     path: str,
     *,
     sha256: str = "",
-    normalization: str = "",
-    heads: int = 0,
+    stated: Stated = NOTHING_STATED,
     allow_missing: Iterable[str] = (),
     allow_unused: Iterable[str] = (),
 ) -> Checkpoint:
@@ -55,31 +67,35 @@ def read(
       path: a Hugging Face folder or a file in a format of `FORMATS`, local or gs://; or a
         repository on the hub, "hf:OWNER/NAME" (`hub.resolve`).
       sha256: what the file must have; "" skips the check.
-      normalization: of the pixels, where the format doesn't say; "" then means "half", which the
-        published 22k checkpoints were trained with.
-      heads: attention heads, where the format doesn't say: files with absolute positions outside
-        of Hugging Face; 0 then means width / 64, as in all published models.
-      allow_missing: foreign keys that may be missing.
-      allow_unused: foreign keys that may be left over.
+      stated: facts that the file may not say.
+      allow_missing: foreign keys that may be missing; none of the encoder's.
+      allow_unused: foreign keys that may be left over, and are not converted; none of the
+        encoder's.
 
     Raises:
-      WeightsError: damaged, refused, another checksum, not a BEiT, or keys missing or unused.
+      WeightsError: damaged, refused, another checksum, not a BEiT, keys missing or unused, or
+        numbers that are not finite.
     """
-    opened, found_format = open_foreign(path, sha256=sha256)
+    opened, found_format = open_foreign(path, sha256=sha256, weights=stated.weights)
     reader = found_format.reader
     assert reader is not None  # `detect` gives only formats that can be read
-    description = reader.describe(opened, normalization=normalization, heads=heads)
+    described = reader.describe(opened, stated=stated)
+    heads = described.description.model.heads
+    if stated.heads and heads != stated.heads:
+        raise WeightsError(f"heads: {stated.heads}, but {path} says {heads}")
     params, report = _convert(
         opened,
-        description,
+        described,
         reader=reader,
         allow_missing=allow_missing,
         allow_unused=allow_unused,
     )
     return Checkpoint(
         params=params,
-        description=description,
+        description=described.description,
         report=report,
+        guessed=described.guessed,
+        kept=described.kept,
         format=found_format.name,
         sha256=opened.sha256,
     )
@@ -87,58 +103,81 @@ def read(
 
 def _convert(
     opened: Opened,
-    description: Description,
+    described: Described,
     *,
     reader: Reader,
     allow_missing: Iterable[str],
     allow_unused: Iterable[str],
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Compares every key and shape, then converts. Raises WeightsError."""
+    description = described.description
     table = reader.table(description)
     shapes = {name: leaf.shape for name, leaf in description.shapes().items()}
     wanted = keys.foreign_shapes(shapes, table)
     rebuilt = [key for key in opened.state if reader.rebuilt(key)]
-    found = {key: a.shape for key, a in opened.state.items() if key not in rebuilt}
+    left_out = [
+        key for key in opened.state if key not in wanted and allowed(key, described.left_out)
+    ]
+    set_aside = {*rebuilt, *left_out}
     missing, unused = check_names(
         wanted,
-        found,
+        {key: array.shape for key, array in opened.state.items() if key not in set_aside},
         source=opened.path,
         allow_missing=allow_missing,
         allow_unused=allow_unused,
+        fixed=reader.in_encoder,
         hint=" (allow what is meant by name: --allow-missing, --allow-unused)",
     )
-    used = [key for key in wanted if key in found]
-    for key in used:
-        if not _is_float(opened.state[key]):
-            raise WeightsError(f"{opened.path}: {key} is {opened.state[key].dtype}, no float")
-    params = keys.to_native(opened.state, table, layers=description.model.layers)
+    used = {key: opened.state[key] for key in wanted if key in opened.state}
+    _check_numbers(used, source=opened.path)
+    params = keys.to_native(used, table, layers=description.model.layers)
     report = Report(
         used=tuple(used),
         missing=tuple(missing),
         unused=tuple(unused),
+        left_out=tuple(left_out),
         rebuilt=tuple(rebuilt),
-        cast=tuple(
-            f"{k} ({opened.state[k].dtype})" for k in used if opened.state[k].dtype != np.float32
-        ),
+        cast=tuple(f"{k} ({a.dtype})" for k, a in used.items() if a.dtype != np.float32),
+        guessed=tuple(f"{name} {text}" for name, text in described.guessed.items()),
+        notes=(*opened.notes, *described.notes),
     )
     return params, report
 
 
-def open_foreign(path: str, *, sha256: str = "") -> tuple[Opened, Format]:
+def _check_numbers(state: State, *, source: str) -> None:
+    """Raises WeightsError for tensors of whole numbers, NaN or infinities."""
+    for key, array in state.items():
+        if not _is_float(array):
+            raise WeightsError(f"{source}: {key} is {array.dtype}, no float")
+        finite = np.isfinite(array)
+        if not finite.all():
+            count = int(array.size - finite.sum())
+            raise WeightsError(f"{source}: {key} holds {count} numbers that are NaN or infinite")
+
+
+def open_foreign(path: str, *, sha256: str = "", weights: str = "") -> tuple[Opened, Format]:
     """Opens a foreign file or folder and recognises its format.
 
     Raises:
       WeightsError: it can't be read, or it is in none of the formats.
     """
-    opened = opening.open_file(path, sha256=sha256)
+    opened = opening.open_file(path, sha256=sha256, weights=weights)
     found = detect(opened)
     if found is None or found.reader is None:
-        is_segmentation = "backbone.cls_token" in opened.state
-        what = "a segmentation model's" if is_segmentation else "not a BEiT's"
         some = ", ".join(list(opened.state)[:3]) or "none"
-        raise WeightsError(f"{path}: the keys are {what} ({some}, ...)")
+        raise WeightsError(f"{path}: the keys are {_whose(opened.state)} ({some}, ...)")
     state = found.reader.canonical(opened.state)
     return dataclasses.replace(opened, state=state), found
+
+
+def _whose(state: State) -> str:
+    """What is known of keys that are in no format."""
+    modules = {key.split(".")[0] for key in state}
+    if modules & {"decode_head", "auxiliary_head"}:
+        return "a segmentation model's, which is not read"
+    if "backbone.cls_token" in state:
+        return "OpenMMLab's (mmpretrain), which are not read"
+    return "not a BEiT's"
 
 
 def detect(opened: Opened) -> Format | None:

@@ -9,6 +9,7 @@ import numpy as np
 from beit_jax.models.functional import flatten
 from beit_jax.weights import foreign, native, opening
 from beit_jax.weights.description import describe, sentence
+from beit_jax.weights.formats.format import Stated
 from beit_jax.weights.report import WeightsError
 
 
@@ -35,10 +36,13 @@ def inspect(source: str) -> str:
     opened = dataclasses.replace(opened, state=found.reader.canonical(opened.state))
     lines = [f"format: {found.name}", f"SHA-256: {opened.sha256}"]
     try:
-        lines.append(sentence(found.reader.describe(opened, normalization="", heads=0)))
+        described = found.reader.describe(opened, stated=Stated())
+        lines.append(sentence(described.description))
+        lines += [f"guessed: {name} {text}" for name, text in described.guessed.items()]
+        lines += described.notes
     except WeightsError as error:  # a file without its config.json still has names and shapes
         lines.append(f"the architecture is unknown: {error}")
-    return "\n".join([*lines, *_table(opened.state)])
+    return "\n".join([*lines, *opened.notes, *_table(opened.state)])
 
 
 def _table(arrays: Mapping[str, np.ndarray | jax.ShapeDtypeStruct]) -> list[str]:

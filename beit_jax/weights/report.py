@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from beit_jax.config import ConfigError
 
@@ -22,25 +22,33 @@ class Report:
       missing: needed, not found, and allowed to be missing.
       unused: found, not needed, and allowed to be left over.
       rebuilt: index buffers, which are computed and not read.
+      left_out: found, of no use to this kind of model, and commonly kept by files of it; not
+        converted.
       reshaped: descriptions of changed shapes: "name (732, 12) → (2212, 12)".
       cast: names stored in another precision than float32.
+      guessed: facts that the file does not say, each with what was taken for it and why.
+      notes: lines about what was chosen.
     """
 
     used: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     rebuilt: tuple[str, ...] = ()
     reshaped: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
+    guessed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = []
-        for name in ("used", "missing", "unused", "rebuilt", "reshaped", "cast"):
+        for name in ("used", "missing", "unused", "left_out", "rebuilt", "reshaped", "cast"):
             values = getattr(self, name)
-            if name in ("rebuilt", "cast") and not values:
+            if name in ("left_out", "rebuilt", "cast") and not values:
                 continue
-            lines.append(f"{name} ({len(values)}): {compact(values) or 'none'}")
-        return "\n".join(lines)
+            lines.append(f"{name.replace('_', ' ')} ({len(values)}): {compact(values) or 'none'}")
+        lines += [f"guessed: {text}" for text in self.guessed]
+        return "\n".join([*lines, *self.notes])
 
 
 def compact(names: Iterable[str]) -> str:
@@ -66,6 +74,7 @@ def check_names(
     source: str,
     allow_missing: Iterable[str] = (),
     allow_unused: Iterable[str] = (),
+    fixed: Callable[[str], bool] = lambda name: False,
     hint: str = "",
 ) -> tuple[list[str], list[str]]:
     """Compares names and shapes and puts every difference into one error.
@@ -76,7 +85,8 @@ def check_names(
       source: for the message.
       allow_missing: names or patterns that may be missing.
       allow_unused: names or patterns that may be left over.
-      hint: the end of the message.
+      fixed: whether a name can't be allowed to be missing or left over.
+      hint: the end of the message, where something in it can be allowed.
 
     Returns:
       The missing and the unused names, all of them allowed.
@@ -86,8 +96,9 @@ def check_names(
     """
     missing = [name for name in wanted if name not in found]
     unused = [name for name in found if name not in wanted]
-    bad_missing = [name for name in missing if not allowed(name, allow_missing)]
-    bad_unused = [name for name in unused if not allowed(name, allow_unused)]
+    allow_missing, allow_unused = tuple(allow_missing), tuple(allow_unused)
+    bad_missing = [n for n in missing if fixed(n) or not allowed(n, allow_missing)]
+    bad_unused = [n for n in unused if fixed(n) or not allowed(n, allow_unused)]
     different = [
         f"{name} is {tuple(found[name])}, needed {tuple(wanted[name])}"
         for name in wanted
@@ -101,5 +112,8 @@ def check_names(
     if different:
         problems.append(compact(different))
     if problems:
+        names = (*bad_missing, *bad_unused)
+        if not names or any(fixed(name) for name in names):
+            hint = ""  # nothing here can be allowed, or it is another architecture all the same
         raise WeightsError(f"{source} does not fit: {'; '.join(problems)}{hint}")
     return missing, unused

@@ -12,6 +12,7 @@ from beit_jax.models.functional import flatten
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.weights import containers, convert
 from beit_jax.weights.foreign import read
+from beit_jax.weights.formats import Stated
 from beit_jax.weights.report import WeightsError, allowed, compact
 from tests.weights import examples
 
@@ -102,10 +103,9 @@ def test_half_precision_pth(tmp_path, exported):
 
 def test_missing_and_unused_keys_are_all_named_at_once(changed):
     def change(state):
-        state["beit.encoder.layer.1.attention.attention.key.bias"] = np.zeros(32, np.float32)
+        state["extra.bias"] = np.zeros(2, np.float32)
         state["extra"] = np.zeros(2, np.float32)
         del state["layernorm.bias"]
-        del state["beit.encoder.layer.2.lambda_1"]
         state["lm_head.weight"] = state["lm_head.weight"].T.copy()
         return state
 
@@ -113,10 +113,30 @@ def test_missing_and_unused_keys_are_all_named_at_once(changed):
     with pytest.raises(WeightsError, match="does not fit: missing") as error:
         read(folder)
     text = one_line(error)
-    assert "missing beit.encoder.layer.*.lambda_1, layernorm.bias" in text
-    assert "unused beit.encoder.layer.*.attention.attention.key.bias, extra" in text
+    assert "missing layernorm.bias" in text
+    assert "unused extra, extra.bias" in text
     assert "lm_head.weight is (32, 40), needed (40, 32)" in text
     assert "--allow-missing" in text
+
+
+def test_no_part_of_the_encoder_can_be_allowed(changed):
+    """A model whose blocks have other parameters is another architecture."""
+
+    def change(state):
+        state["beit.encoder.layer.1.attention.attention.key.bias"] = np.zeros(32, np.float32)
+        state["extra"] = np.zeros(2, np.float32)
+        del state["beit.encoder.layer.2.lambda_1"]
+        return state
+
+    folder = changed(change)
+    for allow in ((), ("*",)):
+        with pytest.raises(WeightsError, match="does not fit: missing") as error:
+            read(folder, allow_missing=allow, allow_unused=allow)
+        text = one_line(error)
+        assert "missing beit.encoder.layer.*.lambda_1" in text
+        assert "unused beit.encoder.layer.*.attention.attention.key.bias" in text
+        assert "--allow" not in text
+        assert ("extra" in text) == (not allow)
 
 
 def test_keys_allowed_by_name_pass_and_are_reported(changed, exported):
@@ -130,6 +150,7 @@ def test_keys_allowed_by_name_pass_and_are_reported(changed, exported):
     assert checkpoint.report.missing == ("layernorm.bias",)
     assert checkpoint.report.unused == ("extra.weight",)
     assert set(exported[1]) - set(checkpoint.params) == {"encoder/norm/bias"}
+    assert set(checkpoint.params) <= set(exported[1])
     text = str(checkpoint.report)
     assert "missing (1): layernorm.bias" in text
     assert "unused (1): extra.weight" in text
@@ -149,12 +170,12 @@ def test_old_index_buffers_are_not_counted_as_unused(changed):
 
 
 def test_a_config_that_does_not_fit_its_tensors(changed):
-    with pytest.raises(
-        WeightsError, match=r"dense\.weight is \(64, 32\), needed \(128, 32\) \(×3\)"
-    ):
+    with pytest.raises(WeightsError, match="intermediate_size is 128, the tensors' 64"):
         read(changed(intermediate_size=128))
-    with pytest.raises(WeightsError, match=r"fit: unused beit\.encoder\.layer\.\*\."):
+    with pytest.raises(WeightsError, match="num_hidden_layers is 2, the tensors' 3"):
         read(changed(num_hidden_layers=2))
+    with pytest.raises(WeightsError, match="image_size is 80, the tensors' 40"):
+        read(changed(image_size=80))
     with pytest.raises(WeightsError, match="describes a 'vit', not a BEiT"):
         read(changed(model_type="vit"))
     with pytest.raises(WeightsError, match="width: 30 is not a multiple of heads 4"):
@@ -173,7 +194,10 @@ def test_an_unknown_normalisation_must_be_named_by_the_caller(changed):
     (pathlib.Path(folder) / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     with pytest.raises(WeightsError, match="--normalization"):
         read(folder)
-    assert read(folder, normalization="imagenet").description.normalization == "imagenet"
+    assert (
+        read(folder, stated=Stated(normalization="imagenet")).description.normalization
+        == "imagenet"
+    )
 
 
 def test_a_bare_model_of_transformers(exported, tmp_path):
@@ -212,6 +236,9 @@ def test_other_files_are_refused(exported, tmp_path):
         read(str(path))
     state = {"backbone.cls_token": np.zeros((1, 1, 8), np.float32)}
     write_any(path, state)
+    with pytest.raises(WeightsError, match=r"OpenMMLab's \(mmpretrain\)"):
+        read(str(path))
+    write_any(path, state | {"decode_head.conv_seg.weight": np.zeros((2, 8), np.float32)})
     with pytest.raises(WeightsError, match="a segmentation model's"):
         read(str(path))
     path.write_text("404: Not Found\n")
@@ -263,7 +290,7 @@ def test_an_ordinary_vit_is_not_taken_for_a_beit(exported, tmp_path):
         state[f"blocks.{i}.attn.qkv.bias"] = np.zeros(96, np.float32)
     write_any(tmp_path / "x.safetensors", state)
     with pytest.raises(WeightsError) as error:
-        read(str(tmp_path / "x.safetensors"), heads=4)
+        read(str(tmp_path / "x.safetensors"), stated=Stated(heads=4))
     assert "missing blocks.*.attn.q_bias (×3), blocks.*.attn.v_bias (×3)" in one_line(error)
     assert "unused blocks.*.attn.qkv.bias (×3)" in one_line(error)
 

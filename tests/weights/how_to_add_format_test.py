@@ -14,7 +14,16 @@ from beit_jax.files import write_whole
 from beit_jax.weights import convert
 from beit_jax.weights.__main__ import main
 from beit_jax.weights.description import describe, to_config
-from beit_jax.weights.formats import FORMATS, Export, Format, Opened, Reader, Written
+from beit_jax.weights.formats import (
+    FORMATS,
+    Described,
+    Export,
+    Format,
+    Opened,
+    Reader,
+    Stated,
+    Written,
+)
 from beit_jax.weights.keys import LINEAR, row, to_foreign, weight_and_bias
 from beit_jax.weights.report import WeightsError
 from tests.weights import examples
@@ -47,8 +56,8 @@ def detect(opened: Opened) -> bool:
     return "toy" in opened.metadata
 
 
-def describe_toy(opened: Opened, *, normalization: str, heads: int):
-    return describe(json.loads(opened.metadata["toy"]))
+def describe_toy(opened: Opened, *, stated: Stated) -> Described:
+    return Described(description=describe(json.loads(opened.metadata["toy"])))
 
 
 TOY = Format(
@@ -81,7 +90,7 @@ def test_export_and_import_as_functions(toy, checkpoint, tmp_path):
     assert description == PRETRAINED
     assert not report.missing
     assert not report.unused
-    again, _, _ = convert.read_any(str(tmp_path / "again"))
+    again, *_ = convert.read_any(str(tmp_path / "again"))
     for name, array in params.items():
         np.testing.assert_array_equal(again[name], array, err_msg=name)
     # Another format's writer takes it, as does `config.run.init_from`.

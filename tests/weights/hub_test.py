@@ -197,7 +197,7 @@ arguments = ["export", "native", "--format={format}", "--output={output}"]
 assert main([*arguments, "--push=owner/pushed", "--private"]) == 0
 assert main([*arguments, "--push=owner"]) == 2
 assert main([*arguments, "--private"]) == 2
-params, description, _ = convert.read_any("hf:owner/pushed")
+params, description, *_ = convert.read_any("hf:owner/pushed")
 assert (description.task, description.outputs, description.normalization) == ("classify", 5, "half")
 np.savez("again.npz", **params)
 """

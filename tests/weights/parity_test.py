@@ -21,7 +21,7 @@ from beit_jax.models.functional import unflatten
 from beit_jax.models.heads import classifier, functional, masked_image_model
 from beit_jax.models.vit import Encoder
 from beit_jax.weights import convert, foreign
-from beit_jax.weights.formats import timm
+from beit_jax.weights.formats import timm, timm_config
 from tests.weights import examples
 from tests.weights.examples import relative_error
 
@@ -185,9 +185,9 @@ def timm_logits(torch, tmp_path_factory):
             _, reduced, _ = timm.reduce(params[kind], description)
             hub = folder / f"{kind} hub"
             hub.mkdir()
-            (hub / "config.json").write_text(json.dumps(timm.hub_config(reduced)))
+            (hub / "config.json").write_text(json.dumps(timm.hub_config(reduced, config={})))
             shutil.copy(weights, hub / "model.safetensors")
-        name, arguments = timm.create_model_arguments(reduced)
+        name, arguments = timm_config.create_model_arguments(reduced)
         np.save(folder / f"{kind} images.npy", examples.images(description))
         jobs.append(
             {
@@ -258,4 +258,4 @@ def test_published_sizes_have_timms_names():
         (dataclasses.replace(large, image_size=512), "beit_large_patch16_512"),
     ):
         description = Description(task="classify", model=config, outputs=1000)
-        assert timm.create_model_arguments(description) == (expected, {})
+        assert timm_config.create_model_arguments(description) == (expected, {})

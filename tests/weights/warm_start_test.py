@@ -267,7 +267,7 @@ def test_a_checkpoint_of_eight_devices_is_exported_on_one(tmp_path):
     workdir.rename(moved)
     export = ("export", moved, "--format", "hugging_face", "--output", tmp_path / "hf")
     run_python("-m", "beit_jax.weights", *export, XLA_FLAGS="", JAX_PLATFORMS="cpu")
-    params, description, _ = convert.read_any(str(tmp_path / "hf"))
+    params, description, *_ = convert.read_any(str(tmp_path / "hf"))
     expected = examples.random_params(PRETRAINED)
     assert params.keys() == expected.keys()
     for name in expected:
@@ -305,7 +305,7 @@ def test_export_of_a_run_takes_the_newest_checkpoint_and_its_numbers(tmp_path):
         str(tmp_path / "run"), format="hugging_face", output=str(tmp_path / "hf")
     )
     assert "BeitForMaskedImageModeling.from_pretrained" in done.load
-    params, description, _ = convert.read_any(str(tmp_path / "hf"))
+    params, description, *_ = convert.read_any(str(tmp_path / "hf"))
     newest = examples.random_params(PRETRAINED, 2)
     np.testing.assert_array_equal(params["lm_head/kernel"], newest["lm_head/kernel"])
     assert description.normalization == "imagenet"

@@ -8,10 +8,27 @@ stands before it.
 """
 
 from beit_jax.weights.formats import hugging_face, stablehlo, timm, unilm
-from beit_jax.weights.formats.format import Export, Format, Opened, Reader, Written
+from beit_jax.weights.formats.format import (
+    Described,
+    Export,
+    Format,
+    Opened,
+    Reader,
+    Stated,
+    Written,
+)
 
 FORMATS: dict[str, Format] = {
     row.name: row for row in (hugging_face.FORMAT, timm.FORMAT, unilm.FORMAT, stablehlo.FORMAT)
 }
 
-__all__ = ["FORMATS", "Export", "Format", "Opened", "Reader", "Written"]
+__all__ = [
+    "FORMATS",
+    "Described",
+    "Export",
+    "Format",
+    "Opened",
+    "Reader",
+    "Stated",
+    "Written",
+]

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from beit_jax.config import check, one_of
+from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.types import FlatParams, JsonObject
 from beit_jax.weights.description import Description
 from beit_jax.weights.keys import Table
@@ -89,14 +91,74 @@ class Written:
     files: Mapping[str, str | bytes] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stated:
+    """What the caller says of a checkpoint, whose file may not say it.
+
+    Attributes:
+      normalization: of the pixels, in place of what the file says; "" takes that.
+      heads: attention heads, for files that do not say; 0 takes the file's or a guess.
+      layer_norm_epsilon: in place of what the file says; None takes that.
+      weights: "ema" or "model", for files that hold an average beside the model; "" takes the
+        average, as timm does.
+    """
+
+    normalization: str = ""
+    heads: int = 0
+    layer_norm_epsilon: float | None = None
+    weights: str = ""
+
+    def __post_init__(self) -> None:
+        if self.normalization:
+            one_of(self.normalization, "--normalization", *NORMALIZATIONS)
+        one_of(self.weights, "--weights", "", "ema", "model")
+        check(self.heads >= 0, "--heads", f"must be positive, got {self.heads}")
+        epsilon = self.layer_norm_epsilon
+        check(
+            epsilon is None or 0 < epsilon < 1, "--epsilon", f"must be between 0 and 1: {epsilon}"
+        )
+
+    def over(self, description: Description) -> Description:
+        """The description with what the caller says in place of what a checkpoint does."""
+        model = description.model
+        if self.layer_norm_epsilon is not None:
+            model = dataclasses.replace(model, layer_norm_epsilon=self.layer_norm_epsilon)
+        normalization = self.normalization or description.normalization
+        return dataclasses.replace(description, model=model, normalization=normalization)
+
+
+NOTHING_STATED = Stated()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a file holds, and how that is known.
+
+    Attributes:
+      description: the kind and sizes.
+      guessed: a fact's name ("heads") → what was taken for it and why. Only what the file does not
+        say.
+      left_out: foreign keys or modules that the described kind has no use for and that files of the
+        kind commonly keep; they are not converted, and the report says so.
+      kept: what the file says and no parameter shows: preprocessing, dropout, a loss's kind. Saved
+        with an imported checkpoint and given to a format's `write`.
+      notes: lines for the report.
+    """
+
+    description: Description
+    guessed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    kept: JsonObject = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
 class Describe(Protocol):
     """Finds out what a file holds.
 
-    `normalization` and `heads` are the caller's, for files that do not say; "" and 0 mean that the
-    format's own default applies. Raises WeightsError where the file contradicts itself.
+    Raises WeightsError where the file contradicts itself or the caller, or is another architecture.
     """
 
-    def __call__(self, opened: Opened, *, normalization: str, heads: int) -> Description: ...
+    def __call__(self, opened: Opened, *, stated: Stated) -> Described: ...
 
 
 def _unchanged(state: State) -> State:
@@ -117,6 +179,8 @@ class Reader:
       describe: what the file holds.
       table: foreign keys ↔ parameters for a description.
       canonical: renames the keys of a variant of the format before `describe` and `table` see them.
+      in_encoder: whether a foreign key, known or not, is of the encoder. Those can't be allowed to
+        be missing or left over: a model with other ones is another architecture.
       rebuilt: whether a foreign key is a buffer that follows from the sizes and is not read.
       load: `(content, path) -> (state, metadata)` for files with the format's suffix; None where
         they are safetensors or what `torch.save` writes.
@@ -126,6 +190,7 @@ class Reader:
     describe: Describe
     table: Callable[[Description], Table]
     canonical: Callable[[State], State] = _unchanged
+    in_encoder: Callable[[str], bool] = _none
     rebuilt: Callable[[str], bool] = _none
     load: Callable[[bytes, str], tuple[State, dict[str, str]]] | None = None
 

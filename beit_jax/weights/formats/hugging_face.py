@@ -4,17 +4,33 @@ The key names are the hub's (`microsoft/beit-*`), which are transformers 4's own
 renames them on loading and writes them again on saving.
 """
 
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
 from etils import epath
 
 from beit_jax.config import ModelConfig
 from beit_jax.files import write_json, write_whole
-from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.types import JsonObject
-from beit_jax.weights import containers, keys
-from beit_jax.weights.description import Description, normalization_of
-from beit_jax.weights.formats.format import Export, Format, Opened, Reader, State, Written
+from beit_jax.weights import containers, keys, resize
+from beit_jax.weights.description import Description
+from beit_jax.weights.formats import hugging_face_config
+from beit_jax.weights.formats.format import (
+    Described,
+    Export,
+    Format,
+    Opened,
+    Reader,
+    State,
+    Stated,
+    Written,
+)
+from beit_jax.weights.formats.hugging_face_config import Config
 from beit_jax.weights.formats.model_card import model_card
 from beit_jax.weights.formats.unilm import is_index_buffer
+from beit_jax.weights.formats.view import View, kept_of
 from beit_jax.weights.keys import CONV, LINEAR, Table, norm, row, weight_and_bias
 from beit_jax.weights.report import WeightsError
 
@@ -67,70 +83,15 @@ TABLES: dict[str, Table] = {
         *norm("beit.pooler.layernorm", "fc_norm"),
     ),
 }
-CLASSES = {
-    "pretrain": "BeitForMaskedImageModeling",
-    "classify": "BeitForImageClassification",
-    "encoder": "BeitModel",
-}
 FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
-PIL_BICUBIC = 3
-
-
-def config_json(description: Description) -> JsonObject:
-    """`config.json`: what transformers builds the model from."""
-    model = description.model
-    config: JsonObject = {
-        "architectures": [CLASSES[description.task]],
-        "attention_probs_dropout_prob": 0.0,
-        "drop_path_rate": model.drop_path_rate,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "hidden_size": model.width,
-        "image_size": model.image_size,
-        "initializer_range": 0.02,
-        "intermediate_size": model.mlp_width,
-        # Published configs say 1e-12 where the official code has 1e-6; the value here is true.
-        "layer_norm_eps": model.layer_norm_epsilon,
-        "layer_scale_init_value": model.layer_scale_init or 0.0,
-        "model_type": "beit",
-        "num_attention_heads": model.heads,
-        "num_channels": 3,
-        "num_hidden_layers": model.layers,
-        "patch_size": model.patch_size,
-        "torch_dtype": "float32",
-        "use_absolute_position_embeddings": model.positions == "absolute",
-        "use_mask_token": description.task == "pretrain" or description.mask_token,
-        "use_mean_pooling": description.task == "pretrain" or description.pooling != "cls",
-        "use_relative_position_bias": model.positions == "relative_per_block",
-        "use_shared_relative_position_bias": model.positions == "relative_shared",
-        "vocab_size": description.outputs if description.task == "pretrain" else 8192,
-    }
-    if description.task == "classify":
-        labels = description.labels or [f"LABEL_{i}" for i in range(description.outputs)]
-        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        config["label2id"] = {label: i for i, label in enumerate(labels)}
-        config["num_labels"] = description.outputs
-    return config
-
-
-def preprocessor_json(description: Description) -> JsonObject:
-    """`preprocessor_config.json`: bicubic, straight to the model's size, then normalised."""
-    mean, std = NORMALIZATIONS[description.normalization]
-    size = {"height": description.model.image_size, "width": description.model.image_size}
-    return {
-        "image_processor_type": "BeitImageProcessor",
-        "crop_size": size,
-        "do_center_crop": False,
-        "do_normalize": True,
-        "do_reduce_labels": False,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-        "resample": PIL_BICUBIC,
-        "rescale_factor": 1 / 255,
-        "size": size,
-    }
+# What files commonly keep though a kind has no use for it: a classifier that was fine-tuned from a
+# pre-trained model has its mask token, a pre-trained one may have a pooler.
+_FINAL_NORMS = ("beit.layernorm", "beit.pooler")  # of the class token, of the mean
+_LEFT_OUT = {
+    "pretrain": (*_FINAL_NORMS, "classifier"),
+    "classify": ("beit.embeddings.mask_token", "layernorm", "lm_head"),
+    "encoder": ("layernorm", "lm_head", "classifier"),
+}
 
 
 def write(export: Export) -> Written:
@@ -142,10 +103,14 @@ def write(export: Export) -> Written:
     folder, description = epath.Path(export.output), export.description
     if folder.exists() and not folder.is_dir():
         raise WeightsError(f"{export.output} is a file; a Hugging Face export is a folder")
-    class_name = CLASSES[description.task]
+    kept = _kept_config(export)
+    class_name = hugging_face_config.CLASSES[description.task]
     for name, value in (
-        ("config.json", config_json(description)),
-        ("preprocessor_config.json", preprocessor_json(description)),
+        ("config.json", hugging_face_config.config_json(description, kept=kept)),
+        (
+            "preprocessor_config.json",
+            hugging_face_config.preprocessor_json(description, config=export.config),
+        ),
     ):
         write_json(folder / name, value)
     card = model_card(
@@ -162,11 +127,20 @@ def write(export: Export) -> Written:
     containers.write_safetensors(
         str(folder / "model.safetensors"), state, metadata={"format": "pt"}
     )
+    # BeitModel adds a pooler unless told not to; its norm would be random.
+    no_pooler = description.task == "encoder" and description.pooling == "none"
+    options = ", add_pooling_layer=False" if no_pooler else ""
     return Written(
-        load=f"transformers.{class_name}.from_pretrained({export.output!r})",
+        load=f"transformers.{class_name}.from_pretrained({export.output!r}{options})",
         used=tuple(export.params),
         files={name: str(folder / name) for name in FILES},
     )
+
+
+def _kept_config(export: Export) -> JsonObject:
+    """What the `config.json` said that the checkpoint was imported from; {} for any other."""
+    kept = kept_of(export.config)
+    return kept.get("config", {}) if kept.get("format") == "hugging_face" else {}
 
 
 def detect(opened: Opened) -> bool:
@@ -175,84 +149,179 @@ def detect(opened: Opened) -> bool:
 
 
 def canonical(state: State) -> State:
-    """Adds the prefix that the larger models' files have to the keys of a saved `BeitModel`."""
+    """Gives every key the prefix "beit.".
+
+    The larger models' files have it; those of a bare model don't, and Data2VecVision, which is a
+    BEiT under another name, has its own.
+    """
     if "embeddings.cls_token" in state:
         return {f"beit.{key}": array for key, array in state.items()}
+    if "data2vec_vision.embeddings.cls_token" in state:
+        return {re.sub("^data2vec_vision", "beit", key): array for key, array in state.items()}
     return state
 
 
-def describe(opened: Opened, *, normalization: str, heads: int) -> Description:
-    """Describes a folder by its `config.json` and, for the head, its keys.
+def describe(opened: Opened, *, stated: Stated) -> Described:
+    """Describes a folder by its `config.json`, and by its keys where that does not say.
 
     Args:
       opened: its keys as `canonical` gives them.
-      normalization: of the pixels; "" takes the image processor's, and "half" without one.
-      heads: ignored, since the config says.
+      stated: the caller's own facts.
 
     Raises:
-      WeightsError: there is no config, it is not a BEiT's or has an impossible value, or the image
-        processor normalises differently.
+      WeightsError: there is no config, it is not a BEiT's, has an impossible value or one of
+        another function, or does not fit the tensors.
     """
-    config, state = opened.config, opened.state
-    if not config:
+    state, source = opened.state, opened.path
+    if any(key.startswith("decode_head.") for key in state):
+        raise WeightsError(f"{source} is a segmentation model, which is not read")
+    if not opened.config:
         raise WeightsError(
-            f"{opened.path} has Hugging Face's keys; give the folder that also has config.json"
+            f"{source} has Hugging Face's keys; give the folder that also has config.json"
         )
-    if opened.preprocessor and not normalization:
-        mean, std = (opened.preprocessor.get(key, ()) for key in ("image_mean", "image_std"))
-        normalization = normalization_of(
-            mean, std, source=f"{opened.path}: preprocessor_config.json"
+    config = hugging_face_config.read_config(opened.config, stated=stated, source=source)
+    _check_sizes(config.model, state, source=source)
+    task = config.task or _task_of_keys(state)
+    pooling, norms_left = _pooling(config, task, state)
+    outputs, labels, notes = _outputs(config, task, opened)
+    guessed = {}
+    name, view = stated.normalization or "half", View(squash=True)
+    if opened.preprocessor:
+        name, view = hugging_face_config.read_preprocessor(
+            opened.preprocessor, stated=stated, image_size=config.model.image_size, source=source
         )
-    model = _model_config(config, source=opened.path)
-    task, outputs, labels = "encoder", 0, tuple[str, ...]()
-    if "lm_head.weight" in state:
-        task, outputs = "pretrain", config.get("vocab_size", 8192)
-    elif "classifier.weight" in state:
-        task, outputs = "classify", state["classifier.weight"].shape[0]
-        names = config.get("id2label", {})
-        labels = tuple(str(names[key]) for key in sorted(names, key=int))
-    if task == "pretrain" or "beit.pooler.layernorm.weight" in state:
-        pooling = "mean"
-    else:
-        pooling = "cls" if "beit.layernorm.weight" in state else "none"
-    return Description(
-        task=task,
-        model=model,
-        outputs=outputs,
-        pooling=pooling,
-        mask_token=task == "encoder" and "beit.embeddings.mask_token" in state,
-        normalization=normalization or "half",
-        labels=labels if len(labels) == outputs else (),
+    elif not stated.normalization:
+        guessed["normalization"] = "half: there is no preprocessor_config.json; --normalization"
+    return Described(
+        description=Description(
+            task=task,
+            model=config.model,
+            outputs=outputs,
+            pooling=pooling,
+            mask_token=task == "encoder" and "beit.embeddings.mask_token" in state,
+            normalization=name,
+            labels=labels,
+        ),
+        guessed=guessed,
+        left_out=(*_LEFT_OUT[task], *norms_left),
+        kept={
+            "format": "hugging_face",
+            "config": config.kept,
+            "preprocessor": opened.preprocessor,
+            "view": dataclasses.asdict(view),
+            "image_size": config.model.image_size,
+            "normalization": name,
+        },
+        notes=(*config.notes, *notes),
     )
 
 
-def _model_config(config: JsonObject, *, source: str) -> ModelConfig:
-    if config.get("model_type") not in ("beit", "data2vec-vision"):
-        found = config.get("model_type")
-        raise WeightsError(f"{source}: config.json describes a {found!r}, not a BEiT")
-    positions = "absolute"
-    if config.get("use_shared_relative_position_bias"):
-        positions = "relative_shared"
-    elif config.get("use_relative_position_bias"):
-        positions = "relative_per_block"
-    # Published configs say 1e-12; the official models were trained with 1e-6.
-    epsilon = config.get("layer_norm_eps", 1e-6)
-    epsilon = 1e-6 if epsilon == 1e-12 else epsilon
+def _task_of_keys(state: State) -> str:
+    if "classifier.weight" in state:
+        return "classify"
+    return "pretrain" if "lm_head.weight" in state else "encoder"
+
+
+def _pooling(config: Config, task: str, state: State) -> tuple[str, tuple[str, ...]]:
+    """How the tokens are pooled, and the final norm that this leaves without a use."""
+    if task == "pretrain":
+        return "mean", ()
+    if not config.mean_pooling:
+        return "cls", ("beit.pooler",)
+    if task == "encoder" and "beit.pooler.layernorm.weight" not in state:
+        return "none", ("beit.layernorm",)
+    return "mean", ("beit.layernorm",)
+
+
+def _outputs(
+    config: Config, task: str, opened: Opened
+) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+    """The head's outputs, their labels, and what to say of these."""
+    if task == "encoder":
+        return 0, (), ()
+    if task == "pretrain":
+        return config.vocabulary, (), ()
+    head = opened.state.get("classifier.weight")
+    if head is None or head.ndim != 2:
+        raise WeightsError(f"{opened.path}: no classifier.weight [classes, width]")
+    classes = head.shape[0]
+    labels = hugging_face_config.read_labels(opened.config, classes=classes, source=opened.path)
+    notes: tuple[str, ...] = ()
+    if not labels and opened.config.get("id2label"):
+        count = len(opened.config["id2label"])
+        notes = (f"labels left out: config.json has {count}, the classifier {classes} classes",)
+    return classes, labels, notes
+
+
+def _check_sizes(model: ModelConfig, state: State, *, source: str) -> None:
+    """Raises WeightsError where the config and the tensors have different sizes.
+
+    The strict comparison of names and shapes comes later; this one says which field is wrong, and
+    keeps an absurd size from being worked with.
+    """
+    block = "beit.encoder.layer"
+    layers = {match[1] for key in state if (match := re.match(rf"{block}\.(\d+)\.", key))}
+    tables = [key for key in state if key.endswith("relative_position_bias_table")]
+    positions = "beit.embeddings.position_embeddings"
+    found = {
+        "hidden_size": _dimension(state, "beit.embeddings.cls_token", -1),
+        "num_hidden_layers": 1 + max(map(int, layers), default=-1),
+        "intermediate_size": _dimension(state, f"{block}.0.intermediate.dense.weight", 0),
+        "patch_size": _dimension(state, "beit.embeddings.patch_embeddings.projection.weight", -1),
+    }
+    wanted = {
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "intermediate_size": model.mlp_width,
+        "patch_size": model.patch_size,
+    }
+    if tables:
+        found["num_attention_heads"] = _dimension(state, tables[0], -1)
+        wanted["num_attention_heads"] = model.heads
+        rows = _dimension(state, tables[0], 0)
+        found["image_size"] = rows if rows is None else _side(resize.grid_of_table, rows, model)
+        wanted["image_size"] = model.image_size
+    elif positions in state:
+        rows = _dimension(state, positions, 1)
+        found["image_size"] = None if rows is None else _side(_grid_of_positions, rows, model)
+        wanted["image_size"] = model.image_size
+    else:
+        raise WeightsError(f"{source} does not fit: there are no positions")
+    for name, value in found.items():
+        if value is None:
+            raise WeightsError(f"{source} does not fit: the tensor that shows {name} is missing")
+        if value != wanted[name]:
+            raise WeightsError(
+                f"{source}: config.json's {name} is {wanted[name]}, the tensors' {value}"
+            )
+
+
+def _dimension(state: State, key: str, axis: int) -> int | None:
+    """One axis of a tensor; None where it is missing or has too few."""
+    array = state.get(key)
+    needed = axis + 1 if axis >= 0 else -axis
+    return None if array is None or array.ndim < needed else array.shape[axis]
+
+
+def _side(grid: Callable[[int], int], rows: int, model: ModelConfig) -> int:
+    """The image's side for a table of `rows`; 0 where they make no square."""
     try:
-        return ModelConfig(
-            layers=config.get("num_hidden_layers", 12),
-            width=config.get("hidden_size", 768),
-            heads=config.get("num_attention_heads", 12),
-            mlp_width=config.get("intermediate_size", 3072),
-            image_size=config.get("image_size", 224),
-            patch_size=config.get("patch_size", 16),
-            positions=positions,
-            layer_scale_init=config.get("layer_scale_init_value", 0.1) or None,
-            drop_path_rate=config.get("drop_path_rate", 0.1),
-            layer_norm_epsilon=epsilon,
-        )
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{source}: config.json: {error}") from None
+        return grid(rows) * model.patch_size
+    except ValueError:
+        return 0
+
+
+def _grid_of_positions(rows: int) -> int:
+    side = math.isqrt(max(rows - 1, 0))
+    if side * side + 1 != rows:
+        raise ValueError(f"{rows} positions are no square and a class token")
+    return side
+
+
+def _in_encoder(key: str) -> bool:
+    return key.startswith(("beit.embeddings.", "beit.encoder.")) and key != (
+        "beit.embeddings.mask_token"
+    )
 
 
 FORMAT = Format(
@@ -265,6 +334,7 @@ FORMAT = Format(
         describe=describe,
         table=lambda description: TABLES[description.task],
         canonical=canonical,
+        in_encoder=_in_encoder,
         rebuilt=is_index_buffer,
     ),
 )

@@ -10,26 +10,23 @@ import json
 
 import numpy as np
 
-from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.types import FlatParams, JsonObject
 from beit_jax.weights import adapt, containers, keys
-from beit_jax.weights.description import Description, normalization_of
-from beit_jax.weights.formats import unilm
-from beit_jax.weights.formats.format import Export, Format, Opened, Reader, Written
+from beit_jax.weights.description import Description
+from beit_jax.weights.formats import official, timm_config, unilm
+from beit_jax.weights.formats.format import (
+    Described,
+    Export,
+    Format,
+    Opened,
+    Reader,
+    Stated,
+    Written,
+)
 from beit_jax.weights.report import allowed
 
 # Parameters of a pre-training checkpoint that timm's model does not have.
 NOT_IN_TIMM = ("encoder/mask_token", "lm_head")
-
-# (layers, width, heads, mlp_width) → size in timm's names.
-_SIZES = {(12, 768, 12, 3072): "base", (24, 1024, 16, 4096): "large"}
-_NAMES = {
-    ("base", 224): "beit_base_patch16_224",
-    ("base", 384): "beit_base_patch16_384",
-    ("large", 224): "beit_large_patch16_224",
-    ("large", 384): "beit_large_patch16_384",
-    ("large", 512): "beit_large_patch16_512",
-}
 
 
 def reduce(
@@ -60,125 +57,80 @@ def reduce(
     return kept, description, left_out
 
 
-def create_model_arguments(description: Description) -> tuple[str, JsonObject]:
-    """The name and keyword arguments of `timm.create_model` that give this model.
-
-    Args:
-      description: as `reduce` gives it.
-    """
-    model = description.model
-    size = _SIZES.get((model.layers, model.width, model.heads, model.mlp_width))
-    known = size is not None and model.patch_size == 16
-    name = _NAMES.get((size or "", model.image_size)) if known else None
-    arguments: JsonObject = {}
-    if name is None:
-        name = "beit_base_patch16_224"
-        arguments |= {
-            "img_size": model.image_size,
-            "patch_size": model.patch_size,
-            "embed_dim": model.width,
-            "depth": model.layers,
-            "num_heads": model.heads,
-            "mlp_ratio": model.mlp_width / model.width,
-        }
-    if model.positions == "absolute":
-        arguments |= {"use_abs_pos_emb": True, "use_rel_pos_bias": False}
-    if model.layer_scale_init is None:
-        arguments["init_values"] = 0.0  # not None: create_model leaves out what is None
-    if description.task == "encoder":
-        arguments["num_classes"] = 0
-    elif description.outputs != 1000:
-        arguments["num_classes"] = description.outputs
-    if description.pooling != "mean":
-        # Without mean pooling timm ends in `norm`, as this encoder does; "" returns every token.
-        arguments["global_pool"] = "token" if description.task == "classify" else ""
-    return name, arguments
-
-
-def create_model_call(description: Description, *, path: str) -> str:
+def create_model_call(description: Description, *, config: JsonObject, path: str) -> str:
     """The line of Python that loads the file at `path`."""
-    name, arguments = create_model_arguments(description)
+    name, arguments = timm_config.create_model_arguments(description, config=config)
     parts = [repr(name), f"checkpoint_path={path!r}"]
+    overlay = arguments.get("pretrained_cfg_overlay", {})
+    if overlay:  # tuples, as timm's own
+        overlay = {k: tuple(v) if isinstance(v, list) else v for k, v in overlay.items()}
+        arguments["pretrained_cfg_overlay"] = overlay
     parts += [f"{key}={value!r}" for key, value in arguments.items()]
     return f"timm.create_model({', '.join(parts)})"
 
 
-def metadata(description: Description) -> dict[str, str]:
+def metadata(description: Description, *, config: JsonObject) -> dict[str, str]:
     """For the safetensors header: what the file is and how to make the model for it."""
-    name, arguments = create_model_arguments(description)
+    name, arguments = timm_config.create_model_arguments(description, config=config)
     return {
         "format": "pt",
         "timm": json.dumps({"name": name, "arguments": arguments}),
         "normalization": description.normalization,
+        official.OWN: official.own_entry(description, config=config),
     }
 
 
-def hub_config(description: Description) -> JsonObject:
+def hub_config(description: Description, *, config: JsonObject) -> JsonObject:
     """The `config.json` with which `timm.create_model("hf-hub:OWNER/NAME")` finds the model."""
-    name, arguments = create_model_arguments(description)
-    mean, std = NORMALIZATIONS[description.normalization]
-    size, classes = description.model.image_size, description.outputs
-    return {
+    name, arguments = timm_config.create_model_arguments(description)
+    result: JsonObject = {
         "architecture": name,
-        "num_classes": classes,
+        "num_classes": description.outputs,
         "num_features": description.model.width,
         "model_args": {k: v for k, v in arguments.items() if k != "num_classes"},
-        "pretrained_cfg": {
-            "num_classes": classes,
-            "input_size": [3, size, size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "mean": list(mean),
-            "std": list(std),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
+        "pretrained_cfg": timm_config.pretrained_cfg(description, config=config),
     }
+    if "global_pool" in arguments or description.task == "classify":
+        result["global_pool"] = arguments.get("global_pool", "avg")
+    if description.labels:
+        result["label_names"] = list(description.labels)
+    return result
 
 
 def write(export: Export) -> Written:
-    """Writes the safetensors file; a pre-training checkpoint's head and mask token are left out."""
+    """Writes the safetensors file; a pre-training checkpoint's head and mask token are left out.
+
+    Raises:
+      WeightsError: timm's models have another epsilon.
+    """
+    official.check_epsilon(export.description, format="timm's models")
     shared = export.description.model.positions == "relative_shared"
     params, description, left_out = reduce(export.params, export.description)
     state = keys.to_foreign(params, unilm.TABLE)
-    containers.write_safetensors(export.output, state, metadata=metadata(description))
+    header = metadata(description, config=export.config)
+    containers.write_safetensors(export.output, state, metadata=header)
+    config = hub_config(description, config=export.config)
     return Written(
-        load=create_model_call(description, path=export.output),
+        load=create_model_call(description, config=export.config, path=export.output),
         used=tuple(params),
         left_out=tuple(left_out),
         reshaped=(f"{adapt.SHARED_TABLE} → {adapt.BLOCK_TABLE}, copies",) if shared else (),
         files={
             "model.safetensors": export.output,
-            "config.json": (json.dumps(hub_config(description), indent=2) + "\n").encode(),
+            "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         },
     )
 
 
 def detect(opened: Opened) -> bool:
-    """Whether the keys are the official ones in a safetensors file, as timm saves them."""
-    return opened.path.endswith(".safetensors") and unilm.has_official_keys(opened.state)
+    """Whether the keys are the official ones, in a safetensors file or beside timm's config."""
+    is_timm = opened.path.endswith(".safetensors") or "architecture" in opened.config
+    return is_timm and official.has_official_keys(opened.state)
 
 
-def describe(opened: Opened, *, normalization: str, heads: int) -> Description:
-    """Describes a file by its shapes and by what `metadata` or timm's `config.json` adds."""
-    arguments = opened.config.get("model_args", {})
-    if "timm" in opened.metadata:
-        arguments = json.loads(opened.metadata["timm"])["arguments"]
-    return unilm.describe(
-        opened,
-        normalization=normalization or _stated_normalization(opened),
-        heads=heads or arguments.get("num_heads", 0),
-    )
-
-
-def _stated_normalization(opened: Opened) -> str:
-    """The normalisation that the file or its config names; "" where neither does."""
-    settings = opened.config.get("pretrained_cfg", opened.config)
-    if "mean" in settings and "std" in settings:
-        source = f"{opened.path}: config.json"
-        return normalization_of(settings["mean"], settings["std"], source=source)
-    return opened.metadata.get("normalization", "")
+def describe(opened: Opened, *, stated: Stated) -> Described:
+    """Describes a file by timm's `config.json` or its own header, and by names and shapes."""
+    return official.describe(opened, stated=stated, known=timm_config.known(opened, stated=stated))
 
 
 FORMAT = Format(
@@ -190,6 +142,7 @@ FORMAT = Format(
         detect=detect,
         describe=describe,
         table=lambda description: unilm.TABLE,
+        in_encoder=official.in_encoder,
         rebuilt=unilm.is_index_buffer,
     ),
 )

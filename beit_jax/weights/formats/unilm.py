@@ -6,17 +6,23 @@ also holds `relative_position_index` buffers: written from the geometry, ignored
 """
 
 import io
-import re
 
 import numpy as np
 
-from beit_jax.config import ModelConfig
 from beit_jax.files import write_whole
 from beit_jax.models.relative_positions import relative_position_index
 from beit_jax.types import FlatParams
-from beit_jax.weights import keys, resize
-from beit_jax.weights.description import Description
-from beit_jax.weights.formats.format import Export, Format, Opened, Reader, State, Written
+from beit_jax.weights import keys
+from beit_jax.weights.formats import official
+from beit_jax.weights.formats.format import (
+    Described,
+    Export,
+    Format,
+    Opened,
+    Reader,
+    Stated,
+    Written,
+)
 from beit_jax.weights.keys import CONV, FUSED_QKV, LINEAR, Table, norm, row, weight_and_bias
 from beit_jax.weights.report import WeightsError
 
@@ -76,8 +82,9 @@ def write(export: Export) -> Written:
     """Writes the `.pth` that the official scripts load.
 
     Raises:
-      WeightsError: PyTorch is not installed.
+      WeightsError: PyTorch is not installed, or the official models have another epsilon.
     """
+    official.check_epsilon(export.description, format="the official models")
     try:
         import torch
     except ImportError:
@@ -89,7 +96,9 @@ def write(export: Export) -> Written:
     whole = with_index_buffers(state, grid=export.description.model.grid)
     tensors = {key: torch.from_numpy(np.array(array, order="C")) for key, array in whole.items()}
     buffer = io.BytesIO()
-    torch.save({"model": tensors}, buffer)
+    # The official scripts read "model" alone; the other entry says what its tensors can't.
+    own = official.own_entry(export.description, config=export.config)
+    torch.save({"model": tensors, official.OWN: own}, buffer)
     write_whole(export.output, buffer.getvalue())
     return Written(
         load=f"torch.load({export.output!r}, weights_only=True)['model']",
@@ -98,88 +107,9 @@ def write(export: Export) -> Written:
     )
 
 
-def has_official_keys(state: State) -> bool:
-    """Whether the keys are those of the official models, which timm has too."""
-    return "cls_token" in state and "blocks.0.attn.qkv.weight" in state
-
-
-def describe(opened: Opened, *, normalization: str, heads: int) -> Description:
-    """Describes a state dict by its shapes, since the file says nothing about itself.
-
-    Args:
-      opened: official keys.
-      normalization: of the pixels; "" means "half".
-      heads: attention heads; 0 means a relative-position table's columns or width / 64.
-
-    Raises:
-      WeightsError: a key is missing, or the shapes make no model.
-    """
-    state = opened.state
-    try:
-        model = _model_config(state, heads=heads)
-    except (KeyError, IndexError) as error:
-        raise WeightsError(f"{opened.path}: missing {error}") from None
-    except ValueError as error:
-        raise WeightsError(f"{opened.path}: {error}") from None
-    task, outputs = "encoder", 0
-    if "lm_head.weight" in state:
-        task, outputs = "pretrain", state["lm_head.weight"].shape[0]
-    elif "head.weight" in state:
-        task, outputs = "classify", state["head.weight"].shape[0]
-    pooling = "mean" if task == "pretrain" or "fc_norm.weight" in state else "none"
-    if task != "pretrain" and "norm.weight" in state:
-        pooling = "cls"
-    if task == "classify" and pooling == "none":
-        raise WeightsError(f"{opened.path}: missing fc_norm.weight (or norm.weight)")
-    return Description(
-        task=task,
-        model=model,
-        outputs=outputs,
-        pooling=pooling,
-        mask_token=task == "encoder" and "mask_token" in state,
-        normalization=normalization or "half",
-    )
-
-
-def _model_config(state: State, *, heads: int) -> ModelConfig:
-    """Sizes from shapes; KeyError, IndexError or ValueError where they make no model."""
-    patch = state["patch_embed.proj.weight"].shape[-1]
-    grid = resize.grid_of_state(state)
-    if grid is None:
-        raise ValueError("there are neither absolute nor relative positions")
-    positions = "relative_per_block"
-    if "pos_embed" in state:
-        positions = "absolute"
-    elif "rel_pos_bias.relative_position_bias_table" in state:
-        positions = "relative_shared"
-    layers = _blocks(state)
-    scale = None
-    if "blocks.0.gamma_1" in state:
-        # The file has gamma but not where it started; the recipes' values keep the config valid.
-        scale = 0.1 if layers <= 12 else 1e-5
-    return ModelConfig(
-        layers=layers,
-        width=state["cls_token"].shape[-1],
-        heads=heads or _heads(state),
-        mlp_width=state["blocks.0.mlp.fc1.weight"].shape[0],
-        image_size=grid * patch,
-        patch_size=patch,
-        positions=positions,
-        layer_scale_init=scale,
-    )
-
-
-def _heads(state: State) -> int:
-    """Attention heads: a relative-position table's columns; else the published head width, 64."""
-    tables = [a for key, a in state.items() if key.endswith("relative_position_bias_table")]
-    width = state["cls_token"].shape[-1]
-    return tables[0].shape[-1] if tables else max(width // 64, 1)
-
-
-def _blocks(state: State) -> int:
-    """One more than the largest block number."""
-    matches = (re.match(r"blocks\.(\d+)\.", key) for key in state)
-    return max((int(match[1]) for match in matches if match), default=-1) + 1
+def describe(opened: Opened, *, stated: Stated) -> Described:
+    """Describes a `.pth` by what its training script saved beside it, and by names and shapes."""
+    return official.describe(opened, stated=stated, known=official.Known())
 
 
 FORMAT = Format(
@@ -188,9 +118,10 @@ FORMAT = Format(
     suffix=".pth",
     write=write,
     reader=Reader(
-        detect=lambda opened: has_official_keys(opened.state),
+        detect=lambda opened: official.has_official_keys(opened.state),
         describe=describe,
         table=lambda description: TABLE,
+        in_encoder=official.in_encoder,
         rebuilt=is_index_buffer,
     ),
 )

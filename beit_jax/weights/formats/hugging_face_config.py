@@ -1,0 +1,366 @@
+"""Hugging Face's `config.json` and `preprocessor_config.json`: read, checked, and written.
+
+Which fields there are, and what becomes of each, is in `hugging_face_fields`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from beit_jax.config import ModelConfig
+from beit_jax.preprocessing import NORMALIZATIONS
+from beit_jax.types import JsonObject
+from beit_jax.weights.description import Description
+from beit_jax.weights.formats import fields
+from beit_jax.weights.formats.fields import quoted
+from beit_jax.weights.formats.format import Stated
+from beit_jax.weights.formats.hugging_face_fields import KEPT, ONLY, USED, WRITTEN_BACK
+from beit_jax.weights.formats.view import INTERPOLATIONS, View, kept_of, view_of
+from beit_jax.weights.report import WeightsError
+
+# architectures → `Description.task`; with model_type data2vec-vision the same under other names.
+TASKS = {
+    "BeitForMaskedImageModeling": "pretrain",
+    "BeitForImageClassification": "classify",
+    "BeitModel": "encoder",
+    "Data2VecVisionForImageClassification": "classify",
+    "Data2VecVisionModel": "encoder",
+}
+CLASSES = {
+    "pretrain": "BeitForMaskedImageModeling",
+    "classify": "BeitForImageClassification",
+    "encoder": "BeitModel",
+}
+MODEL_TYPES = ("beit", "data2vec-vision")
+
+# Published configs have 1e-12; the official models were trained with 1e-6.
+_PUBLISHED_EPSILON, _OFFICIAL_EPSILON = 1e-12, 1e-6
+# Pillow's numbers of its filters.
+_RESAMPLE = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a `config.json` says.
+
+    Attributes:
+      model: the encoder.
+      task: of `Description`; "" where `architectures` is not there.
+      mean_pooling: whether the mean of the patches is pooled, not the class token.
+      vocabulary: `vocab_size`.
+      notes: lines for the report.
+      kept: fields that an export writes back.
+    """
+
+    model: ModelConfig
+    task: str
+    mean_pooling: bool
+    vocabulary: int
+    notes: tuple[str, ...]
+    kept: JsonObject
+
+
+def read_config(config: JsonObject, *, stated: Stated, source: str) -> Config:
+    """Reads `config.json`.
+
+    Args:
+      config: its content.
+      stated: the caller's own facts.
+      source: for messages.
+
+    Raises:
+      WeightsError: it is another model's, or a field is unknown, wrong, or of another function.
+    """
+    _check_model_type(config, source=source)
+    source = f"{source}: config.json"
+    fields.check_fields(config, used=USED, only=ONLY, kept=KEPT, source=source)
+    task = _task(config, source=source)
+    mean_pooling = fields.flag(config, "use_mean_pooling", default=True, source=source)
+    if task == "pretrain" and not mean_pooling:
+        raise WeightsError(
+            f"{source}: a masked image model with use_mean_pooling false applies two final norms,"
+            " which this project's models do not"
+        )
+    epsilon, notes = _epsilon(config, stated=stated, source=source)
+    written = {name: value for name, value in config.items() if name in WRITTEN_BACK}
+    if "layer_norm_eps" in config and not stated.layer_norm_epsilon:
+        written["layer_norm_eps"] = config["layer_norm_eps"]
+    return Config(
+        model=_model_config(config, epsilon=epsilon, source=source),
+        task=task,
+        mean_pooling=mean_pooling,
+        vocabulary=fields.integer(config, "vocab_size", default=8192, source=source),
+        notes=notes,
+        kept=written,
+    )
+
+
+def _check_model_type(config: JsonObject, *, source: str) -> None:
+    found = config.get("model_type")
+    if found not in MODEL_TYPES:
+        raise WeightsError(f"{source}: config.json describes a {quoted(found)}, not a BEiT")
+
+
+def _task(config: JsonObject, *, source: str) -> str:
+    names = config.get("architectures")
+    if names is None or names == []:
+        return ""
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    if isinstance(name, str) and name in TASKS:
+        return TASKS[name]
+    if isinstance(name, str) and name.endswith(("ForSemanticSegmentation", "Backbone")):
+        raise WeightsError(f"{source}: {name} is a segmentation model, which is not read")
+    raise WeightsError(f"{source}: architectures is {quoted(names)}, none of {', '.join(TASKS)}")
+
+
+def _positions(config: JsonObject, *, source: str) -> str:
+    found = [
+        name
+        for field, name in (
+            ("use_absolute_position_embeddings", "absolute"),
+            ("use_shared_relative_position_bias", "relative_shared"),
+            ("use_relative_position_bias", "relative_per_block"),
+        )
+        if fields.flag(config, field, default=False, source=source)
+    ]
+    if len(found) != 1:
+        what = " and ".join(found) or "none"
+        raise WeightsError(
+            f"{source}: positions are {what}; this project's models have one kind of them"
+        )
+    return found[0]
+
+
+def _epsilon(config: JsonObject, *, stated: Stated, source: str) -> tuple[float, tuple[str, ...]]:
+    """The LayerNorms' epsilon, and what to say of it."""
+    found = fields.number(
+        config, "layer_norm_eps", default=_PUBLISHED_EPSILON, source=source, least=0, most=1
+    )
+    if stated.layer_norm_epsilon is not None:
+        return stated.layer_norm_epsilon, ()
+    if found != _PUBLISHED_EPSILON:
+        return found, ()
+    return _OFFICIAL_EPSILON, (
+        f"layer_norm_epsilon {_OFFICIAL_EPSILON:g}, which the official models have, in place of"
+        f" config.json's {found:g}; --epsilon {found:g} keeps that",
+    )
+
+
+def _model_config(config: JsonObject, *, epsilon: float, source: str) -> ModelConfig:
+    def whole(name: str, default: int) -> int:
+        return fields.integer(config, name, default=default, source=source)
+
+    scale = config.get("layer_scale_init_value", 0.1)
+    if scale is not None:
+        scale = fields.number(
+            config, "layer_scale_init_value", default=0.1, source=source, least=-1e6, most=1e6
+        )
+    drop_path = fields.number(
+        config, "drop_path_rate", default=0.1, source=source, least=0, most=0.999
+    )
+    try:
+        model = ModelConfig(
+            layers=whole("num_hidden_layers", 12),
+            width=whole("hidden_size", 768),
+            heads=whole("num_attention_heads", 12),
+            mlp_width=whole("intermediate_size", 3072),
+            image_size=fields.side(config, "image_size", default=224, source=source),
+            patch_size=fields.side(config, "patch_size", default=16, source=source),
+            positions=_positions(config, source=source),
+            # As transformers: no LayerScale where the value is not above 0.
+            layer_scale_init=scale if scale and scale > 0 else None,
+            drop_path_rate=drop_path,
+            layer_norm_epsilon=epsilon,
+        )
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{source}: {error}") from None
+    head = config.get("head_dim")
+    if head is not None and head != model.width // model.heads:
+        raise WeightsError(
+            f"{source}: head_dim is {quoted(head)}; this project's heads are"
+            f" {model.width // model.heads} wide here"
+        )
+    return model
+
+
+def read_labels(config: JsonObject, *, classes: int, source: str) -> tuple[str, ...]:
+    """Names of the classes from `id2label`, "" for none; () where there are none or too few.
+
+    Raises:
+      WeightsError: it is no object from 0, 1, ... to names.
+    """
+    source = f"{source}: config.json"
+    names = fields.section(config, "id2label", source=source)
+    wrong = next((key for key in names if not str(key).isdecimal() or not str(key).isascii()), None)
+    if wrong is not None:
+        raise WeightsError(f"{source}: id2label has the key {quoted(wrong)}, not a class number")
+    numbered = {int(key): str(name) for key, name in names.items()}
+    if len(names) != classes or sorted(numbered) != list(range(classes)):
+        return ()
+    return tuple(numbered[i] for i in range(classes))
+
+
+def read_preprocessor(
+    preprocessor: JsonObject, *, stated: Stated, image_size: int, source: str
+) -> tuple[str, View]:
+    """The normalisation and the view that `preprocessor_config.json` asks for.
+
+    Returns:
+      A key of `NORMALIZATIONS`, and the view.
+
+    Raises:
+      WeightsError: a wrong value, or another normalisation and `stated` names none.
+    """
+    source = f"{source}: preprocessor_config.json"
+    name = stated.normalization or _normalization(preprocessor, source=source)
+    resample = preprocessor.get("resample", 3)
+    known = isinstance(resample, int) and not isinstance(resample, bool) and resample in _RESAMPLE
+    if not known:
+        raise WeightsError(f"{source}: resample is {quoted(resample)}, none of Pillow's filters")
+    crop, squash = 1.0, True
+    size = _lengths(preprocessor, "size", default=image_size, source=source)
+    squash = "shortest_edge" not in size
+    if fields.flag(preprocessor, "do_center_crop", default=False, source=source):
+        window = _lengths(preprocessor, "crop_size", default=image_size, source=source)
+        crop = min(1.0, min(window.values()) / min(size.values()))
+    return name, View(interpolation=_RESAMPLE[resample], crop=crop, squash=squash)
+
+
+def _lengths(preprocessor: JsonObject, name: str, *, default: int, source: str) -> dict[str, int]:
+    """`size` or `crop_size`: {"height", "width"}, {"shortest_edge"} or one number."""
+    value = preprocessor.get(name)
+    if value is None:
+        value = default
+    if isinstance(value, list):
+        value = dict(zip(("height", "width"), value, strict=False))
+    if not isinstance(value, dict):
+        value = {"height": value, "width": value}
+    if not value:
+        raise WeightsError(f"{source}: {name} is empty")
+    return {key: fields.integer(value, key, default=default, source=source) for key in value}
+
+
+def _normalization(preprocessor: JsonObject, *, source: str) -> str:
+    """The name of the normalisation of [0, 1] pixels, rescaling and shifting taken together."""
+    rescale = fields.flag(preprocessor, "do_rescale", default=True, source=source)
+    factor = fields.number(
+        preprocessor, "rescale_factor", default=1 / 255, source=source, least=1e-9, most=1e9
+    )
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    if not fields.flag(preprocessor, "do_normalize", default=True, source=source):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    elif "image_mean" in preprocessor and "image_std" in preprocessor:
+        mean = fields.numbers(preprocessor, "image_mean", count=3, source=source)
+        std = fields.numbers(preprocessor, "image_std", count=3, source=source)
+    elif "image_mean" not in preprocessor and "image_std" not in preprocessor:
+        mean, std = NORMALIZATIONS["half"]  # BeitImageProcessor's default
+    else:
+        raise WeightsError(f"{source}: has image_mean or image_std, but not both")
+    # Without rescaling, pixels are either in [0, 1] when they come, or in [0, 255].
+    for scale in (255 * factor,) if rescale else (1.0, 255.0):
+        for name, values in NORMALIZATIONS.items():
+            if np.allclose(np.array([mean, std]) / scale, values, atol=1e-6):
+                return name
+    raise WeightsError(
+        f"{source} has a mean and deviation that are none of {', '.join(NORMALIZATIONS)};"
+        " say which to take: --normalization"
+    )
+
+
+def config_json(description: Description, *, kept: JsonObject) -> JsonObject:
+    """`config.json`: what transformers builds the model from.
+
+    Args:
+      description: the model.
+      kept: `Config.kept` of the file that it was imported from.
+    """
+    model = description.model
+    config: JsonObject = {
+        "architectures": [CLASSES[description.task]],
+        "attention_probs_dropout_prob": 0.0,
+        "drop_path_rate": model.drop_path_rate,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": model.width,
+        "image_size": model.image_size,
+        "initializer_range": 0.02,
+        "intermediate_size": model.mlp_width,
+        # Published configs say 1e-12 where the official code has 1e-6; the value here is true.
+        "layer_norm_eps": model.layer_norm_epsilon,
+        "layer_scale_init_value": model.layer_scale_init or 0.0,
+        "model_type": "beit",
+        "num_attention_heads": model.heads,
+        "num_channels": 3,
+        "num_hidden_layers": model.layers,
+        "patch_size": model.patch_size,
+        "torch_dtype": "float32",
+        "use_absolute_position_embeddings": model.positions == "absolute",
+        "use_mask_token": description.task == "pretrain" or description.mask_token,
+        "use_mean_pooling": description.task == "pretrain" or description.pooling != "cls",
+        "use_relative_position_bias": model.positions == "relative_per_block",
+        "use_shared_relative_position_bias": model.positions == "relative_shared",
+        "vocab_size": description.outputs if description.task == "pretrain" else 8192,
+    }
+    if description.task == "classify":
+        labels = description.labels or [f"LABEL_{i}" for i in range(description.outputs)]
+        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
+        config["num_labels"] = description.outputs
+    return config | _written_back(description, kept)
+
+
+def _written_back(description: Description, kept: JsonObject) -> JsonObject:
+    fields_ = {name: value for name, value in kept.items() if name in WRITTEN_BACK}
+    published = kept.get("layer_norm_eps") == _PUBLISHED_EPSILON
+    if published and description.model.layer_norm_epsilon == _OFFICIAL_EPSILON:
+        fields_["layer_norm_eps"] = _PUBLISHED_EPSILON
+    return fields_
+
+
+def preprocessor_json(description: Description, *, config: JsonObject) -> JsonObject:
+    """`preprocessor_config.json`: as the imported file had it, else straight to the model's size.
+
+    Args:
+      description: the model.
+      config: saved with the checkpoint.
+    """
+    mean, std = NORMALIZATIONS[description.normalization]
+    side = description.model.image_size
+    size = {"height": side, "width": side}
+    result: JsonObject = {
+        "image_processor_type": "BeitImageProcessor",
+        "crop_size": size,
+        "do_center_crop": False,
+        "do_normalize": True,
+        "do_reduce_labels": False,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "resample": INTERPOLATION_NUMBERS["bicubic"],
+        "rescale_factor": 1 / 255,
+        "size": size,
+    }
+    kept = kept_of(config)
+    if kept.get("format") not in ("hugging_face", "timm"):  # this project's own: nothing is kept
+        return result
+    view = view_of(config, image_size=side)
+    result["resample"] = INTERPOLATION_NUMBERS[view.interpolation]
+    if view.crop < 1:
+        larger = round(side / view.crop)
+        result |= {"do_center_crop": True, "size": {"height": larger, "width": larger}}
+    same_size = kept.get("image_size") == side
+    same_pixels = kept.get("normalization") == description.normalization
+    original = dict(kept.get("preprocessor", {}))
+    if not same_size:
+        original = {k: v for k, v in original.items() if k not in ("size", "crop_size")}
+    if not same_pixels:
+        pixels = ("image_mean", "image_std", "rescale_factor", "do_rescale", "do_normalize")
+        original = {k: v for k, v in original.items() if k not in pixels}
+    return result | original
+
+
+INTERPOLATION_NUMBERS: Mapping[str, int] = {name: number for number, name in _RESAMPLE.items()}
+assert set(INTERPOLATION_NUMBERS) == set(INTERPOLATIONS)
