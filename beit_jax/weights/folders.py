@@ -109,6 +109,8 @@ def has_weights(folder: epath.Path) -> bool:
     return (folder / _DEEPSPEED_LATEST).is_file() or any(
         name in (*NAMES, _DEEPSPEED)
         or _is_weights(name)
+        or is_index(name)
+        or is_shard(name)
         or _FOREIGN.fullmatch(name)
         or _TRAINER.fullmatch(name)
         for name in names

@@ -1,0 +1,168 @@
+"""Which of a file's sets of weights is taken, what is taken off their names, and what is told."""
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from beit_jax.weights import opening
+from beit_jax.weights.report import WeightsError
+from tests.weights import saved_files
+from tests.weights.saved_files import (
+    deepspeed_folder,
+    lightning,
+    one_line,
+    other,
+    save_hf,
+    sharded_safetensors,
+    tensors,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch writes the files")
+
+
+@pytest.fixture(scope="module")
+def state():
+    return saved_files.state()
+
+
+# Moving averages: what is saved; then which set each choice takes, None where it is an error.
+AVERAGES: dict[str, tuple[Callable, str | None, str | None, str | None]] = {
+    "official": (lambda a, b: {"model": a, "model_ema": b}, "ema", "model", "ema"),
+    "timm": (lambda a, b: {"state_dict": a, "state_dict_ema": b}, "ema", "model", "ema"),
+    "None": (lambda a, b: {"model": a, "model_ema": None}, "model", "model", None),
+    "empty": (lambda a, b: {"model": a, "model_ema": {}}, "model", "model", None),
+    "a number": (lambda a, b: {"model": a, "model_ema": 0.999}, "model", "model", None),
+    "none": (lambda a, b: {"model": a}, "model", "model", None),
+    "bare": (lambda a, b: a, "model", "model", None),
+    "alone": (lambda a, b: {"model_ema": b, "epoch": 1}, "ema", None, "ema"),
+    "nested": (lambda a, b: {"model": a, "model_ema": {"state_dict": b}}, "ema", "model", "ema"),
+    "module": (lambda a, b: {"model": a, "model_ema": {"module": b}}, "ema", "model", "ema"),
+    "DeepSpeed": (lambda a, b: {"module": a, "model_ema": b}, "ema", "model", "ema"),
+    "both of timm's": (
+        lambda a, b: {"state_dict": a, "model_ema": a, "state_dict_ema": b},
+        "ema",
+        "model",
+        "ema",
+    ),
+    # timm does not know this name: the model is taken, and the line says what was left.
+    "another name": (lambda a, b: {"model": a, "ema_state_dict": b}, "model", "model", "ema"),
+}
+
+
+@pytest.mark.parametrize("row", AVERAGES)
+def test_averages(torch, state, tmp_path, row):
+    whole, *expected = AVERAGES[row]
+    sets = {"model": state, "ema": other(state)}
+    content = whole(tensors(torch, state), tensors(torch, sets["ema"]))
+    path = tmp_path / "x.pth"
+    torch.save(content, path)
+    has_both = expected[2] is not None and expected[1] is not None
+    for choice, taken in zip(("", "model", "ema"), expected, strict=True):
+        if taken is None:
+            with pytest.raises(WeightsError, match=r"holds (no|only a) moving average") as error:
+                opening.open_file(str(path), weights=choice)
+            one_line(error)
+            continue
+        opened = opening.open_file(str(path), weights=choice)
+        np.testing.assert_array_equal(opened.state["cls_token"], sets[taken]["cls_token"])
+        text = "\n".join(opened.notes)
+        if has_both:
+            assert f"--weights {'model' if taken == 'ema' else 'ema'} takes" in text
+        assert ("weights:" in text) == (expected[2] is not None)
+
+
+def test_the_default_is_the_one_of_timm(torch, state, tmp_path):
+    """Compared with `timm.models.load_state_dict` itself."""
+    timm = pytest.importorskip("timm", reason="the peer")
+    path = tmp_path / "x.pth"
+    compared = 0
+    for whole, *_ in AVERAGES.values():
+        content = whole(tensors(torch, state), tensors(torch, other(state)))
+        if not all(isinstance(value, dict | None) for value in content.values()) or any(
+            not value or "cls_token" not in value for value in content.values()
+        ):
+            continue  # timm knows no nested ones
+        if not {"state_dict", "model"} & content.keys():
+            continue
+        torch.save(content, path)
+        theirs = timm.models.load_state_dict(str(path))
+        ours = opening.open_file(str(path)).state
+        np.testing.assert_array_equal(ours["cls_token"], theirs["cls_token"].numpy())
+        compared += 1
+    assert compared >= 4
+
+
+def test_an_average_asked_of_a_file_without_one(torch, state, tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(state, path)
+    with pytest.raises(WeightsError, match="holds no moving average"):
+        opening.open_file(str(path), weights="ema")
+    with pytest.raises(WeightsError, match="holds no moving average"):
+        opening.open_file(str(sharded_safetensors(tmp_path / "y", state)), weights="ema")
+    opening.open_file(str(path), weights="model")
+    with pytest.raises(WeightsError, match="weights: 'both' is neither 'ema' nor 'model'"):
+        opening.open_file(str(path), weights="both")
+
+
+def test_what_was_chosen_or_removed_is_noted(torch, state, tmp_path):
+    whole = lightning(torch, state, "model._orig_mod.", **{"criterion.weight": torch.ones(5)})
+    torch.save(whole, tmp_path / "last.ckpt")
+    notes = opening.open_file(str(tmp_path / "last.ckpt")).notes
+    assert "names: model._orig_mod. is left off all 5 of them" in notes
+    assert "left aside, beside the model: criterion.weight" in notes
+    folder = save_hf(tmp_path / "x", torch, state, names=("model.fp16.safetensors",))
+    assert "variant model.fp16.safetensors" in opening.open_file(str(folder)).notes[0]
+    folder = deepspeed_folder(tmp_path / "ds", torch, state, optimizer=True)
+    assert "zero_to_fp32.py" in opening.open_file(str(folder)).notes[0]
+    safetensors.numpy.save_file(state, tmp_path / "x.safetensors")
+    assert opening.open_file(str(tmp_path / "x.safetensors")).notes == ()
+
+
+def test_prefixes_that_only_some_keys_have_are_kept(torch, state, tmp_path):
+    """A part of another model is not turned into a whole one."""
+    for prefix in ("module.", "model.", "_orig_mod."):
+        mixed = tensors(torch, state)
+        mixed[f"{prefix}cls_token"] = mixed.pop("cls_token")
+        torch.save(mixed, tmp_path / "x.pth")
+        opened = opening.open_file(str(tmp_path / "x.pth"))
+        assert set(opened.state) == set(mixed), prefix
+        assert opened.notes == ()
+
+
+def test_names_that_fall_together_are_refused(torch, state, tmp_path):
+    twice = tensors(torch, state)
+    twice["blocks.1._orig_mod.attn.qkv.weight"] = twice["blocks.1.attn.qkv.weight"] + 1
+    torch.save(twice, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"holds blocks\.1\.attn\.qkv\.weight twice"):
+        opening.open_file(str(tmp_path / "x.pth"))
+
+
+def test_what_a_file_says_beside_its_tensors(torch, state, tmp_path):
+    arguments = argparse.Namespace(model="beit_base", lr=np.float32(0.5), paths=[1], flag=True)
+    whole = {
+        "state_dict": tensors(torch, state),
+        "arch": "beit_base_patch16_224",
+        "epoch": 7,
+        "metric": np.float64(77.5),
+        "scheduler": {"last": 3},
+        "args": arguments,
+        "beit_jax": {"heads": 3, "labels": ["a", "b"], "nested": {"mean": (0.5, 0.25)}},
+    }
+    torch.save(whole, tmp_path / "x.pth")
+    assert opening.open_file(str(tmp_path / "x.pth")).extras == {
+        "arch": "beit_base_patch16_224",
+        "epoch": 7,
+        "metric": 77.5,
+        "args": {"model": "beit_base", "lr": 0.5, "flag": True},
+        "beit_jax": {"heads": 3, "labels": ["a", "b"], "nested": {"mean": [0.5, 0.25]}},
+    }
+    torch.save(lightning(torch, state), tmp_path / "x.ckpt")
+    extras = opening.open_file(str(tmp_path / "x.ckpt")).extras
+    assert extras["hyper_parameters"] == {"arch": "beit_base_patch16_224", "lr": 1e-3}
+    assert extras["pytorch-lightning_version"] == "2.4.0"
