@@ -173,7 +173,7 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
         another function, or does not fit the tensors.
     """
     state, source = opened.state, opened.path
-    if any(key.startswith("decode_head.") for key in state):
+    if any(key.startswith(("decode_head.", "beit.fpn")) for key in state):
         raise WeightsError(f"{source} is a segmentation model, which is not read")
     if not opened.config:
         raise WeightsError(
@@ -226,6 +226,8 @@ def _pooling(config: Config, task: str, state: State) -> tuple[str, tuple[str, .
     """How the tokens are pooled, and the final norm that this leaves without a use."""
     if task == "pretrain":
         return "mean", ()
+    if config.backbone:
+        return "none", ()
     if not config.mean_pooling:
         return "cls", ("beit.pooler",)
     if task == "encoder" and "beit.pooler.layernorm.weight" not in state:
@@ -319,9 +321,7 @@ def _grid_of_positions(rows: int) -> int:
 
 
 def _in_encoder(key: str) -> bool:
-    return key.startswith(("beit.embeddings.", "beit.encoder.")) and key != (
-        "beit.embeddings.mask_token"
-    )
+    return key.startswith(("beit.embeddings.", "beit.encoder."))
 
 
 FORMAT = Format(

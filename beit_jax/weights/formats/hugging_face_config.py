@@ -24,6 +24,7 @@ TASKS = {
     "BeitForMaskedImageModeling": "pretrain",
     "BeitForImageClassification": "classify",
     "BeitModel": "encoder",
+    "BeitBackbone": "encoder",
     "Data2VecVisionForImageClassification": "classify",
     "Data2VecVisionModel": "encoder",
 }
@@ -47,6 +48,7 @@ class Config:
     Attributes:
       model: the encoder.
       task: of `Description`; "" where `architectures` is not there.
+      backbone: whether it is a BeitBackbone, whose tokens no norm ends.
       mean_pooling: whether the mean of the patches is pooled, not the class token.
       vocabulary: `vocab_size`.
       notes: lines for the report.
@@ -55,6 +57,7 @@ class Config:
 
     model: ModelConfig
     task: str
+    backbone: bool
     mean_pooling: bool
     vocabulary: int
     notes: tuple[str, ...]
@@ -89,6 +92,7 @@ def read_config(config: JsonObject, *, stated: Stated, source: str) -> Config:
     return Config(
         model=_model_config(config, epsilon=epsilon, source=source),
         task=task,
+        backbone=config.get("architectures") == ["BeitBackbone"],
         mean_pooling=mean_pooling,
         vocabulary=fields.integer(config, "vocab_size", default=8192, source=source),
         notes=notes,
@@ -109,7 +113,7 @@ def _task(config: JsonObject, *, source: str) -> str:
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if isinstance(name, str) and name in TASKS:
         return TASKS[name]
-    if isinstance(name, str) and name.endswith(("ForSemanticSegmentation", "Backbone")):
+    if isinstance(name, str) and name.endswith("ForSemanticSegmentation"):
         raise WeightsError(f"{source}: {name} is a segmentation model, which is not read")
     raise WeightsError(f"{source}: architectures is {quoted(names)}, none of {', '.join(TASKS)}")
 
@@ -173,6 +177,8 @@ def _model_config(config: JsonObject, *, epsilon: float, source: str) -> ModelCo
             drop_path_rate=drop_path,
             layer_norm_epsilon=epsilon,
         )
+    except WeightsError:
+        raise
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{source}: {error}") from None
     head = config.get("head_dim")
@@ -263,9 +269,14 @@ def _normalization(preprocessor: JsonObject, *, source: str) -> str:
         for name, values in NORMALIZATIONS.items():
             if np.allclose(np.array([mean, std]) / scale, values, atol=1e-6):
                 return name
+    found = {
+        name: preprocessor[name]
+        for name in ("do_normalize", "image_mean", "image_std", "do_rescale", "rescale_factor")
+        if name in preprocessor
+    }
     raise WeightsError(
-        f"{source} has a mean and deviation that are none of {', '.join(NORMALIZATIONS)};"
-        " say which to take: --normalization"
+        f"{source}: {quoted(found)} has a mean and deviation that are none of"
+        f" {', '.join(NORMALIZATIONS)}; say which to take: --normalization"
     )
 
 

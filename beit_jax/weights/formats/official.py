@@ -27,7 +27,7 @@ OFFICIAL_EPSILON = 1e-6
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 _TABLE = "relative_position_bias_table"
 _ENCODER = re.compile(
-    r"(cls_token|pos_embed|dist_token|reg_token|register_tokens|rope|norm_pre|pos_drop|patch_drop"
+    r"(cls_token|mask_token|pos_embed|dist_token|reg_token|register_tokens|rope|norm_pre|pos_drop|patch_drop"
     r"|patch_embed|rel_pos_bias|blocks)(\.|$)"
 )
 
@@ -59,7 +59,7 @@ def has_official_keys(state: State) -> bool:
 
 
 def in_encoder(key: str) -> bool:
-    """Whether a key, known or not, is of the encoder; the mask token and the last norm are not."""
+    """Whether a key, known or not, is of the encoder; its last norm is not counted."""
     return _ENCODER.match(key) is not None
 
 
@@ -81,8 +81,10 @@ def describe(opened: Opened, *, stated: Stated, known: Known) -> Described:
     guessed: dict[str, str] = {}
     try:
         model = _model_config(opened.state, stated=stated, known=known, guessed=guessed)
-    except (KeyError, IndexError) as error:
-        raise WeightsError(f"{opened.path}: missing {error}") from None
+    except KeyError as error:
+        raise WeightsError(f"{opened.path}: not a BEiT: {error.args[0]} is missing") from None
+    except IndexError:
+        raise WeightsError(f"{opened.path}: not a BEiT: a tensor lacks dimensions") from None
     except ValueError as error:
         raise WeightsError(f"{opened.path}: {error}") from None
     task, outputs, pooling, left_out = _head(opened.state, source=opened.path)
@@ -181,7 +183,7 @@ def _with_arguments(known: Known, opened: Opened) -> Known:
 
 def check_architecture(name: str, *, source: str) -> None:
     """Raises WeightsError where a model's name in timm or the official scripts is no BEiT's."""
-    if "beit" not in name.lower().replace("_", ""):
+    if not re.search(r"beit(?![-_ ]?3)", name.lower()):
         raise WeightsError(f"{source}: its architecture is {quoted(name)}, not a BEiT")
 
 
@@ -270,9 +272,10 @@ def _refuse_look_alikes(state: State, *, width: int, mlp_width: int, patch: int)
     """Raises ValueError for a model with a plain ViT's names whose sizes are no BEiT's.
 
     EVA-01 and the models that normalise after their branches (EVA-02 enormous) have the names of a
-    BEiT with absolute positions. All published BEiTs have MLPs of four times the width.
+    BEiT with absolute positions. Published BEiTs have MLPs of four times the width and patches of
+    16 pixels.
     """
-    if mlp_width != 4 * width or patch == 14:
+    if mlp_width > 4 * width or patch == 14:
         raise ValueError(
             f"absolute positions, an MLP {mlp_width / width:g} times as wide as its tokens and"
             f" patches of {patch} pixels are not a BEiT's; EVA has such sizes, and computes"

@@ -96,16 +96,22 @@ def known(opened: Opened, *, stated: Stated) -> Known:
 
 
 def _known_by_header(opened: Opened) -> Known:
-    """The header of a file that an older version of this project wrote; others are ignored."""
+    """The header of a file that an older version of this project wrote; others are ignored.
+
+    Raises WeightsError where it is one, with values that are none.
+    """
     try:
         arguments = json.loads(opened.metadata.get("timm", "{}"))["arguments"]
         heads = arguments.get("num_heads", 0)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Known()
+    source = f"{opened.path}: the header"
     name = opened.metadata.get("normalization", "")
-    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 0:
-        return Known()
-    return Known(beit=True, heads=heads, normalization=name if name in NORMALIZATIONS else "")
+    if name and name not in NORMALIZATIONS:
+        raise WeightsError(f"{source}: normalization is {quoted(name)}, not known")
+    if heads:
+        heads = fields.integer(arguments, "num_heads", default=0, source=f"{source}: timm")
+    return Known(beit=True, heads=heads, normalization=name)
 
 
 def _check_arguments(
