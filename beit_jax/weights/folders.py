@@ -15,10 +15,11 @@ from etils import epath
 from beit_jax.weights.containers import SUFFIXES
 from beit_jax.weights.report import WeightsError
 
+_BIN = "pytorch_model.bin"
 # In the order of transformers' `from_pretrained`: safetensors first, and one file before several.
 NAMES = (
     *("model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *(_BIN, f"{_BIN}.index.json"),
 )
 # The same names with a variant: model.fp16.safetensors, model.safetensors.index.fp16.json.
 _VARIANTS = (
@@ -45,10 +46,12 @@ class Choice:
     Attributes:
       file: its path within the folder; an index where `is_index` says so.
       note: a line for the report; "" where there was nothing to choose.
+      half_note: another, where the weights turn out to be in half precision.
     """
 
     file: str
     note: str = ""
+    half_note: str = ""
 
 
 def is_index(name: str) -> bool:
@@ -93,6 +96,9 @@ def find(folder: epath.Path, *, source: str) -> Choice:
       WeightsError: as `choose`.
     """
     names = [entry.name for entry in folder.iterdir()]
+    if NAMES[0] not in names and (folder / _BIN).is_dir():  # newer zero_to_fp32.py makes a folder
+        nested = find(folder / _BIN, source=f"{source}/{_BIN}")
+        return dataclasses.replace(nested, file=f"{_BIN}/{nested.file}")
     choice = _hugging_face(names, source=source) or _deepspeed(folder, names, source=source)
     if choice is not None:
         return choice
@@ -152,7 +158,7 @@ def _deepspeed(folder: epath.Path, names: list[str], *, source: str) -> Choice |
     if any(re.fullmatch(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", name) for name in names):
         raise WeightsError(
             f"{source} is a checkpoint of DeepSpeed's ZeRO-3, whose weights are in pieces; put them"
-            " together first: `python zero_to_fp32.py . pytorch_model.bin` in its folder"
+            " together first: `python zero_to_fp32.py . whole` in its folder"
         )
     if any(re.fullmatch(r"mp_rank_(?!00_)\d+_model_states\.pt", name) for name in names):
         raise WeightsError(
@@ -161,10 +167,13 @@ def _deepspeed(folder: epath.Path, names: list[str], *, source: str) -> Choice |
     if _DEEPSPEED not in names:
         return None
     file = f"{tag}/{_DEEPSPEED}" if tag else _DEEPSPEED
-    note = f"weights: {file} of DeepSpeed's checkpoint"
-    if any(name.endswith("_optim_states.pt") for name in names):
-        note += "; its float32 copies are in the optimizer's files, zero_to_fp32.py writes them"
-    return Choice(file=file, note=note)
+    has_float32 = any(name.endswith("_optim_states.pt") for name in names)
+    half_note = "weights: in half precision; zero_to_fp32.py in the folder writes the float32 ones"
+    return Choice(
+        file=file,
+        note=f"weights: {file} of DeepSpeed's checkpoint",
+        half_note=half_note if has_float32 else "",
+    )
 
 
 def _is_weights(name: str) -> bool:

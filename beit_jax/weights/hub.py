@@ -134,7 +134,9 @@ def _names(hub: ModuleType, repository: Repository) -> list[str]:
     """The files of a repository, or those of it in the cache where the hub can't be asked."""
     errors = hub.errors
     try:
-        return list(hub.HfApi().list_repo_files(repository.name, revision=repository.revision))
+        # Not `list_repo_files`, which tries for half a minute where the hub can't be reached.
+        found = hub.HfApi().model_info(repository.name, revision=repository.revision)
+        return [file.rfilename for file in found.siblings or ()]
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
     except Exception:  # offline, or unreachable: the HTTP library's own errors differ

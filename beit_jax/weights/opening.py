@@ -54,19 +54,20 @@ def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
     """
     unwrapping.check_choice(weights)
     file = epath.Path(hub.resolve(path))
-    notes: list[str] = []
+    choice = folders.Choice(file="")
     configs: list[JsonObject] = [{}, {}]
     if file.is_dir():
         folder = file
         choice = folders.find(folder, source=path)
         file = folder / choice.file
-        notes += [choice.note] if choice.note else []
         configs = [_config(folder / name) for name in _CONFIGS]
     elif folders.is_index(file.name):
         configs = [_config(file.parent / name) for name in _CONFIGS]
     elif folders.is_shard(file.name) and file.exists():
         raise WeightsError(f"{file} is one of several files of weights; give their folder")
     found = _read(file, sha256=sha256, weights=weights)
+    is_half = any(array.dtype.itemsize == 2 for array in found.state.values())
+    notes = (choice.note, choice.half_note if is_half else "", *found.notes)
     return Opened(
         path=found.source,
         state=found.state,
@@ -74,7 +75,7 @@ def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
         config=configs[0],
         preprocessor=configs[1],
         sha256=found.sha256,
-        notes=(*notes, *found.notes),
+        notes=tuple(note for note in notes if note),
         extras=found.extras,
     )
 

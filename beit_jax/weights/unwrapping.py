@@ -22,10 +22,10 @@ State = dict[str, np.ndarray]
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "model_state")
 # Where its moving average is kept, in timm's order (`timm.models.load_state_dict`).
 _AVERAGES = ("state_dict_ema", "model_ema")
-# What a name starts with where the model is a part of something: DataParallel, Lightning modules,
-# Accelerate.
 # Modules that change nothing and may stand anywhere in a name: torch.compile, FSDP, checkpointing.
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# What a name starts with where the model is a part of something: DataParallel, Lightning modules,
+# Accelerate.
 _PREFIXES = (
     *("module.", "model.", "net.", "_forward_module."),
     *(f"{name}." for name in _TRANSPARENT),

@@ -51,17 +51,24 @@ def run(server, tmp_path):
 
 def resolved(run, source: str, **environment) -> str:
     """The path that `resolve` gives, or its error's message."""
+    (line,) = resolved_all(run, [source], **environment)
+    return line
+
+
+def resolved_all(run, sources: list[str], **environment) -> list[str]:
+    """The same for several, in one process."""
     script = f"""
 from beit_jax.weights.hub import resolve
 from beit_jax.weights.report import WeightsError
-try:
-    print(resolve({source!r}))
-except WeightsError as error:
-    print("error:", error)
+for source in {sources!r}:
+    try:
+        print(resolve(source))
+    except WeightsError as error:
+        print("error:", error)
 """
     result = run(script, **environment)
     assert result.returncode == 0, result.stderr
-    return result.stdout.rstrip("\n")
+    return result.stdout.splitlines()
 
 
 def test_other_paths_stay_as_they_are():
@@ -140,6 +147,50 @@ def test_a_pickle_is_taken_only_without_safetensors(server, run):
     file = pathlib.Path(resolved(run, "hf:owner/unilm"))
     assert file.name == "beit_base.pth"
     assert file.read_bytes() == b"pickle"
+
+
+def test_shards_are_downloaded_as_their_index_says(server, run):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "part[2].safetensors"}}
+    shards = {name: name.encode() for name in index["weight_map"].values()}
+    unused = {"model-00003-of-00003.safetensors": b"", "pytorch_model.bin": b"", "x.pth": b""}
+    files = {
+        "config.json": b"{}",
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        **shards,
+        **unused,
+    }
+    server.add("owner/sharded", files)
+    folder = pathlib.Path(resolved(run, "hf:owner/sharded"))
+    assert set(os.listdir(folder)) == files.keys() - unused.keys()
+    for name, content in shards.items():
+        assert (folder / name).read_bytes() == content
+    server.stop()
+    assert resolved(run, "hf:owner/sharded", HF_HUB_OFFLINE="1") == str(folder)
+
+
+def test_an_index_of_the_hub_cannot_name_other_files(server, run):
+    index = {"weight_map": {"a": "../../../etc/passwd"}}
+    server.add("owner/evil", {"model.safetensors.index.json": json.dumps(index).encode()})
+    text = resolved(run, "hf:owner/evil")
+    assert text.startswith("error: ")
+    assert "is refused: a is in '../../../etc/passwd'" in text
+
+
+def test_variants_and_other_names(server, run):
+    server.add("owner/half", {"config.json": b"{}", "model.fp16.safetensors": b"half"})
+    server.add("owner/named", {"config.json": b"{}", "beit.safetensors": b"x", "README.md": b""})
+    server.add("owner/tar", {"model_best.pth.tar": b"x", "args.yaml": b""})
+    server.add("owner/index", {"model.safetensors.index.json": b'{"weight_map": {"a": "b.bin"}}'})
+    server.add("owner/two", {"a.pth": b"x", "b.pth": b"x"})
+    names = ("half", "named", "tar", "index", "two")
+    half, named, tar, index, two = resolved_all(run, [f"hf:owner/{name}" for name in names])
+    assert sorted(os.listdir(half)) == ["config.json", "model.fp16.safetensors"]
+    assert sorted(os.listdir(named)) == ["beit.safetensors", "config.json"]
+    assert tar.endswith("/model_best.pth.tar")
+    assert index.endswith("/model.safetensors.index.json")
+    assert two == (
+        "error: hf:owner/two holds several files of weights, a.pth, b.pth; give the path of one"
+    )
 
 
 def test_every_command_and_init_from_take_a_repository(server, run, tmp_path):

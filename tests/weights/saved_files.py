@@ -313,6 +313,10 @@ PLACES: dict[str, Callable] = {
     "DeepSpeed, a tag": lambda f, t, s: deepspeed_folder(f, t, s) / "global_step10",
     "DeepSpeed, official BEiT": lambda f, t, s: deepspeed_folder(f, t, s, tag="checkpoint-99"),
     "DeepSpeed, ZeRO-1": lambda f, t, s: deepspeed_folder(f, t, s, optimizer=True),
+    "DeepSpeed, zero_to_fp32.py": lambda f, t, s: (
+        sharded_bin(f / "pytorch_model.bin", t, s),
+        f,
+    )[1],
     "Trainer": trainer_folder,
     "Trainer, DeepSpeed": deepspeed_in_trainer,
     "Accelerate": accelerate_folder,
