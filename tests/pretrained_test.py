@@ -159,6 +159,9 @@ def test_another_image_size_resizes_positions_as_the_export_does(sources, tmp_pa
     larger = beit_jax.load_encoder(sources["run"], image_size=56)
     assert (larger.image_size, larger.grid) == (56, 7)
     assert relative_error(larger(uint8_images(56)).patches, expected.patches) < TOLERANCE
+    for wrong in ("56", 56.0, True):
+        with pytest.raises(ConfigError, match="image_size: must be whole pixels, got"):
+            beit_jax.load_encoder(sources["run"], image_size=wrong)
     with pytest.raises(ConfigError, match="image_size: 50 is not a multiple of patch_size 8"):
         beit_jax.load_encoder(sources["run"], image_size=50)
 

@@ -365,8 +365,7 @@ def _portable(name: str) -> str:
 @contextlib.contextmanager
 def _few_warnings() -> Iterator[None]:
     """Silences warnings that would only clutter the progress line."""
-    # Orbax warns of missing metadata even where it finds it in another file.
-    with verbosity(logging.ERROR), warnings.catch_warnings():
+    with verbosity(logging.WARNING), warnings.catch_warnings():
         # The image is read all the same, as it is stored.
         warnings.filterwarnings("ignore", message="Corrupt EXIF data")
         yield

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from beit_jax.config import ModelConfig
+from beit_jax.config import ModelConfig, check
 from beit_jax.models.functional import Functional, unflatten
 from beit_jax.models.heads import classifier, masked_image_model
 from beit_jax.pretrained.encoder import PretrainedEncoder, encoder_of
@@ -160,6 +160,8 @@ def _read(
             f"{source} is not a checkpoint: give a run's directory, a Hugging Face folder, a"
             " .safetensors or .pth file, or hf:OWNER/NAME"
         )
+    whole = isinstance(image_size, int) and not isinstance(image_size, bool)
+    check(image_size is None or whole, "image_size", f"must be whole pixels, got {image_size!r}")
     params, description, _, report = convert.read_any(source, stated=stated)
     for line in report.guessed:
         logging.warning("%s: guessed %s", source, line)

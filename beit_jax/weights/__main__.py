@@ -43,8 +43,12 @@ def _formats(*, only_readable: bool = False) -> dict[str, str]:
     """Name → line of help."""
     from beit_jax.weights.formats import FORMATS
 
-    rows = FORMATS.items()
-    return {name: row.help for name, row in rows if row.reader or not only_readable}
+    if only_readable:
+        return {name: row.help for name, row in FORMATS.items() if row.reader}
+    return {
+        name: f"{row.help} ({row.writing})" if row.writing else row.help
+        for name, row in FORMATS.items()
+    }
 
 
 def _format_table(formats: dict[str, str]) -> str:

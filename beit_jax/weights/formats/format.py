@@ -202,6 +202,7 @@ class Format:
     Attributes:
       name: its key in `FORMATS` and on the command line.
       help: one line for the command's help, without a full stop.
+      writing: what writing takes, for the help of `export`, in a few words; "" for nothing.
       suffix: of the file it writes, ".pth"; "" for a folder.
       write: writes a checkpoint.
       reader: None where the format can only be written.
@@ -212,6 +213,7 @@ class Format:
     suffix: str
     write: Callable[[Export], Written]
     reader: Reader | None = None
+    writing: str = ""
 
     def check_output(self, output: str) -> None:
         """Raises WeightsError where `output` cannot be what this format writes."""

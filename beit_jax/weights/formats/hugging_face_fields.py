@@ -61,7 +61,7 @@ WRITTEN_BACK = frozenset((
     "attention_probs_dropout_prob", "drop_path_rate", "hidden_dropout_prob",
     "initializer_range", "problem_type", "semantic_loss_ignore_index", "finetuning_task",
     "task_specific_params", "auxiliary_channels", "auxiliary_concat_input",
-    "auxiliary_loss_weight", "auxiliary_num_convs", 
+    "auxiliary_loss_weight", "auxiliary_num_convs",
     "pool_scales", "use_auxiliary_head",
 ))
 # fmt: on

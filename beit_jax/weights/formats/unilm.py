@@ -114,7 +114,8 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
 
 FORMAT = Format(
     name="unilm",
-    help="a .pth file that the official BEiT scripts load (writing it takes PyTorch)",
+    help="a .pth file that the official BEiT scripts load",
+    writing="takes PyTorch",
     suffix=".pth",
     write=write,
     reader=Reader(
