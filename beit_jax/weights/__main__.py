@@ -46,7 +46,7 @@ def _formats(*, only_readable: bool = False) -> dict[str, str]:
     if only_readable:
         return {name: row.help for name, row in FORMATS.items() if row.reader}
     return {
-        name: f"{row.help} ({row.writing})" if row.writing else row.help
+        name: f"{row.help} (writing {row.writing})" if row.writing else row.help
         for name, row in FORMATS.items()
     }
 
@@ -74,7 +74,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--format", required=True, choices=tuple(_formats()))
     command.add_argument("--output", required=True, help="folder or file to write")
     _add_image_size(command)
-    _add_stated(command)
+    _add_conversion(command)
     _add_allow(command, "missing", "go on without a foreign checkpoint's key NAME")
     _add_allow(command, "unused", "leave out parameter, or a foreign checkpoint's key, NAME")
     command.add_argument(
@@ -101,12 +101,7 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--output", required=True, help="folder to write")
     _add_image_size(command)
-    command.add_argument(
-        "--per-block",
-        action="store_true",
-        help="copy a shared relative-position table to every block, as fine-tuning has it",
-    )
-    _add_stated(command)
+    _add_conversion(command)
     _add_allow(command, "missing", "go on without foreign key NAME")
     _add_allow(command, "unused", "ignore foreign key NAME")
 
@@ -146,8 +141,13 @@ def _add_image_size(command: argparse.ArgumentParser) -> None:
     command.add_argument("--image-size", type=int, help="resize positions to this image size")
 
 
-def _add_stated(command: argparse.ArgumentParser) -> None:
-    """What a foreign file may not say, and what is to be taken in place of what it does."""
+def _add_conversion(command: argparse.ArgumentParser) -> None:
+    """What both directions take: facts that a foreign file may not say, and its tables."""
+    command.add_argument(
+        "--per-block",
+        action="store_true",
+        help="copy a shared relative-position table to every block, as fine-tuning has it",
+    )
     command.add_argument("--sha256", default="", metavar="HEX", help="check a foreign file")
     command.add_argument(
         "--normalization",
@@ -211,6 +211,7 @@ def _export(options: argparse.Namespace) -> None:
         format=options.format,
         output=options.output,
         image_size=options.image_size,
+        per_block=options.per_block,
         sha256=options.sha256,
         stated=_stated(options),
         allow_missing=options.allow_missing,

@@ -50,6 +50,7 @@ def export_checkpoint(
     format: str,
     output: str,
     image_size: int | None = None,
+    per_block: bool = False,
     sha256: str = "",
     stated: Stated = NOTHING_STATED,
     allow_missing: Iterable[str] = (),
@@ -64,9 +65,8 @@ def export_checkpoint(
       format: a key of `formats.FORMATS`.
       output: the folder or file to write; replaced if it is there.
       image_size: another resolution to resize positions to.
-      sha256: what a foreign file must have; "" skips the check.
-      stated: facts that a foreign file may not say.
-      allow_missing: foreign keys that may be missing.
+      per_block: copy a shared relative-position table to every block.
+      sha256, stated, allow_missing: see `foreign.read`.
       allow_unused: parameters, or a foreign file's keys, that may be left out.
       push: "OWNER/NAME", a repository on the hub to upload the result to; "" for none.
       private: whether a repository that the push creates is private.
@@ -81,7 +81,8 @@ def export_checkpoint(
         source, sha256=sha256, stated=stated, allow_missing=allow_missing, allow_unused=left
     )
     params, unused = _fitting(read.params, read.description, source=source, allow_unused=left)
-    params, description, reshaped = resized(params, read.description, image_size=image_size)
+    params, description, copied = _with_tables(params, read.description, per_block=per_block)
+    params, description, reshaped = resized(params, description, image_size=image_size)
     written = target.write(
         Export(
             output=output,
@@ -98,7 +99,7 @@ def export_checkpoint(
         used=written.used,
         unused=(*unused, *written.left_out),
         rebuilt=written.rebuilt,
-        reshaped=(*reshaped, *written.reshaped),
+        reshaped=(*copied, *reshaped, *written.reshaped),
         cast=(),
     )
     return Exported(output=output, report=report, load=written.load, commit=commit)
@@ -172,13 +173,9 @@ def import_checkpoint(
         allow_missing=allow_missing,
         allow_unused=allow_unused,
     )
-    params, description = checkpoint.params, checkpoint.description
-    reshaped: list[str] = []
-    if per_block and description.model.positions == "relative_shared":
-        params = adapt.per_block(params)
-        model = dataclasses.replace(description.model, positions="relative_per_block")
-        description = dataclasses.replace(description, model=model)
-        reshaped.append(f"{adapt.SHARED_TABLE} → {adapt.BLOCK_TABLE}, copies")
+    params, description, reshaped = _with_tables(
+        checkpoint.params, checkpoint.description, per_block=per_block
+    )
     params, description, more = resized(params, description, image_size=image_size)
     config = to_config(description) | _imported_from(source, checkpoint)
     native.write_params(output, unflatten(params), config=config)
@@ -320,6 +317,17 @@ def _imported_from(source: str, checkpoint: foreign.Checkpoint) -> JsonObject:
     """What is saved about a file that a checkpoint was imported from."""
     facts = {"source": source, "sha256": checkpoint.sha256, "kept": checkpoint.kept}
     return {"imported_from": facts}
+
+
+def _with_tables(
+    params: dict[str, np.ndarray], description: Description, *, per_block: bool
+) -> tuple[dict[str, np.ndarray], Description, list[str]]:
+    """A copy of a shared relative-position table for every block, where that is asked for."""
+    if not per_block or description.model.positions != "relative_shared":
+        return params, description, []
+    model = dataclasses.replace(description.model, positions="relative_per_block")
+    copied = f"{adapt.SHARED_TABLE} → {adapt.BLOCK_TABLE}, copies"
+    return adapt.per_block(params), dataclasses.replace(description, model=model), [copied]
 
 
 def resized(

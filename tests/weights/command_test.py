@@ -20,6 +20,36 @@ def checkpoint(tmp_path_factory):
     return str(path)
 
 
+CONVERSION = ("--per-block", "--sha256", "--normalization", "--heads", "--epsilon", "--weights")
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_both_directions_take_the_same_flags(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert [flag for flag in CONVERSION if flag not in text] == []
+    assert ("writing takes PyTorch" in text) == (command == "export")
+
+
+def test_export_of_a_foreign_file_takes_what_import_takes(checkpoint, tmp_path, capsys):
+    """One step gives the very file that two give."""
+    folder, flags = str(tmp_path / "hf"), ["--per-block", "--epsilon=1e-5", "--image-size=64"]
+    assert main(["export", checkpoint, "--format=hugging_face", f"--output={folder}"]) == 0
+    assert main(["import", folder, f"--output={tmp_path / 'ours'}", *flags]) == 0
+    for source, name, given in ((folder, "one", flags), (str(tmp_path / "ours"), "two", [])):
+        output = str(tmp_path / name)
+        assert main(["export", source, "--format=hugging_face", f"--output={output}", *given]) == 0
+    capsys.readouterr()
+    for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        one, two = ((tmp_path / name / file).read_bytes() for name in ("one", "two"))
+        assert one == two, file
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["layer_norm_eps"] == 1e-5
+    error = [folder, "--format=timm", f"--output={tmp_path / 'x.safetensors'}", "--epsilon=1e-5"]
+    assert main(["export", *error]) == 2
+    assert "layer_norm_epsilon 1e-06, this checkpoint 1e-05" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
