@@ -374,6 +374,7 @@ _FUNCTIONS: dict[str, Callable[..., PyTree]] = {
     "torch._utils._rebuild_tensor_v3": _tensor_of_bytes,
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
     "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
     "torch.Size": _sequence(tuple),
     "builtins.set": _sequence(set),

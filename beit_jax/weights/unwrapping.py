@@ -154,7 +154,7 @@ def _chosen(whole: Mapping, *, source: str, weights: str) -> tuple[str | None, l
     """The key of the state dict, None for the whole itself; and notes."""
     average = next((key for key in _AVERAGES if _inner(whole.get(key))), None)
     model = next((key for key in _WRAPPERS if _inner(whole.get(key))), None)
-    is_bare = bool(_tensors(whole))
+    is_bare = _is_bare(whole)
     if weights == "ema" and average is None:
         others = [str(key) for key, value in whole.items() if _is_average(key) and _inner(value)]
         if len(others) != 1:
@@ -185,6 +185,17 @@ def _chosen(whole: Mapping, *, source: str, weights: str) -> tuple[str | None, l
             f"weights: {model} taken, beside {', '.join(aside)} (--weights ema takes it)"
         ]
     return model, []
+
+
+def _is_bare(whole: Mapping) -> bool:
+    """Whether a dict is a state dict itself, and not one around it with a tensor among its facts.
+
+    A model's names have dots, "best_accuracy" has none.
+    """
+    names = _tensors(whole)
+    return any("." in name for name in names) or (
+        bool(names) and not any(_tensors(value) for value in whole.values())
+    )
 
 
 def _only(whole: Mapping, *, source: str) -> tuple[str, list[str]]:

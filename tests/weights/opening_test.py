@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from beit_jax.weights import folders, opening
@@ -224,3 +225,30 @@ def test_what_is_no_checkpoint_at_all_is_not_foreign(tmp_path):
     assert not opening.is_foreign(str(tmp_path))
     assert opening.is_foreign("hf:owner/name")
     assert opening.is_foreign(str(tmp_path / "gone.ckpt"))
+
+
+@pytest.mark.parametrize("kind", ["zip of a pickle", "pickle", "safetensors", "index"])
+def test_damage_never_gives_another_error(torch, state, tmp_path, kind):
+    """Any bytes changed: the file is read, or one line says what is wrong with it."""
+    path = {
+        "zip of a pickle": lambda: zipped_file(tmp_path, torch, state),
+        "pickle": lambda: saved_files.renamed_zip(tmp_path, torch, state),
+        "safetensors": lambda: saved_files.prefixed_safetensors(tmp_path, torch, state),
+        "index": lambda: saved_files.sharded_safetensors(tmp_path, state) / folders.NAMES[1],
+    }[kind]()
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    failed: list[str] = []
+    # The header is where damage matters, and numbers are most of a file.
+    spots = np.r_[0 : min(600, len(content)), max(0, len(content) - 2000) : len(content)]
+    for _ in range(150):
+        damaged = bytearray(content)
+        for position in rng.choice(spots, rng.integers(1, 4)):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged[: rng.choice([len(content), rng.integers(len(content))])])
+        try:
+            opening.open_file(str(path))
+        except WeightsError as error:
+            failed.append(str(error))
+    assert len(failed) > 50
+    assert not any("\n" in text for text in failed)

@@ -110,6 +110,10 @@ FILES: dict[str, tuple[str, Callable]] = {
     "PyTorch's tutorial": ("x.pt", lambda t, s: {"model_state_dict": tensors(t, s), "loss": 0.5}),
     "pycls": ("x.pyth", lambda t, s: {"epoch": 3, "model_state": tensors(t, s)}),
     "an unknown key": ("x.pt", lambda t, s: {"network": tensors(t, s), "epoch": 1}),
+    "facts that are tensors": (
+        "x.pt",
+        lambda t, s: {"net": tensors(t, s), "best_acc": t.tensor(81.0), "rng": t.get_rng_state()},
+    ),
     "wrapped twice": ("x.pt", lambda t, s: {"model": {"module": tensors(t, s)}}),
     "wrapped thrice": ("x.pt", lambda t, s: {"state_dict": {"model": {"module": tensors(t, s)}}}),
     "DeepSpeed's file": (
