@@ -89,6 +89,9 @@ _RECORDS = frozenset(
         ("torch.serialization", "_get_layout"),
         ("torch.nn.backends.thnn", "_get_thnn_function_backend"),
         ("torchvision.transforms.functional", "InterpolationMode"),
+        ("transformers.models.beit.configuration_beit", "BeitConfig"),
+        ("transformers.models.data2vec.configuration_data2vec_vision", "Data2VecVisionConfig"),
+        ("functools", "partial"),  # Hydra's optimizers; what it would call must be known, too
         *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
         *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
         ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -107,7 +110,7 @@ _RECORDS = frozenset(
         ("typing", "Any"),
     }
 )
-_RECORD_MODULES = ("torch.nn.modules.", "numpy.dtypes.")
+_RECORD_MODULES = ("torch.nn.modules.", "torch.optim.", "numpy.dtypes.", "numpy.random.")
 _TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 # Dicts with another name.
 _DICTS = frozenset(

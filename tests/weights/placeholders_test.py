@@ -74,6 +74,8 @@ HARMLESS = {
     "a class of NumPy": lambda torch: np.float32,
     "a dtype's class": lambda torch: type(np.dtype("f8")),
     "NumPy's random state": lambda torch: np.random.RandomState(0).get_state(),
+    "a NumPy generator": lambda torch: np.random.default_rng(0),
+    "an optimizer to be": lambda torch: functools.partial(torch.optim.AdamW, lr=0.1),
     "a defaultdict": lambda torch: collections.defaultdict(list, a=[1]),
     "a counter": lambda torch: collections.Counter("aab"),
     "a deque": lambda torch: collections.deque([1, 2], maxlen=5),
@@ -186,6 +188,20 @@ def test_plain_values_are_kept(torch, value, expected, protocol):
 def test_torch_dtypes_are_their_names(torch):
     content = saved(torch, {"x": torch.bfloat16, "y": torch.long})
     assert pickles.loads(content, source="x") == {"x": "torch.bfloat16", "y": "torch.int64"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath"), (b"numpy._core", b"numpy.core")],
+    ids=["Python 3.13", "NumPy 1"],
+)
+def test_names_of_other_versions(torch, old, new):
+    whole = {"path": pathlib.PosixPath("a/b"), "number": np.float64(0.5)}
+    content = saved(torch, whole, zipped=False)
+    content = content.replace(b"cpathlib._local\nPosixPath", b"cpathlib\nPosixPath")
+    assert old in content
+    read = pickles.loads(content.replace(old, new), source="x")
+    assert read == {"path": "a/b", "number": 0.5}
 
 
 def test_kinds_without_a_storage_of_their_own_are_exact(torch):
