@@ -132,10 +132,13 @@ def _tokenizer_config(source: str) -> TokenizerConfig:
             raise WeightsError(f"{source} is a run that names no tokenizer ({saved.get('task')})")
         return parse(_Named, {"tokenizer": saved["tokenizer"]}, path=source).tokenizer
     _, metadata = containers.load_safetensors(containers.read_bytes(source), source=source)
-    if METADATA_KEY not in metadata:
+    try:
+        settings = json.loads(metadata.get(METADATA_KEY, ""))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
         raise TokenizerFileError(
             f"{source} is a safetensors file, but its metadata does not say which tokenizer it"
             " holds; DALL-E's weights are converted with `beit-jax convert-tokenizer`"
         )
-    settings = json.loads(metadata[METADATA_KEY])
     return parse(_Named, {"tokenizer": {**settings, "path": source}}, path=source).tokenizer

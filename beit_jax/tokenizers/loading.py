@@ -158,10 +158,10 @@ def _parse(content: bytes, *, path: str) -> tuple[dict[str, np.ndarray], JsonObj
     # safetensors.numpy drops the metadata. The file starts with the length of a JSON header, a
     # little-endian uint64; the load above has checked both.
     (length,) = struct.unpack("<Q", content[:8])
-    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
     try:
         settings = json.loads(metadata[METADATA_KEY])
-    except (KeyError, json.JSONDecodeError):
+    except (KeyError, json.JSONDecodeError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise TokenizerFileError(

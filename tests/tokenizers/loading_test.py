@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from beit_jax import load_tokenizer
 from beit_jax.config import ConfigError
 from beit_jax.models.functional import flatten
 from beit_jax.tokenizers.dalle import DalleConfig
@@ -260,6 +261,24 @@ def test_a_pickle_is_told_to_be_converted(tmp_path):
     path.write_bytes(pickle.dumps(list(range(1000)), protocol=2))
     with pytest.raises(TokenizerFileError, match="convert it first"):
         load_params(dataclasses.replace(DALLE, path=str(path)))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {}, *({"tokenizer": text} for text in ("", "{", "[1]", '"x"', "[" * 100_000))],
+    ids=["none", "empty", "no text", "no JSON", "a list", "a string", "deep"],
+)
+def test_metadata_of_something_else_is_one_line(tmp_path, metadata):
+    """Whoever wrote the file; both the settings' reader and the library's."""
+    path = tmp_path / "x.safetensors"
+    header = json.dumps({"__metadata__": metadata}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(TokenizerFileError, match="not one of a tokenizer") as error:
+        load_params(dataclasses.replace(DVAE, path=str(path)))
+    one_line(error)
+    with pytest.raises(TokenizerFileError, match="does not say which tokenizer") as error:
+        load_tokenizer(path)
+    one_line(error)
 
 
 def test_a_safetensors_file_of_something_else(dvae_file):
