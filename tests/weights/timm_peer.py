@@ -28,7 +28,7 @@ class _Hollow(types.ModuleType):
         return _Names(name, (), {})
 
 
-class _HollowTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class HollowTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] != "torchvision":
             return None
@@ -43,7 +43,7 @@ class _HollowTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def main(jobs: str) -> None:
     """Runs every job of a JSON file: a list of `run`'s arguments."""
-    sys.meta_path.insert(0, _HollowTorchvision())
+    sys.meta_path.insert(0, HollowTorchvision())
     with open(jobs) as file:
         for job in json.load(file):
             run(**job)
