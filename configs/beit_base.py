@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     config.run.init_from = ""
     config.run.init_allow_missing = ()
     config.run.init_allow_unused = ()
+    config.run.init_allow_different = ()
     config.run.on_corrupt_checkpoint = "fall_back"
     config.run.print_sharding = False
     config.run.compilation_cache = "auto"

@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     config.run.init_allow_missing = ("fc_norm", "head")  # start fresh
     # The official loader drops these too, the norm included (run_class_finetuning.py:315-437).
     config.run.init_allow_unused = ("lm_head", "encoder/mask_token", "encoder/norm")
+    config.run.init_allow_different = ()
     config.run.on_corrupt_checkpoint = "fall_back"
     config.run.print_sharding = False
     config.run.compilation_cache = "auto"

@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
     config.run.init_from = "beit_base_patch16_224_pt22k.pth"
     config.run.init_allow_missing = ()
     config.run.init_allow_unused = ()
+    config.run.init_allow_different = ()
 
     config.classes = 1000
     config.features = "cls_mean"  # official code; the paper: "mean"

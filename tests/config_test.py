@@ -111,6 +111,31 @@ def test_which_settings_the_checkpoints_of_a_run_fix():
     }
 
 
+def test_a_run_keeps_its_normalization():
+    """Other pixels are another function of the same parameters."""
+    for name in ("pretrain", "classify"):
+        fixed = config.fixed_settings(jobs.parse_job(getattr(tiny, name)().to_dict()))
+        assert "data.normalization" in fixed
+
+
+@pytest.mark.parametrize(
+    ("init_from", "allowed", "message"),
+    [
+        ("runs/a", ("head",), r"init_allow_different: must be one of heads, .*; got 'head'"),
+        (
+            "",
+            ("heads",),
+            r"init_allow_different: \('heads',\) would .* without init_from",
+        ),
+    ],
+)
+def test_facts_that_may_differ_are_known_ones_of_a_source(init_from, allowed, message):
+    values = tiny.classify()
+    values.run.init_from, values.run.init_allow_different = init_from, allowed
+    with pytest.raises(ConfigError, match=rf"^config\.run\.{message}"):
+        jobs.parse_job(values.to_dict())
+
+
 def test_named_sizes_and_unrolling():
     base = ModelConfig.base(image_size=384, layers=6)
     assert (base.layers, base.width, base.heads, base.mlp_width) == (6, 768, 12, 3072)

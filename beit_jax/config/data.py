@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from beit_jax.config.parse import check, one_of
+from beit_jax.config.parse import check, one_of, shape_setting
 from beit_jax.preprocessing import NORMALIZATIONS
 
 
@@ -82,7 +82,7 @@ class SourceConfig:
     eval_split: str = "validation"  # tfds only
     holdout: int = 0  # images of `source` kept for evaluation where eval_source is ""
     image_size: int = 224  # of the encoder's view, in pixels
-    normalization: str = "half"  # a key of `preprocessing.NORMALIZATIONS`
+    normalization: str = shape_setting("half")  # a key of `preprocessing.NORMALIZATIONS`
     max_bad_share: float = 0.01  # of the images read; more that can't be decoded end the run
     exif_orientation: bool = True  # turn photographs upright; the official loader does not
     workers: int = 0  # parallel decoders; 0: as many as cores

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from beit_jax.config.facts import FACTS
 from beit_jax.config.parse import check, one_of
 
 
@@ -25,6 +26,7 @@ class RunConfig:
     init_from: str = ""
     init_allow_missing: tuple[str, ...] = ()  # parameters init_from may lack; they start fresh
     init_allow_unused: tuple[str, ...] = ()  # parameters of init_from that may be left out
+    init_allow_different: tuple[str, ...] = ()  # facts of init_from (`facts.FACTS`) that may differ
     on_corrupt_checkpoint: str = "fall_back"  # to the one before; or "fail"
     print_sharding: bool = False  # prints at the start how parameters are split over devices
     # Where compiled programs are kept, see `training.startup.keep_compiled`: "auto", a folder, or
@@ -38,6 +40,13 @@ class RunConfig:
         check(self.log_every >= 1, "log_every", "must be at least 1")
         check(self.keep_checkpoints >= 2, "keep_checkpoints", "keep at least 2: one may be damaged")
         one_of(self.on_corrupt_checkpoint, "on_corrupt_checkpoint", "fall_back", "fail")
+        for name in self.init_allow_different:
+            one_of(name, "init_allow_different", *FACTS)
+        check(
+            bool(self.init_from) or not self.init_allow_different,
+            "init_allow_different",
+            f"{self.init_allow_different} would have no effect without init_from; leave it empty",
+        )
         for name in ("eval_every", "eval_batches", "picture_every", "checkpoint_every"):
             check(getattr(self, name) >= 0, name, "must not be negative")
         check(self.checkpoint_minutes >= 0, "checkpoint_minutes", "must not be negative")

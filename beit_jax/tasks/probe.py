@@ -42,7 +42,7 @@ from beit_jax.evaluation.linear_probe import feature_function, probe_task, store
 from beit_jax.tasks.feed import check_class_count, feed_of, labelled_sources
 from beit_jax.tasks.summary import write_summary
 from beit_jax.text_table import text_table
-from beit_jax.training import loop, metrics
+from beit_jax.training import loop, metrics, start
 from beit_jax.types import HostBatch, JsonObject
 from beit_jax.weights import native
 
@@ -139,13 +139,13 @@ def run(config: ProbeConfig, *, workdir: str) -> JsonObject:
     """Probes the checkpoint; writes `summary.json`, prints a table and returns the summary."""
     began = time.perf_counter()
     mesh = loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
+    start.check_source(config, run=config.run, workdir=workdir)
     images = open_images(config)
     config = dataclasses.replace(config, classes=images.classes)
     encoder = load_frozen_encoder(config.run.init_from, image_size=config.data.image_size)
     # Validate both before the long linear probe starts.
     spec = feature_spec(config, layers=encoder.model.layers)
     check_neighbours(config.neighbours, layers=encoder.model.layers, images=images.size)
-    compare_normalization(encoder, config.data)
     if config.reference:
         logging.info("published reference: %s", config.reference)
 
@@ -215,17 +215,6 @@ def check_neighbours(config: KnnConfig, *, layers: int, images: int) -> None:
         "config.neighbours.counts",
         f"{config.counts}, but there are {images} training images",
     )
-
-
-def compare_normalization(encoder: FrozenEncoder, data: LabelledDataConfig) -> None:
-    """Warns where pixels will not be normalised as those the encoder was trained on."""
-    if encoder.normalization != data.normalization:
-        logging.warning(
-            "THE CHECKPOINT EXPECTS PIXELS NORMALISED BY %r; config.data.normalization is %r."
-            " Features of other pixels are worth less.",
-            encoder.normalization,
-            data.normalization,
-        )
 
 
 def train_probe(

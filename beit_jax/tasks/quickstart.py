@@ -17,6 +17,7 @@ from absl import logging
 from etils import epath
 
 from beit_jax.config import RunConfig, check, to_dict
+from beit_jax.config.facts import FACTS, differences
 from beit_jax.config.unused import Unused
 from beit_jax.distributed import cluster
 from beit_jax.models.heads import masked_image_model
@@ -80,6 +81,13 @@ class QuickstartConfig:
                 f"classify.model.{name}",
                 f"{value}, but the pre-trained model has {wanted}",
             )
+        for name, job in (("probe", self.probe), ("classify", self.classify)):
+            for it in differences(to_dict(self.pretrain), to_dict(job)):
+                check(
+                    it.name in job.run.init_allow_different,
+                    f"{name}.{FACTS[it.name].setting}",
+                    f"{it.target}, but pre-training has {it.source}; {FACTS[it.name].why}",
+                )
         check(len(self.seeds) > 0, "seeds", "name at least one")
 
     @property

@@ -15,7 +15,7 @@ from beit_jax import pictures
 from beit_jax.config import OptimizerConfig, RunConfig
 from beit_jax.distributed import cluster
 from beit_jax.tasks.summary import summarize
-from beit_jax.training import loop
+from beit_jax.training import loop, start
 from beit_jax.training.job import Job, RunContext
 from beit_jax.training.startup import Startup
 from beit_jax.types import ConfigDataclass, JsonObject
@@ -54,6 +54,7 @@ def run_job(config: C, *, build: Callable[[C, RunContext], Job], workdir: str) -
     """
     began, timer = time.perf_counter(), Startup()
     mesh = loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
+    start.check_source(config, run=config.run, workdir=workdir)
     with contextlib.ExitStack() as resources:
         context = RunContext(workdir=workdir, mesh=mesh, timer=timer, resources=resources)
         job = build(config, context)

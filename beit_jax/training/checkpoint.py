@@ -86,7 +86,9 @@ class Checkpoints:
         """
         path = self._root / "config.json"
         if jax.process_index() == 0:
-            self._write_config(path)
+            for line in self.check_config():
+                logging.info("changed since the checkpoint was written: config.%s", line)
+            write_json(path, self._config)
         cluster.barrier("to have config.json")
         seen = path.exists() and json.loads(path.read_text()) == _plain(self._config)
         if not all(cluster.gather("workdir", seen)):
@@ -95,24 +97,29 @@ class Checkpoints:
                 " a disk they share"
             )
 
-    def _write_config(self, path: epath.Path) -> None:
-        if path.exists() and self._manager.latest_step() is not None:
-            changes = differences(
-                {"was": self._as_now(json.loads(path.read_text())), "now": _plain(self._config)}
+    def check_config(self) -> list[str]:
+        """The settings that differ from those of the checkpoints, which they may; one line each.
+
+        Raises:
+          ConfigError: the checkpoints belong to another model.
+        """
+        path = self._root / "config.json"
+        if not path.exists() or self._manager.latest_step() is None:
+            return []
+        changes = differences(
+            {"was": self._as_now(json.loads(path.read_text())), "now": _plain(self._config)}
+        )
+        lines = {
+            name: f"{name}: was {sides['was']!r}, now {sides['now']!r}"
+            for name, sides in changes.items()
+        }
+        refused = [lines[name] for name in changes if self._fixes(name, changes[name])]
+        if refused:
+            raise ConfigError(
+                f"config.{refused[0]}: differs from the checkpoint in {self._root}"
+                f" ({'; '.join(refused)}); choose another --workdir"
             )
-            lines = {
-                name: f"{name}: was {sides['was']!r}, now {sides['now']!r}"
-                for name, sides in changes.items()
-            }
-            refused = [lines[name] for name in changes if self._fixes(name, changes[name])]
-            if refused:
-                raise ConfigError(
-                    f"config.{refused[0]}: differs from the checkpoint in {self._root}"
-                    f" ({'; '.join(refused)}); choose another --workdir"
-                )
-            for line in lines.values():
-                logging.info("changed since the checkpoint was written: config.%s", line)
-        write_json(path, self._config)
+        return list(lines.values())
 
     def _as_now(self, saved: JsonObject) -> JsonObject:
         """A saved config with new settings at their defaults and without removed ones."""

@@ -377,7 +377,8 @@ def evaluate_only(
     Args are those of `train`.
 
     Raises:
-      ConfigError: there is neither a checkpoint in the run's directory nor `run.init_from`.
+      ConfigError: there is neither a checkpoint in the run's directory nor `run.init_from`, or the
+        checkpoint is another model's.
       Preempted: SIGTERM arrived.
     """
     optimizer = optim.adamw(optimizer_config)
@@ -388,6 +389,7 @@ def evaluate_only(
         "config.run.init_from",
         f"nothing to evaluate: no checkpoint in {workdir} either",
     )
+    checkpoints.check_config()
     train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
     checkpoints.close()
     frozen = sharding.replicate(job.task.frozen, mesh)

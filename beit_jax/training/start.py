@@ -9,10 +9,11 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from beit_jax.config import OptimizerConfig, RunConfig
+from beit_jax.config import OptimizerConfig, RunConfig, to_dict
 from beit_jax.training import checkpoint, optim, sharding, state
 from beit_jax.training.state import Task, TrainState
 from beit_jax.types import PyTree
+from beit_jax.weights import facts, native
 
 
 def open_mesh(*, run: RunConfig, accumulate: int) -> Mesh:
@@ -22,6 +23,30 @@ def open_mesh(*, run: RunConfig, accumulate: int) -> Mesh:
         run.batch_size, accumulate=accumulate, mesh=mesh, processes=jax.process_count()
     )
     return mesh
+
+
+def check_source(config: checkpoint.Settings, *, run: RunConfig, workdir: str) -> None:
+    """Refuses a warm start from a model whose numbers would be another function here.
+
+    To be called before anything is computed or written. A run that continues from its own
+    checkpoint is no warm start.
+
+    Args:
+      config: the job's, which states the facts of its model (`config/facts.py`).
+      run: `init_from`, and which facts may differ.
+      workdir: the run's directory.
+
+    Raises:
+      ConfigError: facts differ, or there is no such checkpoint.
+    """
+    if not run.init_from or native.is_checkpoint(workdir):
+        return
+    facts.check(
+        run.init_from,
+        target=config if isinstance(config, dict) else to_dict(config),
+        allow_different=run.init_allow_different,
+        allow_unused=run.init_allow_unused,
+    )
 
 
 def restore_or_init(

@@ -230,6 +230,7 @@ def test_starts_from_pre_training_and_is_exported(folders, tmp_path):
     """From a run of this project's pre-training, with copies of its table; to Hugging Face."""
     pretrain = tiny.pretrain()
     pretrain.run.steps = 1
+    pretrain.data.normalization = "half"  # as the fine-tuning's
     pretrain.optimizer.warmup_steps = 1
     run(pretrain.to_dict(), tmp_path / "pretrain")
     values = settings(

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import logging
 
 import jax
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from PIL import Image
 
 from beit_jax.config import ConfigError, parse
-from beit_jax.evaluation import features
 from beit_jax.tasks import probe
 from beit_jax.training import metrics
 from beit_jax.weights import native
@@ -240,14 +238,15 @@ def test_training_does_not_resume_with_other_features(encoder, cached):
         probe.check_same_probe(settings("other"), workdir=str(cached[0]))
 
 
-def test_a_normalization_other_than_the_checkpoints_is_a_warning(encoder, caplog):
-    frozen = features.load_frozen_encoder(encoder)
-    for normalization, said in (("half", False), ("imagenet", True)):
-        with caplog.at_level(logging.WARNING):
-            probe.compare_normalization(
-                frozen, settings(encoder, data__normalization=normalization).data
-            )
-        assert ("THE CHECKPOINT EXPECTS PIXELS NORMALISED BY 'half'" in caplog.text) == said
+def test_another_normalization_than_the_checkpoints_is_allowed_by_name_only(encoder, tmp_path):
+    changes = {"data__normalization": "imagenet", "linear": False, "neighbours__blocks": (1,)}
+    with pytest.raises(
+        ConfigError, match=r"^config\.run\.init_from: .* normalization half, this run imagenet"
+    ):
+        probe.run(settings(encoder, **changes), workdir=str(tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
+    config = settings(encoder, **changes, run__init_allow_different=("normalization",))
+    assert "knn" in probe.run(config, workdir=str(tmp_path / "allowed"))
 
 
 def test_the_recipes_have_the_published_settings_and_every_key():

@@ -1,0 +1,139 @@
+"""Facts of a model that its parameters' names and shapes do not show, but that its numbers need.
+
+Parameters fit a model with other heads, another epsilon or other pixels, and are then another
+function. `FACTS` has one row for each such fact: a warm start compares them all
+(`weights/facts.py`), and `config.run.init_allow_different` takes their names.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+
+from beit_jax.types import Json, JsonObject
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fact:
+    """A fact of a model.
+
+    Attributes:
+      setting: its place in the config of a job and in that of a checkpoint: "model.heads".
+      why: what another value changes; the end of a sentence.
+      compared: `(source, target) -> bool`, both configs: whether the fact concerns both, and
+        nothing else would show a difference.
+      same: whether two values are one function.
+      show: a value as a message has it.
+    """
+
+    setting: str
+    why: str
+    compared: Callable[[JsonObject, JsonObject], bool] = lambda source, target: True
+    same: Callable[[Json, Json], bool] = operator.eq
+    show: Callable[[Json], str] = str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A fact of which a checkpoint has another value than the model it is to start.
+
+    Attributes:
+      name: a key of `FACTS`.
+      source: the checkpoint's value.
+      target: the model's.
+    """
+
+    name: str
+    source: Json
+    target: Json
+
+
+def _either_absolute(source: JsonObject, target: JsonObject) -> bool:
+    """Relative tables have a column for each head, so their shapes show another number."""
+    return "absolute" in (value_of(source, "model.positions"), value_of(target, "model.positions"))
+
+
+def _both_classify(source: JsonObject, target: JsonObject) -> bool:
+    return source.get("task") == target.get("task") == "classify"
+
+
+def _same_vocabulary(source: JsonObject, target: JsonObject) -> bool:
+    """A head for another number of tokens is refused, or starts anew, by its shape."""
+    both = source.get("task") == target.get("task") == "pretrain"
+    vocabulary = "tokenizer.vocabulary"
+    return both and value_of(source, vocabulary) == value_of(target, vocabulary)
+
+
+# One row for each fact; a new one is known everywhere.
+FACTS: dict[str, Fact] = {
+    "heads": Fact(
+        setting="model.heads",
+        why="attention splits the same width otherwise",
+        compared=_either_absolute,
+    ),
+    "layer_norm_epsilon": Fact(
+        setting="model.layer_norm_epsilon", why="every norm divides by something else"
+    ),
+    "normalization": Fact(
+        setting="data.normalization", why="the model is given other numbers for the same picture"
+    ),
+    "pooling": Fact(
+        setting="pooling", why="the head is given other features", compared=_both_classify
+    ),
+    "tokenizer": Fact(
+        setting="tokenizer.kind",
+        why="the head predicts the tokens of another tokenizer",
+        compared=_same_vocabulary,
+    ),
+}
+
+# The settings of `ModelConfig` that are no facts, and why parameters of a model with another value
+# are either refused already or the same function.
+NO_FACTS = {
+    "layers": "shapes show it",
+    "width": "shapes show it",
+    "mlp_width": "shapes show it",
+    "patch_size": "shapes show it",
+    "image_size": "shapes show it; positions are resized",
+    "positions": "names show it",
+    "layer_scale_init": "names show whether there are gammas, and they have left their start",
+    "drop_path_rate": "training only",
+    "dtype": "how it is computed",
+    "residual_dtype": "how it is computed",
+    "attention": "how it is computed",
+    "scan_unroll": "how it is computed",
+    "remat": "how it is computed",
+}
+
+
+def value_of(config: JsonObject, setting: str) -> Json:
+    """The value of a setting by its full name; None where the config lacks it."""
+    value: Json = config
+    for part in setting.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def comparable(source: JsonObject, target: JsonObject) -> tuple[str, ...]:
+    """Names of the facts that the target has and that are to be compared with the source's."""
+    return tuple(
+        name
+        for name, fact in FACTS.items()
+        if value_of(target, fact.setting) is not None and fact.compared(source, target)
+    )
+
+
+def differences(source: JsonObject, target: JsonObject) -> tuple[Difference, ...]:
+    """The facts in which a checkpoint differs from the model that it is to start.
+
+    Args:
+      source: the config saved with the checkpoint, as plain dicts. A fact that it does not state
+        does not differ.
+      target: the config of the job, as plain dicts.
+    """
+    found = []
+    for name in comparable(source, target):
+        fact = FACTS[name]
+        there, here = value_of(source, fact.setting), value_of(target, fact.setting)
+        if there is not None and not fact.same(there, here):
+            found.append(Difference(name=name, source=there, target=here))
+    return tuple(found)

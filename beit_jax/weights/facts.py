@@ -1,0 +1,135 @@
+"""Compares a checkpoint with the model that it is to start: what names and shapes do not show.
+
+    check("runs/base", target=to_dict(config))  # ConfigError where the normalisation differs, say
+
+The facts are the rows of `config.facts.FACTS`. A checkpoint of this project states them in the
+config saved with it; a foreign file states some of them, and a fact that had to be guessed is not
+compared: the model's own is taken, and the log says so.
+"""
+
+import dataclasses
+from collections.abc import Collection
+
+from absl import logging
+
+from beit_jax.config import ConfigError
+from beit_jax.config.facts import FACTS, Difference, comparable, differences, value_of
+from beit_jax.types import JsonObject
+from beit_jax.weights import foreign, native
+from beit_jax.weights.description import describe, to_config
+from beit_jax.weights.report import WeightsError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stated:
+    """What a checkpoint says of itself.
+
+    Attributes:
+      config: as saved with it, or as `description.to_config` writes it of a foreign file.
+      guessed: names of the facts in it that the file does not say.
+    """
+
+    config: JsonObject
+    guessed: frozenset[str] = frozenset()
+
+
+def check(
+    source: str,
+    *,
+    target: JsonObject,
+    allow_different: Collection[str] = (),
+    allow_unused: Collection[str] = (),
+    name: str = "config.run.init_from",
+) -> None:
+    """Refuses a checkpoint whose numbers would be another function in the model they are to start.
+
+    Nothing is compared, and the source is not opened, where the target has none of the facts.
+
+    Args:
+      source: what `convert.restore_params` takes.
+      target: the job's config, as plain dicts.
+      allow_different: names of facts that may differ.
+      allow_unused: foreign keys without a parameter that may be left over.
+      name: the setting that `source` came from, for messages.
+
+    Raises:
+      ConfigError: facts differ, all of which are named; or there is no such checkpoint.
+    """
+    if not comparable(target, target):
+        return
+    found = stated(source, allow_unused=allow_unused, name=name)
+    _log_silent(found, target, source=source)
+    different = [it for it in differences(found.config, target) if it.name not in found.guessed]
+    for it in different:
+        if it.name in allow_different:
+            logging.warning("%s has %s; it is allowed to differ", source, _phrase(it))
+    refused = [it for it in different if it.name not in allow_different]
+    if refused:
+        raise WeightsError(f"{name}: {_message(refused, source=source)}")
+
+
+def stated(
+    source: str, *, allow_unused: Collection[str] = (), name: str = "config.run.init_from"
+) -> Stated:
+    """The facts of a checkpoint in any format; the arguments are those of `check`.
+
+    Raises:
+      ConfigError: there is no such checkpoint, or it can't be read.
+    """
+    if native.is_checkpoint(source) or not foreign.is_foreign(source):
+        folder = native.state_folder(source, name=name).parent / "config"
+        config = _complete(native.saved_config(source, name=name)) if folder.exists() else {}
+        imported = config.get("imported_from", {})  # guessed then, and saved as if it were known
+        return Stated(config=config, guessed=frozenset(imported.get("guessed", ())))
+    try:
+        checkpoint = foreign.read(source, allow_unused=allow_unused)
+    except WeightsError as error:
+        raise WeightsError(f"{name}: {error}") from None
+    return Stated(config=to_config(checkpoint.description), guessed=_guessed(checkpoint))
+
+
+def _guessed(checkpoint: foreign.Checkpoint) -> frozenset[str]:
+    guessed = getattr(checkpoint, "guessed", None)
+    if guessed is None:
+        silent = checkpoint.format != "hugging_face"
+        guessed = ("heads", "layer_norm_epsilon", "normalization") if silent else ()
+    return frozenset(guessed)
+
+
+def _complete(saved: JsonObject) -> JsonObject:
+    """A saved config with the defaults of model settings that it is too old to have."""
+    try:
+        return saved | {"model": to_config(describe(saved))["model"]}
+    except ConfigError:  # of a kind of run, or of a version, that this one does not know
+        return saved
+
+
+def _log_silent(found: Stated, target: JsonObject, *, source: str) -> None:
+    silent = [
+        name
+        for name in comparable(found.config, target)
+        if name in found.guessed or value_of(found.config, FACTS[name].setting) is None
+    ]
+    if silent:
+        ours = ", ".join(f"{name} {_shown(name, target)}" for name in silent)
+        logging.info("%s does not say everything; this run's settings are taken: %s", source, ours)
+
+
+def _shown(name: str, config: JsonObject) -> str:
+    fact = FACTS[name]
+    return fact.show(value_of(config, fact.setting))
+
+
+def _phrase(it: Difference) -> str:
+    show = FACTS[it.name].show
+    return f"{it.name} {show(it.source)}, this run {show(it.target)}"
+
+
+def _message(refused: list[Difference], *, source: str) -> str:
+    """Every difference, what it changes, and both ways on."""
+    parts = "; ".join(f"{_phrase(it)} ({FACTS[it.name].why})" for it in refused)
+    settings = " ".join(
+        f"--config.{FACTS[it.name].setting}={FACTS[it.name].show(it.source)}" for it in refused
+    )
+    allowed = " ".join(f"--config.run.init_allow_different={it.name}" for it in refused)
+    return f"{source} has {parts}: set {settings}, or allow what is meant: {allowed}"
