@@ -6,7 +6,7 @@ Published: top-1 83.7, top-5 96.6.
     python main.py --config=configs/beit_base_ft1k.py --config.run.init_from=WEIGHTS
 
 WEIGHTS: a pre-training run of this project, a Hugging Face folder, a .pth of unilm or a
-.safetensors of timm.
+.safetensors of timm. For a run of beit_base, add --config.data.normalization=imagenet.
 """
 
 from ml_collections import ConfigDict

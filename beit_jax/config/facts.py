@@ -23,6 +23,8 @@ class Fact:
         nothing else would show a difference.
       same: whether two values are one function.
       show: a value as a message has it.
+      from_data: whether the target's value is known only once its images are open, and follows from
+        them: no setting changes it.
     """
 
     setting: str
@@ -30,6 +32,7 @@ class Fact:
     compared: Callable[[JsonObject, JsonObject], bool] = lambda source, target: True
     same: Callable[[Json, Json], bool] = operator.eq
     show: Callable[[Json], str] = str
+    from_data: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,28 @@ def _same_vocabulary(source: JsonObject, target: JsonObject) -> bool:
     return both and value_of(source, vocabulary) == value_of(target, vocabulary)
 
 
+def _as_many_labels(source: JsonObject, target: JsonObject) -> bool:
+    """A head for another number of classes is refused, or starts anew, by its shape."""
+    there, here = (value_of(config, "labels") or () for config in (source, target))
+    return _both_classify(source, target) and len(there) in (0, len(here))
+
+
+def _no_label_moved(there: Json, here: Json) -> bool:
+    """Whether the names that both have stand at the same outputs.
+
+    Others say nothing: a class is "n01440764" in one data set and "tench" in another.
+    """
+    return all(_places(name, there) & _places(name, here) for name in set(there) & set(here))
+
+
+def _places(name: str, labels: Json) -> set[int]:
+    return {index for index, label in enumerate(labels) if label == name}
+
+
+def _first_labels(labels: Json) -> str:
+    return ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")
+
+
 # One row for each fact; a new one is known everywhere.
 FACTS: dict[str, Fact] = {
     "heads": Fact(
@@ -83,6 +108,14 @@ FACTS: dict[str, Fact] = {
         setting="tokenizer.kind",
         why="the head predicts the tokens of another tokenizer",
         compared=_same_vocabulary,
+    ),
+    "labels": Fact(
+        setting="labels",
+        why="the head's outputs are other classes",
+        compared=_as_many_labels,
+        same=_no_label_moved,
+        show=_first_labels,
+        from_data=True,
     ),
 }
 
@@ -118,8 +151,13 @@ def comparable(source: JsonObject, target: JsonObject) -> tuple[str, ...]:
     return tuple(
         name
         for name, fact in FACTS.items()
-        if value_of(target, fact.setting) is not None and fact.compared(source, target)
+        if stated(target, name) and fact.compared(source, target)
     )
+
+
+def stated(config: JsonObject, name: str) -> bool:
+    """Whether a config says a fact."""
+    return value_of(config, FACTS[name].setting) not in (None, [], ())
 
 
 def differences(source: JsonObject, target: JsonObject) -> tuple[Difference, ...]:
@@ -134,6 +172,6 @@ def differences(source: JsonObject, target: JsonObject) -> tuple[Difference, ...
     for name in comparable(source, target):
         fact = FACTS[name]
         there, here = value_of(source, fact.setting), value_of(target, fact.setting)
-        if there is not None and not fact.same(there, here):
+        if stated(source, name) and not fact.same(there, here):
             found.append(Difference(name=name, source=there, target=here))
     return tuple(found)

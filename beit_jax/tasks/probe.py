@@ -139,7 +139,7 @@ def run(config: ProbeConfig, *, workdir: str) -> JsonObject:
     """Probes the checkpoint; writes `summary.json`, prints a table and returns the summary."""
     began = time.perf_counter()
     mesh = loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
-    start.check_source(config, run=config.run, workdir=workdir)
+    start.source_facts(config, run=config.run, workdir=workdir)
     images = open_images(config)
     config = dataclasses.replace(config, classes=images.classes)
     encoder = load_frozen_encoder(config.run.init_from, image_size=config.data.image_size)

@@ -54,12 +54,13 @@ def run_job(config: C, *, build: Callable[[C, RunContext], Job], workdir: str) -
     """
     began, timer = time.perf_counter(), Startup()
     mesh = loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
-    start.check_source(config, run=config.run, workdir=workdir)
+    source = start.source_facts(config, run=config.run, workdir=workdir)
     with contextlib.ExitStack() as resources:
         context = RunContext(workdir=workdir, mesh=mesh, timer=timer, resources=resources)
         job = build(config, context)
         timer.done("data")
         settings = job.config or config
+        start.check_data(source, settings, run=config.run)
         if job.evaluate_only:
             return loop.evaluate_only(
                 job,

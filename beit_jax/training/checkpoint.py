@@ -6,7 +6,7 @@ run starts from the first of these that exists:
 
 1. the newest readable checkpoint of its own directory (the same command resumes);
 2. `config.run.init_from`, parameters of another run or format (`restore_params`), with a fresh
-   optimizer at step 0;
+   optimizer at step 0; `start.source_facts` has compared what its names and shapes do not show;
 3. fresh parameters from `config.run.seed`.
 
 A checkpoint that cannot be read (truncated by an interrupted copy, say) is set aside under

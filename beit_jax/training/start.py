@@ -10,9 +10,10 @@ from absl import logging
 from jax.sharding import Mesh
 
 from beit_jax.config import OptimizerConfig, RunConfig, to_dict
+from beit_jax.config.facts import comparable
 from beit_jax.training import checkpoint, optim, sharding, state
 from beit_jax.training.state import Task, TrainState
-from beit_jax.types import PyTree
+from beit_jax.types import JsonObject, PyTree
 from beit_jax.weights import facts, native
 
 
@@ -25,28 +26,56 @@ def open_mesh(*, run: RunConfig, accumulate: int) -> Mesh:
     return mesh
 
 
-def check_source(config: checkpoint.Settings, *, run: RunConfig, workdir: str) -> None:
-    """Refuses a warm start from a model whose numbers would be another function here.
+def source_facts(
+    config: checkpoint.Settings, *, run: RunConfig, workdir: str
+) -> facts.Stated | None:
+    """What the source of a warm start says of itself, compared with the job's settings.
 
-    To be called before anything is computed or written. A run that continues from its own
-    checkpoint is no warm start.
+    To be called before anything is computed or written.
 
     Args:
       config: the job's, which states the facts of its model (`config/facts.py`).
       run: `init_from`, and which facts may differ.
       workdir: the run's directory.
 
+    Returns:
+      None where nothing is compared: a run that continues from its own checkpoint is no warm start,
+      and a job may have no facts.
+
     Raises:
       ConfigError: facts differ, or there is no such checkpoint.
     """
-    if not run.init_from or native.is_checkpoint(workdir):
-        return
-    facts.check(
-        run.init_from,
-        target=config if isinstance(config, dict) else to_dict(config),
-        allow_different=run.init_allow_different,
-        allow_unused=run.init_allow_unused,
-    )
+    target = _plain(config)
+    if not run.init_from or not comparable(target, target) or native.is_checkpoint(workdir):
+        return None
+    found = facts.stated(run.init_from, allow_unused=run.init_allow_unused)
+    facts.check(found, target, source=run.init_from, allow_different=run.init_allow_different)
+    return found
+
+
+def check_data(found: facts.Stated | None, config: checkpoint.Settings, *, run: RunConfig) -> None:
+    """Compares what is known of the job since its images are open; nothing where `found` is None.
+
+    Args:
+      found: from `source_facts`.
+      config: the settings as the job has completed them.
+      run: see `source_facts`.
+
+    Raises:
+      ConfigError: facts differ.
+    """
+    if found is not None:
+        facts.check(
+            found,
+            _plain(config),
+            source=run.init_from,
+            allow_different=run.init_allow_different,
+            from_data=True,
+        )
+
+
+def _plain(config: checkpoint.Settings) -> JsonObject:
+    return config if isinstance(config, dict) else to_dict(config)
 
 
 def restore_or_init(

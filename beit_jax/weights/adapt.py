@@ -13,6 +13,7 @@ from beit_jax.weights.report import Report, WeightsError, allowed, check_names
 SHARED_TABLE = "encoder/relative_position_bias/table"
 BLOCK_TABLE = "encoder/blocks/attention/relative_position_bias/table"
 POSITIONS = "encoder/pos_embed"
+GAMMA = "encoder/blocks/gamma_1"
 # Parameters whose last axis is the number of classes or tokens.
 HEADS = {"lm_head/kernel": "tokens (vocabulary)", "head/kernel": "classes"}
 
@@ -99,7 +100,8 @@ def adapt(
         source=source,
         allow_missing=allow_missing,
         allow_unused=allow_unused,
-        hint=" (allow what is meant by name: init_allow_missing, init_allow_unused)",
+        hint=_other_kind(kept, wanted)
+        + " (allow what is meant by name: init_allow_missing, init_allow_unused)",
     )
     result = {name: kept[name] for name in wanted if name in kept}
     return result, Report(
@@ -150,6 +152,28 @@ def _other_heads(
             )
         dropped += [other for other in params if other.startswith(f"{module}/")]
     return dropped
+
+
+def _other_kind(found: Iterable[str], wanted: Iterable[str]) -> str:
+    """What names say in plain words where they are those of another kind of encoder; "" else."""
+    there, here = _kind(set(found)), _kind(set(wanted))
+    different = [
+        f"{there[what]} instead of {here[what]}" for what in there if there[what] != here[what]
+    ]
+    return f"; it has {' and '.join(different)}" if different else ""
+
+
+def _kind(names: set[str]) -> dict[str, str]:
+    tables = {
+        POSITIONS: "absolute positions",
+        SHARED_TABLE: "relative_shared positions",
+        BLOCK_TABLE: "relative_per_block positions",
+    }
+    positions = [words for name, words in tables.items() if name in names]
+    return {
+        "positions": " and ".join(positions) or "no positions",
+        "scale": "LayerScale" if GAMMA in names else "no LayerScale",
+    }
 
 
 def _check_architecture(

@@ -1,6 +1,7 @@
 """Compares a checkpoint with the model that it is to start: what names and shapes do not show.
 
-    check("runs/base", target=to_dict(config))  # ConfigError where the normalisation differs, say
+    found = stated("runs/base")
+    check(found, to_dict(config), source="runs/base")  # ConfigError where the epsilon differs, say
 
 The facts are the rows of `config.facts.FACTS`. A checkpoint of this project states them in the
 config saved with it; a foreign file states some of them, and a fact that had to be guessed is not
@@ -14,6 +15,7 @@ from absl import logging
 
 from beit_jax.config import ConfigError
 from beit_jax.config.facts import FACTS, Difference, comparable, differences, value_of
+from beit_jax.config.facts import stated as is_stated
 from beit_jax.types import JsonObject
 from beit_jax.weights import foreign, native
 from beit_jax.weights.description import describe, to_config
@@ -34,32 +36,37 @@ class Stated:
 
 
 def check(
-    source: str,
-    *,
+    found: Stated,
     target: JsonObject,
+    *,
+    source: str,
     allow_different: Collection[str] = (),
-    allow_unused: Collection[str] = (),
+    from_data: bool = False,
     name: str = "config.run.init_from",
 ) -> None:
     """Refuses a checkpoint whose numbers would be another function in the model they are to start.
 
-    Nothing is compared, and the source is not opened, where the target has none of the facts.
-
     Args:
-      source: what `convert.restore_params` takes.
+      found: what the checkpoint says, from `stated`.
       target: the job's config, as plain dicts.
+      source: the checkpoint, for messages.
       allow_different: names of facts that may differ.
-      allow_unused: foreign keys without a parameter that may be left over.
+      from_data: compares the facts that are known once the images are open; False: the others.
       name: the setting that `source` came from, for messages.
 
     Raises:
-      ConfigError: facts differ, all of which are named; or there is no such checkpoint.
+      ConfigError: facts differ, all of which are named.
     """
-    if not comparable(target, target):
-        return
-    found = stated(source, allow_unused=allow_unused, name=name)
-    _log_silent(found, target, source=source)
-    different = [it for it in differences(found.config, target) if it.name not in found.guessed]
+    compared = [it for it in comparable(found.config, target) if FACTS[it].from_data == from_data]
+    silent = [it for it in compared if it in found.guessed or not is_stated(found.config, it)]
+    if silent:
+        ours = ", ".join(f"{it} {_shown(it, target)}" for it in silent)
+        logging.info("%s does not say everything; this run's settings are taken: %s", source, ours)
+    different = [
+        it
+        for it in differences(found.config, target)
+        if it.name in compared and it.name not in silent
+    ]
     for it in different:
         if it.name in allow_different:
             logging.warning("%s has %s; it is allowed to differ", source, _phrase(it))
@@ -71,7 +78,12 @@ def check(
 def stated(
     source: str, *, allow_unused: Collection[str] = (), name: str = "config.run.init_from"
 ) -> Stated:
-    """The facts of a checkpoint in any format; the arguments are those of `check`.
+    """What a checkpoint in any format says of itself.
+
+    Args:
+      source: what `convert.restore_params` takes.
+      allow_unused: foreign keys without a parameter that may be left over.
+      name: the setting that `source` came from, for messages.
 
     Raises:
       ConfigError: there is no such checkpoint, or it can't be read.
@@ -104,17 +116,6 @@ def _complete(saved: JsonObject) -> JsonObject:
         return saved
 
 
-def _log_silent(found: Stated, target: JsonObject, *, source: str) -> None:
-    silent = [
-        name
-        for name in comparable(found.config, target)
-        if name in found.guessed or value_of(found.config, FACTS[name].setting) is None
-    ]
-    if silent:
-        ours = ", ".join(f"{name} {_shown(name, target)}" for name in silent)
-        logging.info("%s does not say everything; this run's settings are taken: %s", source, ours)
-
-
 def _shown(name: str, config: JsonObject) -> str:
     fact = FACTS[name]
     return fact.show(value_of(config, fact.setting))
@@ -128,8 +129,11 @@ def _phrase(it: Difference) -> str:
 def _message(refused: list[Difference], *, source: str) -> str:
     """Every difference, what it changes, and both ways on."""
     parts = "; ".join(f"{_phrase(it)} ({FACTS[it.name].why})" for it in refused)
-    settings = " ".join(
-        f"--config.{FACTS[it.name].setting}={FACTS[it.name].show(it.source)}" for it in refused
-    )
+    settings = [
+        f"--config.{FACTS[it.name].setting}={FACTS[it.name].show(it.source)}"
+        for it in refused
+        if not FACTS[it.name].from_data
+    ]
+    change = f"set {' '.join(settings)}, or " if settings else ""
     allowed = " ".join(f"--config.run.init_allow_different={it.name}" for it in refused)
-    return f"{source} has {parts}: set {settings}, or allow what is meant: {allowed}"
+    return f"{source} has {parts}: {change}allow what is meant: {allowed}"

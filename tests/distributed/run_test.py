@@ -19,6 +19,7 @@ from tests.distributed.processes import (
     values,
 )
 from tests.tasks import tiny
+from tests.weights import examples
 
 pytestmark = pytest.mark.slow
 
@@ -243,6 +244,20 @@ def test_hosts_that_disagree_are_named(tmp_path):
         (error,) = run.errors(i)
         assert "config.run.seed: 0 on process 0 (" in error
         assert "1 on process 1 (" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_source_that_is_another_function_is_refused_by_every_host(tmp_path):
+    examples.saved(tmp_path / "source", examples.PRETRAINED["beit+"])
+    config = tiny.classify()
+    config.run.init_from = str(tmp_path / "source")
+    config.data.normalization = "imagenet"
+    with Run(tmp_path / "run", config.to_dict(), count=2) as run:
+        assert run.wait() == {0: 2, 1: 2}, run.everything()
+    for i in (0, 1):
+        (error,) = run.errors(i)
+        assert "config.run.init_from: " in error
+        assert "has normalization half, this run imagenet" in error
     assert not (tmp_path / "run").exists()
 
 

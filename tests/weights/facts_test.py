@@ -1,7 +1,9 @@
 """Warm starts from another function: what names and shapes do not show is compared all the same."""
 
 import dataclasses
+import importlib
 import logging
+import pathlib
 import re
 
 import jax.numpy as jnp
@@ -9,17 +11,18 @@ import numpy as np
 import pytest
 
 from beit_jax import jobs
-from beit_jax.config import ConfigError, ModelConfig
-from beit_jax.config.facts import FACTS, NO_FACTS, differences
+from beit_jax.config import ConfigError, ModelConfig, RunConfig
+from beit_jax.config.facts import FACTS, NO_FACTS, comparable, differences
 from beit_jax.models.functional import flatten, unflatten
 from beit_jax.models.heads import classifier
 from beit_jax.training import start
-from beit_jax.weights import convert, facts, native
+from beit_jax.weights import convert, native
 from beit_jax.weights.description import Description, to_config
 from tests import tiny as models
 from tests.tasks import tiny
 from tests.weights import examples
 
+ROOT = pathlib.Path(__file__).parents[2]
 # The model of `tests.tasks.tiny`, with absolute positions: no shape depends on its heads.
 PLAIN = ModelConfig(
     layers=2,
@@ -66,7 +69,7 @@ def run(config, workdir):
 def check(config, workdir="/nowhere"):
     """What `run_job` does before anything else."""
     parsed = jobs.parse_job(config.to_dict())
-    start.check_source(parsed, run=parsed.run, workdir=str(workdir))
+    start.source_facts(parsed, run=parsed.run, workdir=str(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,41 @@ def test_the_tokenizer_of_a_head_is_a_fact(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_classes_in_another_order_are_refused(sources, tmp_path):
+    """Known once the images are open; names of which none is common say nothing."""
+    ours = ("stripes", "waves", "checks", "dots", "rings", "gradient")
+    moved = (*ours[1:], ours[0])
+    target = to_config(dataclasses.replace(SOURCE, labels=ours))
+    for labels, refused in (
+        (ours, False),
+        (moved, True),
+        (tuple("abcdef"), False),
+        ((*ours[:5], "other"), False),
+        (("rings", *ours[1:]), False),  # a name twice, once at its place
+        ((), False),
+        (moved[:5], False),  # a head for five classes
+    ):
+        source = to_config(dataclasses.replace(SOURCE, labels=labels))
+        assert bool(differences(source, target)) == refused, labels
+    saved = to_config(dataclasses.replace(SOURCE, labels=moved))
+    params = native.read_params(str(sources["native"]))
+    native.write_params(str(tmp_path / "moved"), params, config=saved)
+    config = settings(tmp_path / "moved")
+    config.evaluate_only = True
+    with pytest.raises(ConfigError) as caught:
+        run(config, tmp_path / "run")
+    assert str(caught.value) == (
+        f"config.run.init_from: {tmp_path}/moved has labels waves, checks, dots, ..., this run"
+        " stripes, waves, checks, ... (the head's outputs are other classes): allow what is meant:"
+        " --config.run.init_allow_different=labels"
+    )
+    assert not (tmp_path / "run").exists()
+    config.run.init_allow_different = ("labels",)
+    assert "top1" in run(config, tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_heads_with_relative_positions_are_refused_by_their_shapes(tmp_path):
     """No hint to allow what could not be done."""
     description = dataclasses.replace(
@@ -178,6 +216,47 @@ def test_the_quickstart_compares_its_jobs_when_it_is_parsed():
         config.update_from_flattened_dict({f"{name}.{setting}": value})
         with pytest.raises(ConfigError, match=rf"^config\.{name}\.{setting}: {value}, but pre-tr"):
             jobs.parse_job(config.to_dict())
+
+
+# Recipes whose weights start others, as the files and docs/finetuning.md say.
+CHAINS = [
+    ("beit_base_22k", "beit_base_ft1k"),
+    ("beit_base_22k", "beit_base_ft22k"),
+    ("beit_base_22k", "probe_base"),
+    ("beit_base_ft22k", "beit_base_ft22k_ft1k"),
+    ("beit_base_ft22k", "beit_base_ft22k_ft1k_384"),
+    ("beit_large_22k", "beit_large_ft1k"),
+    ("beit_large_22k", "beit_large_ft22k"),
+    ("beit_large_22k", "probe_large"),
+    ("beit_large_ft22k", "beit_large_ft22k_ft1k"),
+    ("beit_large_ft22k", "beit_large_ft22k_ft1k_384"),
+    ("beit_large_ft22k", "beit_large_ft22k_ft1k_512"),
+    ("beit_base_plain", "beit_base_plain_ft1k"),
+    ("beit_base_plain", "beit_base_cifar100"),
+    ("beit_base_plain_ft1k", "beit_base_plain_ft1k_384"),
+    ("beit_large_plain", "beit_large_plain_ft1k"),
+]
+
+
+@pytest.mark.parametrize(("first", "then"), CHAINS)
+def test_published_recipes_agree_with_the_weights_that_they_start_from(first, then):
+    source, target = (
+        importlib.import_module(f"configs.{name}").get_config().to_dict() for name in (first, then)
+    )
+    assert comparable(target, target)
+    assert not differences(source, target)
+
+
+def test_every_recipe_that_starts_from_weights_is_in_a_chain():
+    starts = {
+        path.stem
+        for path in (ROOT / "configs").glob("*.py")
+        if "init_from=" in path.read_text() and path.stem != "quickstart_classify"
+    }
+    assert starts <= {then for _, then in CHAINS}
+    quickstart = importlib.import_module("configs.quickstart").get_config().pretrain.to_dict()
+    alone = importlib.import_module("configs.quickstart_classify").get_config().to_dict()
+    assert not differences(quickstart, alone)
 
 
 # ---------------------------------------------------------------------------- taken
@@ -248,7 +327,9 @@ def test_settings_that_a_checkpoint_is_too_old_to_have_are_their_defaults(source
 
 
 def test_a_job_without_facts_opens_nothing():
-    facts.check("/nowhere", target={"task": "mine", "width": 3})
+    parsed = RunConfig(steps=1, batch_size=1, init_from="/nowhere")
+    job = {"task": "mine", "width": 3}
+    assert start.source_facts(job, run=parsed, workdir="/nowhere") is None
     with pytest.raises(ConfigError, match=r"^config\.run\.init_from: no checkpoint in /nowhere"):
         check(settings("/nowhere"))
 

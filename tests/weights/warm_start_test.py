@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -115,6 +116,7 @@ def test_only_allowed_names_may_be_missing_or_left_over(source):
     assert "missing fc_norm/bias, fc_norm/scale, head/bias, head/kernel" in text
     assert "encoder/norm/bias" in text
     assert "init_allow_missing" in text
+    assert "instead of" not in text  # only names differ, not the kind of encoder
     with pytest.raises(ConfigError, match="fit: missing head/bias, head/kernel") as error:
         start(path, model, allow_missing=("fc_norm",), allow_unused=("encoder/norm",))
     assert "fc_norm" not in str(error.value)
@@ -155,8 +157,13 @@ def test_another_architecture_is_its_own_error(source):
     with pytest.raises(ConfigError, match="another architecture: width 32 instead of 64, layers 3"):
         start(path, masked_image_model(larger, vocabulary=40))
     plain = masked_image_model(examples.PLAIN, vocabulary=40)
-    with pytest.raises(ConfigError, match=r"missing .*encoder/pos_embed"):
+    with pytest.raises(ConfigError, match=r"missing .*encoder/pos_embed") as caught:
         start(path, plain)
+    assert re.search(
+        r"; it has relative_\w+ positions instead of absolute positions and LayerScale instead of"
+        r" no LayerScale \(allow",
+        str(caught.value),
+    )
 
 
 def test_a_source_that_does_not_exist_is_named():
