@@ -17,7 +17,7 @@ from beit_jax.config import ConfigError
 from beit_jax.config.facts import FACTS, Difference, comparable, differences, value_of
 from beit_jax.config.facts import stated as is_stated
 from beit_jax.types import JsonObject
-from beit_jax.weights import foreign, native
+from beit_jax.weights import foreign, native, opening
 from beit_jax.weights.description import describe, to_config
 from beit_jax.weights.report import WeightsError
 
@@ -88,7 +88,7 @@ def stated(
     Raises:
       ConfigError: there is no such checkpoint, or it can't be read.
     """
-    if native.is_checkpoint(source) or not foreign.is_foreign(source):
+    if native.is_checkpoint(source) or not opening.is_foreign(source):
         folder = native.state_folder(source, name=name).parent / "config"
         config = _complete(native.saved_config(source, name=name)) if folder.exists() else {}
         imported = config.get("imported_from", {})  # guessed then, and saved as if it were known
