@@ -27,6 +27,7 @@ from beit_jax.training import sharding
 from beit_jax.training.batch_augment import erase
 from beit_jax.types import HostBatch, Params
 from beit_jax.weights import convert
+from beit_jax.weights.formats.format import Stated
 
 # Images per device whose block outputs are all held at once: 0.5 GB for base, 1.3 GB for large.
 IMAGES_AT_ONCE = 64
@@ -83,7 +84,7 @@ class FrozenEncoder:
         neither.
       params: its parameters.
       model: its sizes.
-      normalization: of the pixels it was trained on.
+      normalization: of the pixels it is given.
     """
 
     functions: Functional
@@ -93,7 +94,11 @@ class FrozenEncoder:
 
 
 def load_frozen_encoder(
-    source: str, *, image_size: int | None = None, name: str = "config.run.init_from"
+    source: str,
+    *,
+    image_size: int | None = None,
+    normalization: str = "",
+    name: str = "config.run.init_from",
 ) -> FrozenEncoder:
     """Loads the encoder of a checkpoint in any format that `weights` reads, on the host.
 
@@ -104,13 +109,16 @@ def load_frozen_encoder(
       source: a run's directory, a checkpoint, a Hugging Face folder, `.safetensors` of timm or
         `.pth` of unilm.
       image_size: resizes positions to it; None keeps the checkpoint's own.
+      normalization: of the pixels, in place of what the checkpoint says; "" takes that.
       name: the setting that `source` came from, for messages.
 
     Raises:
       ConfigError: `source` does not exist or has no encoder, or the image size does not fit.
     """
     try:
-        params, description, _, report = convert.read_any(source)
+        params, description, _, report = convert.read_any(
+            source, stated=Stated(normalization=normalization)
+        )
         size, patch = image_size or description.model.image_size, description.model.patch_size
         check(size % patch == 0, "image_size", f"{size} is not a multiple of its patches, {patch}")
         params, description, reshaped = convert.resized(params, description, image_size=size)

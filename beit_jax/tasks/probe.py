@@ -142,7 +142,11 @@ def run(config: ProbeConfig, *, workdir: str) -> JsonObject:
     start.source_facts(config, run=config.run, workdir=workdir)
     images = open_images(config)
     config = dataclasses.replace(config, classes=images.classes)
-    encoder = load_frozen_encoder(config.run.init_from, image_size=config.data.image_size)
+    encoder = load_frozen_encoder(
+        config.run.init_from,
+        image_size=config.data.image_size,
+        normalization=config.data.normalization,  # `source_facts` has compared it
+    )
     # Validate both before the long linear probe starts.
     spec = feature_spec(config, layers=encoder.model.layers)
     check_neighbours(config.neighbours, layers=encoder.model.layers, images=images.size)

@@ -28,7 +28,7 @@ def open_mesh(*, run: RunConfig, accumulate: int) -> Mesh:
 
 def source_facts(
     config: checkpoint.Settings, *, run: RunConfig, workdir: str
-) -> facts.Stated | None:
+) -> facts.SourceFacts | None:
     """What the source of a warm start says of itself, compared with the job's settings.
 
     To be called before anything is computed or written.
@@ -53,7 +53,9 @@ def source_facts(
     return found
 
 
-def check_data(found: facts.Stated | None, config: checkpoint.Settings, *, run: RunConfig) -> None:
+def check_data(
+    found: facts.SourceFacts | None, config: checkpoint.Settings, *, run: RunConfig
+) -> None:
     """Compares what is known of the job since its images are open; nothing where `found` is None.
 
     Args:

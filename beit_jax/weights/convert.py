@@ -18,12 +18,13 @@ import numpy as np
 from absl import logging
 
 from beit_jax.config import ConfigError, check, one_of
+from beit_jax.config.facts import FACTS
 from beit_jax.models.functional import flatten, unflatten
 from beit_jax.types import FlatParams, JsonObject, Params
 from beit_jax.weights import adapt, foreign, hub, native, opening
 from beit_jax.weights.description import Description, describe, to_config
 from beit_jax.weights.formats import FORMATS, Export, Format, Written
-from beit_jax.weights.formats.format import NOTHING_STATED, Stated
+from beit_jax.weights.formats.format import NOTHING_STATED, STATED_ELSEWHERE, Stated
 from beit_jax.weights.report import Report, WeightsError, check_names
 
 
@@ -225,9 +226,7 @@ def restore_params(
         if is_native:
             params = flatten(native.read_params(source, name=name))
         else:
-            checkpoint = foreign.read(source, allow_unused=allow_unused)
-            logging.info("%s: SHA-256 %s\n%s", source, checkpoint.sha256, checkpoint.report)
-            params = checkpoint.params
+            params = _foreign_params(source, allow_unused=allow_unused)
         params, report = adapt.adapt(
             params,
             wanted_shapes,
@@ -243,6 +242,16 @@ def restore_params(
     drawn = flatten(fresh()) if report.missing and fresh is not None else {}
     placed = {path: to_devices(array, wanted[path]) for path, array in params.items()}
     return unflatten({path: placed.get(path, drawn.get(path)) for path in wanted})
+
+
+def _foreign_params(source: str, *, allow_unused: Iterable[str]) -> dict[str, np.ndarray]:
+    """The parameters of a foreign file that starts a model with settings of its own."""
+    checkpoint = foreign.read(source, stated=STATED_ELSEWHERE, allow_unused=allow_unused)
+    # Of what is not in the file, the model's own facts are taken (`facts`), not guesses.
+    guessed = tuple(f"{k} {text}" for k, text in checkpoint.guessed.items() if k not in FACTS)
+    report = dataclasses.replace(checkpoint.report, guessed=guessed)
+    logging.info("%s: SHA-256 %s\n%s", source, checkpoint.sha256, report)
+    return checkpoint.params
 
 
 def to_devices(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -315,8 +324,14 @@ def read_any(
 
 def _imported_from(source: str, checkpoint: foreign.Checkpoint) -> JsonObject:
     """What is saved about a file that a checkpoint was imported from."""
-    facts = {"source": source, "sha256": checkpoint.sha256, "kept": checkpoint.kept}
-    return {"imported_from": facts}
+    return {
+        "imported_from": {
+            "source": source,
+            "sha256": checkpoint.sha256,
+            "guessed": dict(checkpoint.guessed),
+            "kept": checkpoint.kept,
+        }
+    }
 
 
 def _with_tables(

@@ -19,11 +19,15 @@ from beit_jax.config.facts import stated as is_stated
 from beit_jax.types import JsonObject
 from beit_jax.weights import foreign, native, opening
 from beit_jax.weights.description import describe, to_config
+from beit_jax.weights.formats.format import STATED_ELSEWHERE
 from beit_jax.weights.report import WeightsError
+
+# What a reader calls guessed although names show it, unless the file is another architecture's.
+_SHOWN = frozenset({"pooling"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stated:
+class SourceFacts:
     """What a checkpoint says of itself.
 
     Attributes:
@@ -36,7 +40,7 @@ class Stated:
 
 
 def check(
-    found: Stated,
+    found: SourceFacts,
     target: JsonObject,
     *,
     source: str,
@@ -77,7 +81,7 @@ def check(
 
 def stated(
     source: str, *, allow_unused: Collection[str] = (), name: str = "config.run.init_from"
-) -> Stated:
+) -> SourceFacts:
     """What a checkpoint in any format says of itself.
 
     Args:
@@ -91,21 +95,16 @@ def stated(
     if native.is_checkpoint(source) or not opening.is_foreign(source):
         folder = native.state_folder(source, name=name).parent / "config"
         config = _complete(native.saved_config(source, name=name)) if folder.exists() else {}
-        imported = config.get("imported_from", {})  # guessed then, and saved as if it were known
-        return Stated(config=config, guessed=frozenset(imported.get("guessed", ())))
+        # Guessed by the import, and saved as if it were known.
+        guessed = value_of(config, "imported_from.guessed") or {}
+        return SourceFacts(config=config, guessed=frozenset(guessed) - _SHOWN)
     try:
-        checkpoint = foreign.read(source, allow_unused=allow_unused)
+        checkpoint = foreign.read(source, stated=STATED_ELSEWHERE, allow_unused=allow_unused)
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from None
-    return Stated(config=to_config(checkpoint.description), guessed=_guessed(checkpoint))
-
-
-def _guessed(checkpoint: foreign.Checkpoint) -> frozenset[str]:
-    guessed = getattr(checkpoint, "guessed", None)
-    if guessed is None:
-        silent = checkpoint.format != "hugging_face"
-        guessed = ("heads", "layer_norm_epsilon", "normalization") if silent else ()
-    return frozenset(guessed)
+    return SourceFacts(
+        config=to_config(checkpoint.description), guessed=frozenset(checkpoint.guessed) - _SHOWN
+    )
 
 
 def _complete(saved: JsonObject) -> JsonObject:

@@ -101,12 +101,15 @@ class Stated:
       layer_norm_epsilon: in place of what the file says; None takes that.
       weights: "ema" or "model", for files that hold an average beside the model; "" takes the
         average, as timm does.
+      elsewhere: only the parameters are wanted, and what the file does not say is known elsewhere,
+        from a run's settings: a guess that could not be made is no error.
     """
 
     normalization: str = ""
     heads: int = 0
     layer_norm_epsilon: float | None = None
     weights: str = ""
+    elsewhere: bool = False
 
     def __post_init__(self) -> None:
         if self.normalization:
@@ -128,6 +131,7 @@ class Stated:
 
 
 NOTHING_STATED = Stated()
+STATED_ELSEWHERE = Stated(elsewhere=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -291,6 +291,9 @@ def _heads(state: State, *, stated: Stated, known: Known, guessed: dict[str, str
         return tables[0].shape[-1]
     if stated.heads or known.heads:
         return stated.heads or known.heads
+    if width % 64 and stated.elsewhere:
+        guessed["heads"] = "1: parameters have the same shapes with any number"
+        return 1
     if width % 64:
         raise ValueError(f"the file does not say how many heads its {width} channels make: --heads")
     guessed["heads"] = f"{width // 64}: width {width} / 64, as all published models; --heads"
