@@ -179,12 +179,17 @@ def _chosen(whole: Mapping, *, source: str, weights: str) -> tuple[str | None, l
         return None, []
     if model is None:
         return _only(whole, source=source)
-    aside = [str(key) for key, value in whole.items() if _is_average(key) and _inner(value)]
-    if aside:
-        return model, [
-            f"weights: {model} taken, beside {', '.join(aside)} (--weights ema takes it)"
-        ]
-    return model, []
+    taken = _inner(whole[model])
+    aside = [str(key) for key, value in whole.items() if key != model and _alike(value, taken)]
+    if not aside:
+        return model, []
+    hint = " (--weights ema takes it)" if len(aside) == 1 and _is_average(aside[0]) else ""
+    return model, [f"weights: {model} taken, beside {', '.join(aside)}{hint}"]
+
+
+def _alike(value: PyTree, taken: State) -> bool:
+    """Whether a value is another set of weights of the same model: an average, a teacher."""
+    return len(_inner(value).keys() & taken.keys()) > len(taken) // 2
 
 
 def _is_bare(whole: Mapping) -> bool:

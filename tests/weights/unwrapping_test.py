@@ -1,6 +1,11 @@
 """Which of a file's sets of weights is taken, what is taken off their names, and what is told."""
 
 import argparse
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +24,8 @@ from tests.weights.saved_files import (
     sharded_safetensors,
     tensors,
 )  # fmt: skip
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +84,32 @@ def test_averages(torch, state, tmp_path, row):
         assert ("weights:" in text) == (expected[2] is not None)
 
 
+# timm needs torchvision for its import only; see `timm_peer`, whose substitute this is.
+_TIMM = """
+import json, sys
+from tests.weights import timm_peer
+sys.meta_path.insert(0, timm_peer._HollowTorchvision())
+from timm.models import load_state_dict
+print(json.dumps([load_state_dict(path)["cls_token"].tolist() for path in sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
 def test_the_default_is_the_one_of_timm(torch, state, tmp_path):
-    """Compared with `timm.models.load_state_dict` itself."""
-    timm = pytest.importorskip("timm", reason="the peer")
-    path = tmp_path / "x.pth"
-    compared = 0
-    for whole, *_ in AVERAGES.values():
-        content = whole(tensors(torch, state), tensors(torch, other(state)))
-        if not all(isinstance(value, dict | None) for value in content.values()) or any(
-            not value or "cls_token" not in value for value in content.values()
-        ):
-            continue  # timm knows no nested ones
-        if not {"state_dict", "model"} & content.keys():
-            continue
-        torch.save(content, path)
-        theirs = timm.models.load_state_dict(str(path))
-        ours = opening.open_file(str(path)).state
-        np.testing.assert_array_equal(ours["cls_token"], theirs["cls_token"].numpy())
-        compared += 1
-    assert compared >= 4
+    """Compared with `timm.models.load_state_dict` itself, which knows no nested averages."""
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("the peer")
+    ours = {}
+    for row in ("official", "timm", "None", "none", "bare", "both of timm's", "another name"):
+        path = tmp_path / f"{row}.pth"
+        torch.save(AVERAGES[row][0](tensors(torch, state), tensors(torch, other(state))), path)
+        ours[str(path)] = opening.open_file(str(path)).state["cls_token"]
+    command = [sys.executable, "-c", _TIMM, *ours]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    theirs = json.loads(result.stdout.splitlines()[-1])
+    for (path, array), expected in zip(ours.items(), theirs, strict=True):
+        np.testing.assert_array_equal(array, np.array(expected, np.float32), err_msg=path)
 
 
 def test_an_average_asked_of_a_file_without_one(torch, state, tmp_path):
@@ -125,6 +139,24 @@ def test_what_was_chosen_or_removed_is_noted(torch, state, tmp_path):
     assert "zero_to_fp32.py" in opening.open_file(str(folder)).notes[1]
     safetensors.numpy.save_file(state, tmp_path / "x.safetensors")
     assert opening.open_file(str(tmp_path / "x.safetensors")).notes == ()
+
+
+def test_other_sets_of_the_same_weights_are_told(torch, state, tmp_path):
+    one, two = tensors(torch, state), tensors(torch, other(state))
+    rest = {
+        "optimizer": {"state": {0: {"exp_avg": one["cls_token"]}}},
+        "rng": {"cpu": two["head.bias"]},
+    }
+    for whole, notes in (
+        ({"model": one, "teacher": two}, ("weights: model taken, beside teacher",)),
+        ({"model": two, "state_dict": one}, ("weights: state_dict taken, beside model",)),
+        ({"model": one, "best": {"state_dict": two}}, ("weights: model taken, beside best",)),
+        ({"model": one}, ()),
+    ):
+        torch.save(whole | rest, tmp_path / "x.pth")
+        opened = opening.open_file(str(tmp_path / "x.pth"))
+        np.testing.assert_array_equal(opened.state["cls_token"], state["cls_token"])
+        assert opened.notes == notes
 
 
 def test_prefixes_that_only_some_keys_have_are_kept(torch, state, tmp_path):
