@@ -44,10 +44,16 @@ _OTHERS = {
 class _Unpickler(pickle.Unpickler):
     """Unpickles with placeholders, made anew for every pickle, which can set their attributes."""
 
-    def __init__(self, file: io.BytesIO, *, storage: Callable[[PyTree], PyTree] | None = None):
+    def __init__(
+        self,
+        file: io.BytesIO,
+        *,
+        storage: Callable[[PyTree], PyTree] | None = None,
+        lenient: bool = False,
+    ):
         super().__init__(file, encoding="utf-8")
         self._storage = storage
-        self._names = Names()
+        self._names = Names(lenient=lenient)
 
     def find_class(self, module: str, name: str) -> PyTree:
         return self._names.find(module, name)
@@ -96,15 +102,12 @@ def loads(content: bytes, *, source: str) -> PyTree:
     """Does the work of `load` on bytes; `source` is for messages."""
     refuse_text(content, source=source)
     try:
-        if content[:2] == b"PK":
-            return _load_zip(content, source=source)
-        return _load_stream(content, source=source)
+        return _load(content, source=source)
     except Refused as error:
         raise WeightsError(
             f"{source} is refused: it names {error}, which loading would import and may run; only"
-            " tensors and plain settings are read. If you trust the file, keep its weights alone:"
-            f' torch.save(torch.load("{source}", weights_only=False)["model"], "weights.pth")'
-            ' (its key may be another than "model")'
+            " tensors and plain settings are read. If you trust the file, keep its weights alone,"
+            f" in PyTorch: {_recipe(content, source=source)}"
         ) from None
     except WeightsError:
         raise
@@ -113,6 +116,42 @@ def loads(content: bytes, *, source: str) -> PyTree:
             f"{source} ({len(content)} bytes) is damaged or cut off:"
             f" {type(error).__name__}: {_one_line(error)}"
         ) from None
+
+
+def _load(content: bytes, *, source: str, lenient: bool = False) -> PyTree:
+    load = _load_zip if content[:2] == b"PK" else _load_stream
+    return load(content, source=source, lenient=lenient)
+
+
+def _recipe(content: bytes, *, source: str) -> str:
+    """The line of PyTorch that saves the weights of a refused file without what is beside them."""
+    whole = f'torch.load("{source}", weights_only=False)'
+    try:
+        found = _load(content, source=source, lenient=True)
+    except Exception:  # damaged, too
+        found = {}
+    part = ""
+    if isinstance(found, dict):
+        keys = [key for key, value in found.items() if isinstance(key, str) and _has_tensors(value)]
+        known = [key for key in ("state_dict", "model", "module") if key in keys]
+        key = next(iter((*known, *keys)), None)
+        if key is None and _has_tensors(found):
+            tensors = f"{{k: v for k, v in {whole}.items() if torch.is_tensor(v)}}"
+            return f'torch.save({tensors}, "weights.pth")'
+        key = "model" if key is None else key
+        part, found = f"[{key!r}]", found.get(key)
+    if isinstance(found, Record):
+        part += ".state_dict()"
+    return f'torch.save({whole}{part}, "weights.pth")'
+
+
+def _has_tensors(value: PyTree, depth: int = 3) -> bool:
+    """Whether a value is a state dict, has one in it, or is a pickled module."""
+    if isinstance(value, Record):
+        return "_modules" in value.fields
+    if not isinstance(value, dict) or not depth:
+        return isinstance(value, np.ndarray) and depth < 3
+    return any(_has_tensors(item, depth - 1) for key, item in value.items() if isinstance(key, str))
 
 
 def module_state(module: PyTree, prefix: str = "") -> dict[str, np.ndarray]:
@@ -176,7 +215,7 @@ def refuse_text(content: bytes, *, source: str) -> None:
     raise WeightsError(f"{source} is a text file, not weights; it starts with {first!r}{advice}")
 
 
-def _load_zip(content: bytes, *, source: str) -> PyTree:
+def _load_zip(content: bytes, *, source: str, lenient: bool) -> PyTree:
     try:
         archive = zipfile.ZipFile(io.BytesIO(content))
     except zipfile.BadZipFile as error:
@@ -202,10 +241,11 @@ def _load_zip(content: bytes, *, source: str) -> PyTree:
             storages[key] = _native_order(array[:count], order)
         return storages[key]
 
-    return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage=storage).load()
+    file = io.BytesIO(archive.read(pickles[0]))
+    return _Unpickler(file, storage=storage, lenient=lenient).load()
 
 
-def _load_stream(content: bytes, *, source: str) -> PyTree:
+def _load_stream(content: bytes, *, source: str, lenient: bool) -> PyTree:
     file = io.BytesIO(content)
     if _Unpickler(file).load() != _MAGIC:
         raise WeightsError(f"{source} is a pickle, but not one of torch.save")
@@ -230,7 +270,7 @@ def _load_stream(content: bytes, *, source: str) -> PyTree:
             return storages[key][offset : offset + length]
         return storages[key]
 
-    result = _Unpickler(file, storage=storage).load()
+    result = _Unpickler(file, storage=storage, lenient=lenient).load()
     for key in _Unpickler(file).load():
         array = storages[key]
         (count,) = struct.unpack("<q", file.read(8))

@@ -210,9 +210,13 @@ class Names:
     A class nobody knows is let pass where it does what only a dict's subclass can do: it is made
     without arguments and then filled with items. It becomes an inert dict. That takes the whole
     pickle to tell, so `check` is asked at the end.
+
+    Args:
+      lenient: makes a `Record` of everything unknown, to see what there is in a refused file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, lenient: bool = False) -> None:
+        self._lenient = lenient
         self._found: dict[tuple[str, str], PyTree] = {}
         self._unknown: dict[str, list[_Dict]] = {}
 
@@ -252,6 +256,8 @@ class Names:
         is_class |= module == "numpy" and name in _NUMPY_CLASSES
         if is_class or (module, name) in _RECORDS or f"{module}.".startswith(_RECORD_MODULES):
             return type(name, (Record,), {"of": of})
+        if self._lenient:
+            return type("Unknown", (Record,), {"of": named})
         return self._suspect(named)
 
     def _suspect(self, of: str) -> type:

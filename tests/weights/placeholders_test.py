@@ -15,6 +15,7 @@ import operator
 import os
 import pathlib
 import pickle
+import re
 import sys
 import types
 import uuid
@@ -24,7 +25,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from beit_jax.weights import pickles
+from beit_jax.weights import opening, pickles
 from beit_jax.weights.report import WeightsError
 
 
@@ -278,9 +279,49 @@ def test_anything_else_is_refused_and_not_run(torch, tmp_path, row, protocol, zi
     ):
         pickles.loads(content, source="x.pth")
     assert "\n" not in str(error.value)
-    assert 'torch.save(torch.load("x.pth", weights_only=False)["model"]' in str(error.value)
+    assert "torch.save(torch.load(\"x.pth\", weights_only=False)['model']" in str(error.value)
     assert not trace.exists()
     assert set(sys.modules) == modules
+
+
+class Net:
+    """Makes modules that a pickle names by a class nobody knows."""
+
+    @staticmethod
+    def of(torch):
+        made = type("Unknown", (torch.nn.Linear,), {"__module__": __name__})
+        globals()["Unknown"] = made
+        return made(2, 3)
+
+
+REFUSED = {
+    "model": lambda torch, w: {"model": w},
+    "timm": lambda torch, w: {"arch": "x", "optimizer": {"state": {}}, "state_dict": w},
+    "nested": lambda torch, w: {"epoch": 3, "model": {"module": w}},
+    "another key": lambda torch, w: {"epoch": 3, "network": w},
+    "bare": lambda torch, w: dict(w),
+    "a module": lambda torch, w: Net.of(torch),
+    "a module under a key": lambda torch, w: {"model": Net.of(torch), "epoch": 3},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")  # of the module, for legacy
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("row", REFUSED)
+def test_the_advice_of_a_refusal_works_when_followed(torch, tmp_path, monkeypatch, row, zipped):
+    weights = torch.nn.Linear(2, 3).state_dict()
+    whole = REFUSED[row](torch, weights)
+    if isinstance(whole, dict):
+        whole["harmless"] = Thing()
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved(torch, whole, zipped=zipped))
+    with pytest.raises(WeightsError, match="refused: it names") as error:
+        opening.open_file(str(path))
+    (line,) = re.findall(r"in PyTorch: (torch\.save\(.*\))$", str(error.value))
+    monkeypatch.chdir(tmp_path)
+    exec(line, {"torch": torch})
+    opened = opening.open_file(str(tmp_path / "weights.pth"))
+    assert set(opened.state) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize(
