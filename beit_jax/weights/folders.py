@@ -79,7 +79,9 @@ def choose(names: Iterable[str], *, source: str) -> Choice:
     choice = _hugging_face(names, source=source)
     if choice is not None:
         return choice
-    files = [name for name in names if _is_weights(name)]
+    # Beside pieces, Lightning keeps a meta.pt, which has no weights.
+    in_pieces = any(name.endswith(".distcp") for name in names)
+    files = [name for name in names if _is_weights(name) and not in_pieces]
     if len(files) > 1:
         raise WeightsError(
             f"{source} holds several files of weights, {_some(files)}; give the path of one"

@@ -139,14 +139,19 @@ def _names(hub: ModuleType, repository: Repository) -> list[str]:
         return [file.rfilename for file in found.siblings or ()]
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
-    except Exception:  # offline, or unreachable: the HTTP library's own errors differ
-        # Without patterns, files that were never asked for would make the cache incomplete.
-        folder = hub.snapshot_download(
-            repository.name,
-            revision=repository.revision,
-            allow_patterns=[],
-            local_files_only=True,
-        )
+    except Exception as error:  # offline, or unreachable: the HTTP library's own errors differ
+        try:
+            # Without patterns, files that were never asked for would make the cache incomplete.
+            folder = hub.snapshot_download(
+                repository.name,
+                revision=repository.revision,
+                allow_patterns=[],
+                local_files_only=True,
+            )
+        except errors.LocalEntryNotFoundError:
+            if isinstance(error, errors.HfHubHTTPError):
+                raise error from None  # the hub's own words
+            raise
         return os.listdir(folder)
 
 

@@ -25,9 +25,9 @@ _AVERAGES = ("state_dict_ema", "model_ema")
 # Modules that change nothing and may stand anywhere in a name: torch.compile, FSDP, checkpointing.
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # What a name starts with where the model is a part of something: DataParallel, Lightning modules,
-# Accelerate.
+# Accelerate, transformers' wrapper of timm.
 _PREFIXES = (
-    *("module.", "model.", "net.", "_forward_module."),
+    *("module.", "model.", "net.", "_forward_module.", "timm_model."),
     *(f"{name}." for name in _TRANSPARENT),
 )
 # What stands beside the model in a Lightning module or in an averaged model, and is no part of it.
@@ -38,6 +38,7 @@ _NOT_MODEL = (
 )
 _CHOICES = ("", "ema", "model")
 _DEEPEST = 6
+_MOST_VALUES = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,20 +259,11 @@ def _module(record: pickles.Record, *, source: str) -> State:
 def _extras(whole: Mapping) -> JsonObject:
     """What a file says beside its tensors, as plain values."""
     result = _scalars(whole)
-    for key in ("args", "hyper_parameters"):
-        fields = _fields(whole.get(key))
-        if isinstance(fields, Mapping):
-            result[key] = _scalars({name: _fields(value) for name, value in fields.items()})
-    if isinstance(whole.get("beit_jax"), Mapping):
-        result["beit_jax"] = _plain(whole["beit_jax"])
+    for key in ("args", "hyper_parameters", "beit_jax"):
+        plain = _plain(whole.get(key), budget=[_MOST_VALUES])
+        if isinstance(plain, dict):
+            result[key] = {name: value for name, value in plain.items() if value is not None}
     return result
-
-
-def _fields(value: PyTree) -> PyTree:
-    """A Namespace's attributes, an OmegaConf container's or node's content; others as they are."""
-    if not isinstance(value, pickles.Record):
-        return value
-    return value.fields.get("_content", value.fields.get("_val", value.fields))
 
 
 def _scalars(values: Mapping) -> JsonObject:
@@ -282,12 +274,32 @@ def _scalars(values: Mapping) -> JsonObject:
     }
 
 
-def _plain(value: PyTree, depth: int = 0) -> Json:
-    """Strings, numbers, lists and dicts; None for anything else, or too deep."""
+def _plain(value: PyTree, *, budget: list[int], depth: int = 0) -> Json:
+    """Strings, numbers, lists and dicts; None for anything else, too deep or too much.
+
+    The budget is what a list within a list within a list would exhaust, each ten times the same.
+    """
+    budget[0] -= 1
+    value = _content(value)
     if isinstance(value, str | int | float):
         return value
-    if depth < _DEEPEST and isinstance(value, Mapping):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
-    if depth < _DEEPEST and isinstance(value, list | tuple):
-        return [_plain(item, depth + 1) for item in value]
+    if depth > _DEEPEST or budget[0] < 0:
+        return None
+    if isinstance(value, Mapping):
+        return {
+            key: _plain(item, budget=budget, depth=depth + 1)
+            for key, item in value.items()
+            if isinstance(key, str)
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(item, budget=budget, depth=depth + 1) for item in value]
     return None
+
+
+def _content(value: PyTree) -> PyTree:
+    """A Namespace's attributes, an OmegaConf container's or node's content; others as they are."""
+    if not isinstance(value, pickles.Record):
+        return value
+    if value.of.startswith("omegaconf."):
+        return value.fields.get("_content", value.fields.get("_val"))
+    return value.fields if value.of in ("argparse.Namespace", "types.SimpleNamespace") else None

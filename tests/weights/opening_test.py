@@ -86,7 +86,11 @@ REFUSED: dict[str, tuple[Callable, str]] = {
         "holds an adapter, not a model",
     ),
     "torch.distributed": (
-        lambda f, t, s: ((f / "__0_0.distcp").write_bytes(b"x"), f)[1],
+        lambda f, t, s: (
+            (f / "__0_0.distcp").write_bytes(b"x"),
+            t.save({"epoch": 3}, f / "meta.pt"),
+            f,
+        )[2],
         "torch.distributed.*dcp_to_torch",
     ),
     "two in a zip": (

@@ -62,6 +62,15 @@ AVERAGES: dict[str, tuple[Callable, str | None, str | None, str | None]] = {
 }
 
 
+def test_settings_of_ten_to_the_hundred_values_are_read_at_once(torch, state, tmp_path):
+    """A list of ten times the same list of ten times the same ... is small in a file."""
+    values: list = [1]
+    for _ in range(100):
+        values = [values] * 10
+    torch.save({"model": tensors(torch, state), "args": {"lr": 1, "x": values}}, tmp_path / "x.pth")
+    assert opening.open_file(str(tmp_path / "x.pth")).extras["args"]["lr"] == 1
+
+
 @pytest.mark.parametrize("row", AVERAGES)
 def test_averages(torch, state, tmp_path, row):
     whole, *expected = AVERAGES[row]
@@ -179,7 +188,8 @@ def test_names_that_fall_together_are_refused(torch, state, tmp_path):
 
 
 def test_what_a_file_says_beside_its_tensors(torch, state, tmp_path):
-    arguments = argparse.Namespace(model="beit_base", lr=np.float32(0.5), paths=[1], flag=True)
+    arguments = argparse.Namespace(model="beit_base", lr=np.float32(0.5), mean=[0.5, 1], flag=True)
+    arguments.more, arguments.device, arguments.nothing = {"a": 1}, torch.device("cpu"), None
     whole = {
         "state_dict": tensors(torch, state),
         "arch": "beit_base_patch16_224",
@@ -194,7 +204,7 @@ def test_what_a_file_says_beside_its_tensors(torch, state, tmp_path):
         "arch": "beit_base_patch16_224",
         "epoch": 7,
         "metric": 77.5,
-        "args": {"model": "beit_base", "lr": 0.5, "flag": True},
+        "args": {"model": "beit_base", "lr": 0.5, "mean": [0.5, 1], "flag": True, "more": {"a": 1}},
         "beit_jax": {"heads": 3, "labels": ["a", "b"], "nested": {"mean": [0.5, 0.25]}},
     }
     torch.save(lightning(torch, state), tmp_path / "x.ckpt")

@@ -35,8 +35,8 @@ class Opened:
       sha256: of the file with the weights.
       notes: lines for the report: what was chosen where the file leaves a choice.
       extras: what the file says beside its tensors: strings, numbers and bools of the top level,
-        and `args` or `hyper_parameters` as a dict of these:
-        {"arch": "...", "args": {"model": "..."}}.
+        and `args` or `hyper_parameters` as a dict of these, of lists and of dicts:
+        {"arch": "...", "args": {"model": "...", "mean": [0.5, 0.5, 0.5]}}.
     """
 
     path: str
