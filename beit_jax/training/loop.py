@@ -22,12 +22,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from beit_jax.config import OptimizerConfig, RunConfig, RunError, check
+from beit_jax.config import OptimizerConfig, RunConfig, check
 from beit_jax.distributed import cluster
 from beit_jax.files import write_json
-from beit_jax.training import checkpoint, metrics, optim, sharding, start, startup, state
+from beit_jax.training import checkpoint, finite, metrics, optim, sharding, start, startup, state
 from beit_jax.training.evaluation_pass import Evaluator, evaluator
 from beit_jax.training.evaluation_pass import run_evaluation as run_evaluation
+from beit_jax.training.finite import NonFiniteError as NonFiniteError
 from beit_jax.training.first_batch import FirstBatch
 
 # Part of this module's interface: what a job hands to `train`, and what it gets back.
@@ -47,10 +48,6 @@ STEPS_IN_FLIGHT = 2
 
 # One step on devices: (train state, frozen, batch) → train state, metrics.
 Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, jax.Array]]]
-
-
-class NonFiniteError(RunError):
-    """Too many updates in a row were not finite."""
 
 
 def train(
@@ -77,7 +74,8 @@ def train(
     Raises:
       ConfigError: settings that do not fit together, before anything is compiled.
       Preempted: SIGTERM arrived (see `cluster`); the checkpoint is complete.
-      NonFiniteError: `optimizer_config.max_bad_steps` updates in a row were not finite.
+      NonFiniteError: `optimizer_config.max_bad_steps` updates in a row were not finite, or what is
+        to be saved or reported is not.
     """
     began = time.perf_counter()
     under_way = open_run(
@@ -94,6 +92,8 @@ def train(
             under_way.do_steps()
             under_way.save()
         evaluation = under_way.evaluate()
+        finite.check_updates(under_way.state, limit=optimizer_config.max_bad_steps)
+        finite.check_evaluation(evaluation, step=under_way.step)
     finally:
         under_way.close()
     cluster.barrier("to have the last checkpoint")
@@ -326,8 +326,11 @@ class TrainingRun:
         candidates = [(evaluation[metric], "last", self.state.params)]
         if self.state.ema:
             candidates.append((evaluation[f"ema_{metric}"], "ema", self.state.ema))
-        value, weights, params = max(candidates, key=lambda candidate: candidate[0])
+        candidates = [one for one in candidates if np.isfinite(one[0])]
         best = self._checkpoints.best()
+        if not candidates:
+            return best
+        value, weights, params = max(candidates, key=lambda candidate: candidate[0])
         if best is None or value > best["value"]:
             note = {"metric": metric, "value": value, "weights": weights}
             self._checkpoints.save_best(
@@ -344,7 +347,13 @@ class TrainingRun:
                 self._log.write_picture(self.step, name, drawn)
 
     def save(self) -> None:
-        """Starts saving a checkpoint in the background."""
+        """Starts saving a checkpoint in the background.
+
+        Raises:
+          NonFiniteError: the train state holds NaN or infinities; it is not saved.
+        """
+        saved = self._checkpoints.latest_step()
+        finite.check_state(self.state, mesh=self._mesh, saved=saved)
         self._checkpoints.save(self.state, step=self.step)
 
     def leave(self) -> NoReturn:
@@ -380,6 +389,7 @@ def evaluate_only(
       ConfigError: there is neither a checkpoint in the run's directory nor `run.init_from`, or the
         checkpoint is another model's.
       Preempted: SIGTERM arrived.
+      NonFiniteError: a result is NaN or infinite; nothing is written.
     """
     optimizer = optim.adamw(optimizer_config)
     shapes = start.state_shapes(job.task, optimizer, optimizer_config=optimizer_config, mesh=mesh)
@@ -397,6 +407,7 @@ def evaluate_only(
     step = int(train_state.step)
     if evaluation is None:
         raise cluster.Preempted(step)
+    finite.check_evaluation(evaluation, step=step)
     summary = {"steps": step, **evaluation}
     if jax.process_index() == 0:
         path = f"{workdir}/evaluation.json"

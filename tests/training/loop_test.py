@@ -177,6 +177,58 @@ def test_bad_steps_are_skipped_and_too_many_end_the_run(tmp_path, caplog):
     assert "null" in (tmp_path / "many/metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"beta1": 1.0}, {"beta2": 1.0}, {"weight_decay": 1e38, "learning_rate": 30.0}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_is_not_finite_is_not_saved(tmp_path, settings):
+    """Loss and gradients are finite to the last; the parameters that come of them are not."""
+    wild = dataclasses.replace(OPTIMIZER, max_bad_steps=1000, **settings)
+    run = dataclasses.replace(RUN, steps=7, checkpoint_every=1, log_every=7)
+    with pytest.raises(loop.NonFiniteError, match=r"head/kernel.* hold NaN or infinities") as error:
+        loop.train(
+            loop.Job(task=regression(), feed=feed()),
+            run=run,
+            optimizer_config=wild,
+            config={},
+            workdir=str(tmp_path),
+        )
+    steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    if steps:
+        assert f"the checkpoint of step {max(steps)} is sound" in str(error.value)
+        kernel = checkpoint.native.read_params(str(tmp_path))["head"]["kernel"]
+        assert np.isfinite(kernel).all()
+    else:
+        assert "there is no checkpoint" in str(error.value)
+
+
+def test_a_short_run_without_a_good_update_has_not_ended_well(tmp_path):
+    """Shorter than `max_bad_steps`, which would have ended it."""
+    run = dataclasses.replace(RUN, steps=2)
+    with pytest.raises(loop.NonFiniteError, match="none of the last 2 updates was finite"):
+        train(tmp_path, run=run, poison={0, 1, 2})
+
+
+def test_a_held_out_result_that_is_not_a_number_is_no_success(tmp_path):
+    infinite = lambda params, frozen, batch: {"loss": jnp.float32(jnp.inf), "weight": 1.0}  # noqa: E731
+    task = dataclasses.replace(regression(), evaluate=infinite)
+    job = loop.Job(task=dataclasses.replace(task, best="loss"), feed=feed())
+    arguments = {
+        "run": dataclasses.replace(RUN, steps=2),
+        "optimizer_config": OPTIMIZER,
+        "config": {},
+        "workdir": str(tmp_path),
+    }
+    with pytest.raises(loop.NonFiniteError, match="step 2: held-out loss is inf"):
+        loop.train(job, **arguments)
+    assert not list((tmp_path / "best").glob("checkpoints/[0-9]*"))
+    mesh = loop.open_mesh(run=arguments["run"], accumulate=1)
+    with pytest.raises(loop.NonFiniteError, match="held-out loss is inf"):
+        loop.evaluate_only(job, mesh=mesh, **arguments)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
 def test_own_checkpoint_comes_before_init_from(straight, tmp_path):
     first = train(tmp_path, run=dataclasses.replace(RUN, steps=2))
     run = dataclasses.replace(RUN, steps=2, init_from=str(straight[0]))
