@@ -187,9 +187,11 @@ stop() { # seconds [mark]
   local pid deadline
   if running; then
     [ -z "${2:-}" ] || touch "$run/stopped"
-    pid=$(cat "$run/pid")
-    kill -TERM "$pid" 2>/dev/null || true
     deadline=$((SECONDS + $1))
+    # The lock is taken before main.py starts, and its process id is written down after.
+    while running && [ ! -f "$run/pid" ] && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.05; done
+    pid=$(cat "$run/pid" 2>/dev/null || true)
+    kill -TERM "$pid" 2>/dev/null || true
     while running && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.1; done
     if running; then
       echo "$(hostname): main.py did not end within $1 s of SIGTERM; killing it" >&2

@@ -212,11 +212,14 @@ def split(lines):
 
 
 def test_shellcheck_finds_nothing():
-    if not shutil.which("shellcheck"):
+    # tests/run.sh installs it beside the Python that runs this, which need not be on PATH.
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shellcheck = shutil.which("shellcheck", path=beside)
+    if not shellcheck:
         pytest.skip("shellcheck is not installed")
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.sh"))
     files.remove("launch/setup.sh")  # sourced, without a shell of its own: -x reads it
-    result = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([shellcheck, "-x", *files], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
@@ -541,6 +544,22 @@ def test_a_run_stopped_by_the_user_is_not_started_again(cloud):
     assert process.returncode == 75
     assert "stopped by tpu.sh stop" in errors
     assert cloud.attempts() == 1
+
+
+def test_a_run_is_stopped_although_it_has_only_just_started(cloud):
+    """main.py runs before its process id is written down, and `stop` may come between the two."""
+    script(
+        cloud.standin / "host-bin/mv",
+        '#!/bin/sh\ncase "$1" in */pid.new) sleep 2 ;; esac\nexec /bin/mv "$@"\n',
+    )
+    cloud.plan("wait")
+    cloud.prepared()
+    process = cloud.start("run", *WHERE, "--detach", "--", *ARGUMENTS)
+    wait_for(lambda: cloud.attempts() == 1 and cloud.attempts("0-w-1") == 1)
+    stopped = cloud.run("stop", *WHERE)
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.count("stopped 75") == 2
+    process.communicate(timeout=30)
 
 
 def test_machines_deleted_by_the_user_are_not_made_again(cloud):
