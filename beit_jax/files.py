@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
@@ -26,28 +26,55 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def visible_files(root: str) -> Iterator[str]:
-    """All files under a local folder except hidden ones, at any depth, in no particular order.
+def visible_files(
+    root: str, *, skipped: Callable[[str, str], None] = lambda path, reason: None
+) -> Iterator[str]:
+    """All regular files under a local folder except hidden ones, at any depth, in no order.
 
-    Follows links, but visits each folder once: a link to a folder above would never end.
+    Follows links, but visits each folder once: a link to a folder above would never end. What is no
+    regular file (a pipe, a socket, a device, a link to one or to nothing) is skipped, since opening
+    a pipe waits for a writer and `/dev/zero` has no end.
+
+    Args:
+      root: the folder.
+      skipped: called with a path and why it is left out, for each such entry and for each folder
+        that can't be listed.
 
     Yields:
       Paths relative to `root`, with "/" between folders.
     """
     seen = {os.path.realpath(root)}
-    for folder, folders, files in os.walk(root, followlinks=True):
-        kept = []
-        for name in folders:
-            real = os.path.realpath(os.path.join(folder, name))
-            if not name.startswith(".") and real not in seen:
-                seen.add(real)
-                kept.append(name)
-        folders[:] = kept
-        relative = os.path.relpath(folder, root)
-        prefix = "" if relative == "." else relative.replace(os.sep, "/") + "/"
-        for name in files:
-            if not name.startswith("."):
-                yield prefix + name
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        try:
+            # Unlike os.walk, scandir keeps the kinds of entries, so that only links need a stat.
+            with os.scandir(os.path.join(root, prefix)) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    kind = _kind(entry)
+                    if kind == "folder":
+                        real = os.path.realpath(entry.path)
+                        if real not in seen:
+                            seen.add(real)
+                            waiting.append(f"{prefix}{entry.name}/")
+                    elif kind == "file":
+                        yield prefix + entry.name
+                    else:
+                        skipped(prefix + entry.name, kind)
+        except OSError as error:
+            skipped(prefix, error.strerror or type(error).__name__)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """ "folder", "file", or why the entry is neither."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else "not a regular file"
+    except OSError as error:  # a link to itself, a folder above that may not be entered
+        return error.strerror or type(error).__name__
 
 
 def write_json(path: str | os.PathLike, value: Json) -> None:

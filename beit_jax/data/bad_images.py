@@ -7,6 +7,7 @@ for batch in batches:
 
 import itertools
 
+import numpy as np
 from absl import logging
 
 from beit_jax.config import RunError
@@ -15,6 +16,8 @@ from beit_jax.types import HostBatch
 
 # Bad images end a run only once this many images, or a whole epoch, have been read.
 MIN_READ = 100
+# So many in a row end it whatever the share: the folder is gone, and what is left is grey.
+MAX_IN_A_ROW = 1000
 NAMED = 3  # bad images in the error message
 
 
@@ -33,12 +36,22 @@ class BadImages:
       bad: how many of them were replaced; an image counts again in each epoch.
     """
 
-    def __init__(self, source: Source, *, max_share: float):
-        """Starts at zero; `max_share`, in 0..1, is the share of images that may be bad."""
+    def __init__(self, source: Source, *, max_share: float, evaluation: bool = False):
+        """Starts at zero.
+
+        Args:
+          source: whose images are counted.
+          max_share: the share of images that may be bad, in 0..1.
+          evaluation: images are evaluated on, in passes from `start_pass` to `end_pass`, and a bad
+            one is left out. The share then matters only from 100 images on.
+        """
         self.read = 0
         self.bad = 0
         self._source = source
         self._max_share = max_share
+        self._min_read = MIN_READ if evaluation else min(MIN_READ, len(source))
+        self._what = "evaluation images" if evaluation else "images"
+        self._in_a_row = 0
         self._names: dict[int, str] = {}
 
     def count(self, batch: HostBatch) -> None:
@@ -46,21 +59,50 @@ class BadImages:
 
         Raises:
           TooManyBadImagesError: the share is too high, or all images are bad; not before 100 images
-            or all of a smaller source have been read.
+            or all of a smaller source have been read. Or the last 1000 images are all bad.
         """
-        valid = batch.get("valid")
-        self.read += int(batch["replaced"].size if valid is None else valid.sum())
+        replaced = batch["replaced"]
+        if "valid" in batch:  # what is not is padding
+            replaced = replaced[batch["valid"]]
+        self.read += replaced.size
+        good = np.flatnonzero(~replaced)
+        self._in_a_row = (
+            replaced.size - 1 - good[-1] if good.size else self._in_a_row + replaced.size
+        )
         if batch["replaced"].any():
             self.bad += int(batch["replaced"].sum())
             for index in batch["index"][batch["replaced"]].tolist():
                 if index not in self._names:
                     self._names[index] = self._source.name(index)
                     logging.warning("Can't decode %s; replaced it.", self._names[index])
-        too_many = self.bad > self._max_share * self.read or self.bad == self.read > 0
-        if too_many and self.read >= min(MIN_READ, len(self._source)):
-            raise TooManyBadImagesError(
-                f"{self.bad} of the {self.read} images read can't be decoded "
-                f"({self.bad / self.read:.1%}), more than config.data.max_bad_share allows "
-                f"({self._max_share:.1%}); among them "
-                + ", ".join(itertools.islice(self._names.values(), NAMED))
-            )
+        too_many = self.bad > self._max_share * self.read or self._all_bad()
+        if too_many and self.read >= self._min_read:
+            raise self._error()
+        if self._in_a_row >= MAX_IN_A_ROW:
+            raise self._error(f"; the last {self._in_a_row} were all bad")
+
+    def start_pass(self) -> None:
+        """Counts from zero again; which images are known to be bad stays known."""
+        self.read = self.bad = self._in_a_row = 0
+
+    def end_pass(self) -> None:
+        """Checks a whole pass.
+
+        Raises:
+          TooManyBadImagesError: all its images are bad, which leaves nothing to evaluate on.
+        """
+        if self._all_bad():
+            raise self._error()
+
+    def _all_bad(self) -> bool:
+        return self.bad == self.read > 0
+
+    def _error(self, more: str = "") -> TooManyBadImagesError:
+        allowed = f", more than config.data.max_bad_share allows ({self._max_share:.1%})"
+        return TooManyBadImagesError(
+            f"{self.bad} of the {self.read} {self._what} read can't be decoded "
+            f"({self.bad / self.read:.1%})"
+            + (allowed if self.bad > self._max_share * self.read else "")
+            + f"{more}; among them "
+            + ", ".join(itertools.islice(self._names.values(), NAMED))
+        )

@@ -342,9 +342,12 @@ def _unguarded_first(
             batch = next(unguarded)
         except StopIteration:
             return
-        except tf.errors.OpError as error:
+        except (tf.errors.OpError, UnicodeDecodeError) as error:
+            # TensorFlow's message quotes the path, or the image's first bytes. Where these are not
+            # UTF-8, the bindings fail to decode the message and raise that instead of the error.
             logging.info(
-                "An image can't be read; from here on every image is guarded. %s", error.message
+                "An image can't be read; from here on every image is guarded. %s",
+                getattr(error, "message", error),
             )
             break
         yield batch

@@ -34,7 +34,7 @@ class Found:
 
     Attributes:
       names: of image files, relative to the folder, with "/" between folders; sorted.
-      others: how many files are no images by name and header.
+      others: how many files are no images by name and header, or no regular files.
     """
 
     names: list[str]
@@ -43,19 +43,17 @@ class Found:
 
 def find_images(folder: str) -> Found:
     """Lists image files at any depth, except hidden ones. Links are followed."""
-    names, others = [], 0
-    for name in visible_files(folder):
-        if name.lower().endswith(SUFFIXES) or _starts_as_image(os.path.join(folder, name)):
-            names.append(name)
-        else:
-            others += 1
-    return Found(names=sorted(names), others=others)
+    names: list[str] = []
+    others: list[str] = []
+    # What is no regular file (a pipe, a device, a link to nothing) is no image, whatever its name.
+    for name in visible_files(folder, skipped=lambda path, reason: others.append(path)):
+        is_image = name.lower().endswith(SUFFIXES) or _starts_as_image(os.path.join(folder, name))
+        (names if is_image else others).append(name)
+    return Found(names=sorted(names), others=len(others))
 
 
 def _starts_as_image(path: str) -> bool:
     try:
-        if not os.path.isfile(path):  # opening a pipe would wait for a writer
-            return False
         with open(path, "rb") as file:
             start = file.read(12)
     except OSError:

@@ -1,6 +1,7 @@
 """Images from their source to this host's batches, for every job that reads images."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -135,6 +136,7 @@ def feed_of(
     counts = [len(training), len(evaluation)]
     cluster.check_agreement("images of config.data.source and eval_source", counts)
     bad = BadImages(training, max_share=config.max_bad_share)
+    bad_held_out = BadImages(evaluation, max_share=config.max_bad_share, evaluation=True)
     shared = {
         "config": config,
         "views": views,
@@ -161,12 +163,14 @@ def feed_of(
             yield only_views(batch)
 
     def eval_batches() -> Iterable[HostBatch]:
-        for number, batch in enumerate(pipeline.eval_batches(evaluation, **shared)):
-            if run.eval_batches and number == run.eval_batches:
-                return
+        bad_held_out.start_pass()
+        batches = pipeline.eval_batches(evaluation, **shared)
+        for batch in itertools.islice(batches, run.eval_batches or None):
+            bad_held_out.count(batch)
             # An image that cannot be decoded is replaced by another, which must not count twice.
             batch["valid"] = batch["valid"] & ~batch["replaced"]
             yield only_views(batch)
+        bad_held_out.end_pass()
 
     return Feed(
         training=training_batches,
@@ -196,13 +200,20 @@ def draw_first_batch(feed: Feed, draw: Callable[[HostBatch], np.ndarray], *, wor
 
 
 def first_images(batches: Iterable[HostBatch], *, count: int) -> HostBatch | None:
-    """The first valid images of this host, for pictures; None where there are no batches.
+    """Valid images of this host's first batch that has any, for pictures.
 
     Args:
       batches: held-out batches, with `valid`.
       count: at most so many images.
+
+    Returns:
+      A part of a batch; None where there are no batches, on this host as on all others. A host that
+      has only padding gets an empty one.
     """
+    images: HostBatch | None = None
     for batch in batches:
         valid = batch["valid"].astype(bool)
-        return {name: values[valid][:count] for name, values in batch.items()}
-    return None
+        images = {name: values[valid][:count] for name, values in batch.items()}
+        if valid.any():
+            break
+    return images

@@ -122,7 +122,11 @@ def build_job(config: PretrainConfig, context: RunContext) -> Job:
     context.timer.done("data")
 
     held_out = iter(feed.evaluation())
-    first = list(itertools.islice(held_out, 1))
+    first = []  # up to the first batch with an image to show
+    for batch in held_out:
+        first.append(batch)
+        if batch["valid"].any():
+            break
     sample = first_images(first, count=PICTURES)
     statistics = token_statistics(tokenizer, tokenizer_params, itertools.chain(first, held_out))
     log_expectations(statistics, vocabulary=config.tokenizer.vocabulary)

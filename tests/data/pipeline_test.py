@@ -1,8 +1,10 @@
 """Batches are a function of (seed, step), for any number of hosts and with broken files."""
 
 import functools
+import io
 import itertools
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +359,63 @@ def test_nothing_but_bad_files_ends_the_run_whatever_the_share(tmp_path):
     bad_images = BadImages(source, max_share=config.max_bad_share)
     with pytest.raises(TooManyBadImagesError, match="8 of the 8 images"):
         bad_images.count(batch)
+
+
+def test_a_thousand_bad_images_in_a_row_end_the_run_whatever_the_share():
+    """The folder is gone: what follows would be grey images for days."""
+    source = sources.Source(size=10**6, name=str, load=lambda index: {})
+    bad_images = BadImages(source, max_share=1.0)
+
+    def batch(*replaced: bool) -> dict:
+        return {"replaced": np.array(replaced), "index": np.arange(len(replaced))}
+
+    bad_images.count(batch(False, *[True] * 900))
+    bad_images.count(batch(True, False, *[True] * 998))  # one good image: counted from there
+    bad_images.count(batch(True))
+    with pytest.raises(TooManyBadImagesError, match="the last 1000 were all bad"):
+        bad_images.count(batch(True))
+
+
+def test_evaluation_ends_the_run_where_no_image_is_left():
+    source = sources.Source(size=8, name="image {}".format, load=lambda index: {})
+    bad_images = BadImages(source, max_share=0.01, evaluation=True)
+
+    def batch(*replaced: bool) -> dict:
+        valid = np.array([True, True, True, False])
+        return {"replaced": np.array(replaced), "index": np.arange(4), "valid": valid}
+
+    bad_images.start_pass()
+    bad_images.count(batch(True, True, False, False))  # over the share, but one is left
+    bad_images.end_pass()
+    bad_images.start_pass()
+    bad_images.count(batch(True, True, True, False))
+    with pytest.raises(TooManyBadImagesError, match=r"3 of the 3 evaluation images.*image 0"):
+        bad_images.end_pass()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_no_utf8_does_not_end_the_run(tmp_path, training):
+    """TensorFlow's errors quote names and content, which Python then fails to decode."""
+    root = tmp_path / os.fsdecode(b"photos \xe9")
+    try:
+        root.mkdir()
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    _write(root, 5)
+    gone = root / "0" / os.fsdecode(b"caf\xe9.jpg")
+    gone.write_bytes(b"")
+    # A palette BMP whose header lies about where the palette is.
+    lying = io.BytesIO()
+    Image.new("P", (20, 20)).save(lying, "BMP")
+    lying = bytearray(lying.getvalue())
+    lying[14:18] = (2**31 - 1).to_bytes(4, "little")
+    (root / "0/lying.bmp").write_bytes(bytes(lying))
+    source, config = _open(root, **({} if training else {"eval_source": f"folder:{root}"}))
+    gone.unlink()
+    take = _take if training else lambda number, *source, **s: _evaluate(*source, **s)
+    (batch,) = take(1, source, config, batch_size=7)
+    names = {source.name(index) for index in batch["index"][batch["replaced"]]}
+    assert names == {"0/caf\\xe9.jpg", "0/lying.bmp"}
 
 
 # ---------------------------------------------------------------------------- evaluation

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,49 @@ def test_folder_follows_links_without_cycles(tmp_path):
         "a/plain.png",
         "link/linked.png",
     ]
+
+
+def test_only_regular_files_are_images(tmp_path, caplog):
+    """Opening a pipe waits for a writer, and /dev/zero has no end."""
+    _write(tmp_path, "plain.png", "elsewhere/target.png")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "linked-pipe.jpg").symlink_to("pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "nothing.jpg").symlink_to("no-such-file")
+    (tmp_path / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "link.png").symlink_to("elsewhere/target.png")
+    (tmp_path / "pipe").symlink_to("pipe.jpg")  # not named like an image: not worth a warning
+    with socket.socket(socket.AF_UNIX) as listener:
+        before = os.open(".", os.O_RDONLY)
+        try:
+            os.chdir(tmp_path)  # a socket's path is at most a hundred bytes
+            listener.bind("socket.jpg")
+        finally:
+            os.fchdir(before)
+            os.close(before)
+        with caplog.at_level(logging.WARNING, logger="absl"):
+            source = sources.open_source(DataConfig(source=f"folder:{tmp_path}"), training=True)
+    names = [source.name(index) for index in range(len(source))]
+    assert names == ["elsewhere/target.png", "link.png", "plain.png"]
+    assert "6 folders or files" in caplog.text
+    assert "linked-pipe.jpg (not a regular file)" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, caplog, monkeypatch):
+    _write(tmp_path, "plain.png", "closed/hidden.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(os.path.normpath(path)) == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # as root, everything may be read
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        source = sources.open_source(DataConfig(source=f"folder:{tmp_path}"), training=True)
+    assert [source.name(index) for index in range(len(source))] == ["plain.png"]
+    assert "closed/ (Permission denied)" in caplog.text
 
 
 def test_a_name_need_not_be_utf8(tmp_path):

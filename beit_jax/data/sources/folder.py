@@ -11,6 +11,8 @@ from beit_jax.data.decode import EXTENSIONS, Window, decode_window
 from beit_jax.data.sources.source import Element, Request, Source, select_split
 from beit_jax.files import visible_files
 
+NAMED = 5  # skipped folders and files in the warning
+
 
 def open_folder(request: Request) -> Source:
     """Opens "folder:PATH". The first folder under PATH is an image's class.
@@ -20,7 +22,9 @@ def open_folder(request: Request) -> Source:
     """
     path, config = request.value, request.config
     root = path if "://" in path else os.path.expanduser(path)
-    if not path or not tf.io.gfile.isdir(root):
+    # (TensorFlow's isdir takes only paths that are UTF-8.)
+    is_folder = tf.io.gfile.isdir if "://" in path else os.path.isdir
+    if not path or not is_folder(root):
         raise ConfigError(f"{request.setting}: no such folder: {path!r}")
     found = _list_images(root)
     if not found:
@@ -35,6 +39,7 @@ def open_folder(request: Request) -> Source:
     # One tensor and not a Python list, which at 14 million names would take memory on every host.
     # Bytes, since a file system may hold names that are not UTF-8.
     table = tf.constant([os.fsencode(name) for name in names])
+    start = os.fsencode(root)
     size = len(names)
     number = {class_name: index for index, class_name in enumerate(classes)}
     labels = tf.constant([number[_top(name)] for name in names] if classes else [], tf.int32)
@@ -43,7 +48,7 @@ def open_folder(request: Request) -> Source:
         return table[index].numpy().decode("utf-8", "backslashreplace")
 
     def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
-        data = tf.io.read_file(tf.strings.join([root, table[index]], separator="/"))
+        data = tf.io.read_file(tf.strings.join([start, table[index]], separator="/"))
         image = decode_window(data, window=window, exif_orientation=config.exif_orientation)
         return {"image": image} | ({"label": labels[index]} if classes else {})
 
@@ -71,19 +76,42 @@ def _list_images(root: str) -> list[str]:
     if others:
         logging.info(
             "%s: %d files are not images by their extension and are skipped, such as %s",
-            root,
+            printable(root),
             len(others),
-            ", ".join(sorted(others)[:3]),
+            ", ".join(printable(name) for name in sorted(others)[:3]),
         )
     return sorted(names)
 
 
 def _walk(root: str) -> Iterator[str]:
-    """All files under `root` except hidden ones, as relative paths with "/"; follows links."""
+    """All files under `root` except hidden ones, as relative paths with "/"; follows links.
+
+    Folders that can't be listed, and what is named like an image but is no regular file, are left
+    out with a warning.
+    """
     if "://" in root:
         yield from _walk_remote(root, "")
         return
-    yield from visible_files(root)
+    skipped: list[str] = []
+
+    def note(path: str, reason: str) -> None:
+        if not path or path.lower().endswith(("/", *EXTENSIONS)):
+            skipped.append(f"{printable(path)} ({reason})")
+
+    yield from visible_files(root, skipped=note)
+    if skipped:
+        logging.warning(
+            "%s: %d folders or files can't be read as such and are left out: %s%s",
+            printable(root),
+            len(skipped),
+            ", ".join(sorted(skipped)[:NAMED]),
+            ", ..." if len(skipped) > NAMED else "",
+        )
+
+
+def printable(name: str) -> str:
+    """A file's name for messages, which may hold bytes that are not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _walk_remote(root: str, prefix: str) -> Iterator[str]:
