@@ -199,6 +199,16 @@ def draw_first_batch(feed: Feed, draw: Callable[[HostBatch], np.ndarray], *, wor
     return dataclasses.replace(feed, training=training)
 
 
+def until_valid(batches: Iterable[HostBatch]) -> list[HostBatch]:
+    """This host's held-out batches up to the first with a valid image; all where none has one."""
+    taken = []
+    for batch in batches:
+        taken.append(batch)
+        if batch["valid"].any():
+            break
+    return taken
+
+
 def first_images(batches: Iterable[HostBatch], *, count: int) -> HostBatch | None:
     """Valid images of this host's first batch that has any, for pictures.
 
@@ -210,10 +220,7 @@ def first_images(batches: Iterable[HostBatch], *, count: int) -> HostBatch | Non
       A part of a batch; None where there are no batches, on this host as on all others. A host that
       has only padding gets an empty one.
     """
-    images: HostBatch | None = None
-    for batch in batches:
+    for batch in until_valid(batches)[-1:]:
         valid = batch["valid"].astype(bool)
-        images = {name: values[valid][:count] for name, values in batch.items()}
-        if valid.any():
-            break
-    return images
+        return {name: values[valid][:count] for name, values in batch.items()}
+    return None

@@ -36,6 +36,7 @@ from beit_jax.tasks import token_cache
 from beit_jax.tasks.feed import (
     draw_first_batch,
     first_images,
+    until_valid,
     image_feed,
     image_sources,
 )
@@ -122,11 +123,7 @@ def build_job(config: PretrainConfig, context: RunContext) -> Job:
     context.timer.done("data")
 
     held_out = iter(feed.evaluation())
-    first = []  # up to the first batch with an image to show
-    for batch in held_out:
-        first.append(batch)
-        if batch["valid"].any():
-            break
+    first = until_valid(held_out)
     sample = first_images(first, count=PICTURES)
     statistics = token_statistics(tokenizer, tokenizer_params, itertools.chain(first, held_out))
     log_expectations(statistics, vocabulary=config.tokenizer.vocabulary)
