@@ -197,8 +197,8 @@ def restore_params(
 
     Where names and shapes are the stored ones, every device reads its own part. Otherwise the whole
     is read into memory and made to fit: another resolution, per-block copies of a shared table,
-    and only what is allowed may be missing or left over. Every process reads or downloads the
-    source itself.
+    and only what is allowed may be missing or left over. What names and shapes do not show is
+    compared by `facts.check`. Every process reads or downloads the source itself.
 
     Args:
       source: a run's directory, a checkpoint, a Hugging Face folder, `.safetensors`, `.pth` or

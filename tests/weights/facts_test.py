@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib
+import json
 import logging
 import pathlib
 import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ from beit_jax.models.heads import classifier
 from beit_jax.training import start
 from beit_jax.weights import convert, native
 from beit_jax.weights.description import Description, to_config
+from beit_jax.weights.formats.format import Stated
 from tests import tiny as models
 from tests.tasks import tiny
 from tests.weights import examples
@@ -265,25 +268,28 @@ def test_every_recipe_that_starts_from_weights_is_in_a_chain():
 
 
 @pytest.mark.slow
-def test_what_is_allowed_starts_as_the_run_says_and_is_logged(sources, tmp_path, caplog):
-    """The evaluation is the target's function of the source's numbers."""
+def test_what_is_allowed_or_not_said_starts_as_the_run_says(sources, pth, tmp_path, caplog):
+    """The evaluation is the run's function of the source's numbers, whatever the file."""
     names = ("heads", "layer_norm_epsilon", "normalization")
-    config = settings(sources["native"], others=names, init_allow_different=names)
-    config.evaluate_only = True
-    with caplog.at_level(logging.WARNING):
-        found = run(config, tmp_path / "run")
-    assert "has heads 2, this run 4; it is allowed to differ" in caplog.text
+
+    def evaluate(source, *, others=names, allowed=()):
+        config = settings(source, others=others, init_allow_different=allowed)
+        config.evaluate_only = True
+        return run(config, tmp_path / "run")
+
     # The same numbers in a checkpoint that says what the run says.
     params = native.read_params(str(sources["native"]))
     model = dataclasses.replace(PLAIN, heads=4, layer_norm_epsilon=1e-5)
     saved = to_config(dataclasses.replace(SOURCE, model=model, normalization="imagenet"))
     native.write_params(str(tmp_path / "same"), params, config=saved)
-    again = settings(tmp_path / "same", others=names)
-    again.evaluate_only = True
-    assert run(again, tmp_path / "again") == found
-    right = settings(sources["native"])
-    right.evaluate_only = True
-    assert run(right, tmp_path / "right")["loss"] != found["loss"]
+    expected = evaluate(tmp_path / "same")
+    for source in sources.values():
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert evaluate(source, allowed=names) == expected
+        assert f"{source} has heads 2, this run 4; it is allowed to differ" in caplog.text
+    assert evaluate(pth) == expected
+    assert evaluate(sources["native"], others=())["loss"] != expected["loss"]
 
 
 def test_a_silent_file_has_the_facts_of_the_run_and_the_log_says_so(pth, caplog):
@@ -298,13 +304,31 @@ def test_a_silent_file_has_the_facts_of_the_run_and_the_log_says_so(pth, caplog)
         check(settings(pth, others=["pooling"]))
 
 
-def test_an_import_remembers_what_was_guessed(sources, tmp_path):
-    saved = to_config(SOURCE) | {"imported_from": {"guessed": {"normalization": "half"}}}
-    params = native.read_params(str(sources["native"]))
-    native.write_params(str(tmp_path / "imported"), params, config=saved)
+def test_an_import_remembers_what_was_guessed(pth, tmp_path):
+    convert.import_checkpoint(
+        str(pth), output=str(tmp_path / "imported"), stated=Stated(heads=2, layer_norm_epsilon=1e-6)
+    )
     check(settings(tmp_path / "imported", others=["normalization"]))
-    with pytest.raises(ConfigError, match="has heads 2, this run 4"):
-        check(settings(tmp_path / "imported", others=["heads", "normalization"]))
+    with pytest.raises(ConfigError) as caught:
+        check(settings(tmp_path / "imported", others=OTHER))
+    assert "heads 2, this run 4 " in str(caught.value)
+    assert "layer_norm_epsilon 1e-06, this run 1e-05" in str(caught.value)
+    assert "normalization" not in str(caught.value)
+
+
+def test_what_a_folder_of_transformers_says_and_what_not(sources, tmp_path):
+    """1e-12 stands for the official 1e-6; without a preprocessor the pixels are not said."""
+    folder = tmp_path / "folder"
+    shutil.copytree(sources["hugging_face"], folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"layer_norm_eps": 1e-12}))
+    check(settings(folder))
+    with pytest.raises(ConfigError, match="layer_norm_epsilon 1e-06, this run 1e-05"):
+        check(settings(folder, others=["layer_norm_epsilon"]))
+    with pytest.raises(ConfigError, match="normalization half, this run imagenet"):
+        check(settings(folder, others=["normalization"]))
+    (folder / "preprocessor_config.json").unlink()
+    check(settings(folder, others=["normalization"]))
 
 
 def test_a_checkpoint_without_a_readable_config_is_silent(sources, tmp_path, caplog):
@@ -391,6 +415,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", CHANGES)
 def test_what_the_table_says_of_a_setting_is_true(setting):
     """With another value: other shapes or names, another function, or the same function."""
