@@ -54,6 +54,7 @@ def test_other_files_and_folders(torch, state, tmp_path, row):
     assert opened.config == (CONFIG if has_config or "index" in row else {})
 
 
+@pytest.mark.slow
 def test_transformers_own_shards_are_read(torch, tmp_path):
     transformers = pytest.importorskip("transformers", reason="the peer")
     config = transformers.BeitConfig(
