@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from beit_jax.files import write_whole
 from beit_jax.types import FlatParams, JsonObject
-from beit_jax.weights import pickles, unwrapping
+from beit_jax.weights import pickles, prefixes, unwrapping
 from beit_jax.weights.pickles import read_bytes as read_bytes
 from beit_jax.weights.report import WeightsError
 
@@ -75,7 +75,7 @@ def load(content: bytes, *, source: str, weights: str = "") -> Loaded:
     if is_safetensors(content, source=source):
         unwrapping.refuse_average(weights, source=source)
         whole, metadata = load_safetensors(content, source=source)
-        state, notes = unwrapping.plain_names(whole, source=source)
+        state, notes = prefixes.plain_names(whole, source=source)
         return Loaded(state=state, metadata=metadata, notes=notes, source=source)
     found = unwrapping.unwrap(pickles.loads(content, source=source), source=source, weights=weights)
     return Loaded(state=found.state, notes=found.notes, extras=found.extras, source=source)

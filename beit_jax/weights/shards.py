@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from beit_jax.types import JsonObject
-from beit_jax.weights import containers, pickles, unwrapping
+from beit_jax.weights import containers, pickles, prefixes
 from beit_jax.weights.containers import Loaded
 from beit_jax.weights.report import WeightsError, compact
 
@@ -88,7 +88,7 @@ def load(folder: epath.Path, index: str) -> Loaded:
             some = compact(sorted(missing or more)[:20])
             raise WeightsError(f"{source} is not what {index} says: it {what} {some}")
         state |= shard
-    state, notes = unwrapping.plain_names(state, source=str(folder / index))
+    state, notes = prefixes.plain_names(state, source=str(folder / index))
     return Loaded(
         source=str(folder / index),
         state=state,

@@ -7,35 +7,20 @@ found.extras     # {"epoch": 3}
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from beit_jax.types import Json, JsonObject, PyTree
 from beit_jax.weights import pickles
-from beit_jax.weights.report import WeightsError, compact
-
-State = dict[str, np.ndarray]
+from beit_jax.weights.prefixes import State, plain_names
+from beit_jax.weights.report import WeightsError
 
 # Where a state dict is kept: timm, Lightning, OpenMMLab; official BEiT; DeepSpeed; PyTorch's
 # tutorials; pycls. In timm's order.
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "model_state")
 # Where its moving average is kept, in timm's order (`timm.models.load_state_dict`).
 _AVERAGES = ("state_dict_ema", "model_ema")
-# Modules that change nothing and may stand anywhere in a name: torch.compile, FSDP, checkpointing.
-_TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# What a name starts with where the model is a part of something: DataParallel, Lightning modules,
-# Accelerate, transformers' wrapper of timm.
-_PREFIXES = (
-    *("module.", "model.", "net.", "_forward_module.", "timm_model."),
-    *(f"{name}." for name in _TRANSPARENT),
-)
-# What stands beside the model in a Lightning module or in an averaged model, and is no part of it.
-_NOT_MODEL = (
-    *("n_averaged", "criterion", "loss", "loss_fn", "loss_func", "loss_function", "loss_module"),
-    *("train_loss", "val_loss", "test_loss", "metric", "metrics", "train_metrics", "val_metrics"),
-    *("test_metrics", "accuracy", "acc", "train_acc", "val_acc", "test_acc", "val_acc_best"),
-)
 _CHOICES = ("", "ema", "model")
 _DEEPEST = 6
 _MOST_VALUES = 10_000
@@ -73,8 +58,8 @@ def unwrap(whole: PyTree, *, source: str, weights: str = "") -> Unwrapped:
         whole = _module(whole, source=source)
     if not isinstance(whole, Mapping):
         raise WeightsError(f"{source} holds a {type(whole).__name__}, no state dict")
-    key, notes = _chosen(whole, source=source, weights=weights)
-    state = _inner(whole if key is None else whole[key])
+    sets = _Sets(whole, source=source)
+    state, notes = sets.chosen(weights)
     if all(array.size == 0 for array in state.values()):
         raise WeightsError(
             f"{source} holds only empty tensors, as each process saves under DeepSpeed's ZeRO-3;"
@@ -96,101 +81,178 @@ def refuse_average(weights: str, *, source: str) -> None:
         raise WeightsError(f"{source} holds no moving average; leave out --weights ema")
 
 
-def plain_names(state: State, *, source: str) -> tuple[State, tuple[str, ...]]:
-    """Removes the prefixes that wrappers put before every name.
+class _Sets:
+    """The sets of weights in a file, by where they are."""
 
-    `module.`, `model.` and their like go only where every key has them, but for those that are
-    known to be no part of a model (a loss beside it), which then go too. Modules that mean nothing
-    to a name, `_orig_mod` of torch.compile, go anywhere.
+    def __init__(self, whole: Mapping, *, source: str):
+        self._source = source
+        self._seen: dict[int, State] = {}
+        self._whole = _with_average_apart(whole)
+        whole = self._whole
+        self.average = next((key for key in _AVERAGES if self._under(whole.get(key))), None)
+        self.model = next((key for key in _WRAPPERS if self._under(whole.get(key))), None)
+        self.is_bare = self.model is None and _is_bare(whole)
 
-    Returns:
-      The state and lines that say what was removed.
-
-    Raises:
-      WeightsError: two keys would have the same name.
-    """
-    notes: list[str] = []
-    prefix = ""
-    apart = [key for key in state if key.split(".")[0] in _NOT_MODEL]
-    inside = [key for key in state if key not in apart]
-    while inside:
-        begin = next(
-            (p for p in _PREFIXES if all(_under(p, key[len(prefix) :]) for key in inside)), ""
-        )
-        if not begin:
-            break
-        prefix += begin
-    if apart and (prefix or apart == ["n_averaged"]):
-        notes.append(f"left aside, beside the model: {compact(apart)}")
-        state = {key: state[key] for key in inside}
-    if prefix:
-        notes.append(f"names: {prefix} is left off all {len(inside)} of them")
-    names = {key: _without_transparent(key.removeprefix(prefix)) for key in state}
-    within = [key for key, name in names.items() if name != key.removeprefix(prefix)]
-    if within:
-        notes.append(f"names: {', '.join(_found(within))} is left out of {len(within)} of them")
-    result: State = {}
-    for key, name in names.items():
-        if name in result:
-            raise WeightsError(f"{source} holds {name} twice, once as {key}")
-        result[name] = state[key]
-    return result, tuple(notes)
-
-
-def _under(prefix: str, key: str) -> bool:
-    return key.startswith(prefix) and len(key) > len(prefix)
-
-
-def _without_transparent(key: str) -> str:
-    first, *parts = key.split(".")
-    # At the start such a name is a prefix: of some keys only, it is not ours to remove.
-    return ".".join((first, *(part for part in parts if part not in _TRANSPARENT)))
-
-
-def _found(keys: Iterable[str]) -> list[str]:
-    return [name for name in _TRANSPARENT if any(name in key.split(".") for key in keys)]
-
-
-def _chosen(whole: Mapping, *, source: str, weights: str) -> tuple[str | None, list[str]]:
-    """The key of the state dict, None for the whole itself; and notes."""
-    average = next((key for key in _AVERAGES if _inner(whole.get(key))), None)
-    model = next((key for key in _WRAPPERS if _inner(whole.get(key))), None)
-    is_bare = _is_bare(whole)
-    if weights == "ema" and average is None:
-        others = [str(key) for key, value in whole.items() if _is_average(key) and _inner(value)]
-        if len(others) != 1:
-            raise WeightsError(
-                f"{source} holds no moving average (model_ema, state_dict_ema); its keys are"
-                f" {_some(whole)}"
-            )
-        average = others[0]
-    if weights == "model" and model is None and not is_bare and average is not None:
-        raise WeightsError(f"{source} holds only a moving average, {average}; no model beside it")
-    if average is not None and weights != "model":
-        if model is None and not is_bare:
-            return average, [f"weights: {average} taken, the only ones there"]
-        other = "the bare ones" if model is None else model
-        return average, [
-            f"weights: {average} taken, beside {other} (--weights model takes the other)"
+    def chosen(self, weights: str) -> tuple[State, list[str]]:
+        """The tensors, and lines that say which were taken where there are others."""
+        if self.model is None and not self.is_bare and self.average is None:
+            if weights == "ema":
+                raise self._no_average()
+            return self._only()
+        model = _tensors(self._whole) if self.is_bare else self._under(self._whole.get(self.model))
+        name = self.model or "the bare ones"
+        if not model:
+            if weights == "model":
+                raise WeightsError(
+                    f"{self._source} holds only a moving average, {self.average}, and no model"
+                )
+            return self._under(self._whole[self.average]), [
+                f"weights: {self.average} taken, the only ones there"
+            ]
+        others = self._beside(model)
+        average = self.average or self._only_average(others)
+        if weights == "ema" and average is None:
+            raise self._no_average()
+        if weights == "ema" or (weights == "" and self.average is not None):
+            average = str(average)
+            state = others.get(average) or self._under(self._whole.get(average))
+            self._check_whole(state, model, average=average, name=name)
+            return state, [
+                f"weights: {average} taken, beside {name} (--weights model takes the other)"
+            ]
+        if average is not None:
+            return model, [
+                f"weights: {name} taken, beside {average} (--weights ema takes the other)"
+            ]
+        notes = [f"weights: {name} taken, beside {', '.join(others)}"] if others else []
+        nameless = [
+            key for key in self._whole if _is_average(key) and _is_nameless(self._whole[key])
         ]
-    if average is not None:
-        other = "the bare ones" if model is None else model
-        return model, [f"weights: {other} taken, beside {average} (--weights ema takes the other)"]
-    if model is None and is_bare:
-        return None, []
-    if model is None:
-        return _only(whole, source=source)
-    taken = _inner(whole[model])
-    aside = [str(key) for key, value in whole.items() if key != model and _alike(value, taken)]
-    if not aside:
-        return model, []
-    hint = " (--weights ema takes it)" if len(aside) == 1 and _is_average(aside[0]) else ""
-    return model, [f"weights: {model} taken, beside {', '.join(aside)}{hint}"]
+        if nameless:
+            notes.append(f"weights: {nameless[0]} left aside: its tensors have no names")
+        return model, notes
+
+    def _check_whole(self, state: State, model: State, *, average: str, name: str) -> None:
+        """Raises WeightsError where an average is one of a part of the model."""
+        if not _alike(state, model):
+            raise WeightsError(
+                f"{self._source}: {average} holds {len(state)} tensors that are not those of {name}"
+                f" ({len(model)}); --weights model takes {name}"
+            )
+
+    def _no_average(self) -> WeightsError:
+        nameless = [
+            key for key in self._whole if _is_average(key) and _is_nameless(self._whole[key])
+        ]
+        if nameless:
+            return WeightsError(
+                f"{self._source} holds a moving average in {nameless[0]}, but its tensors have no"
+                " names; leave out --weights ema"
+            )
+        return WeightsError(
+            f"{self._source} holds no moving average (model_ema, state_dict_ema); its keys are"
+            f" {_some(self._whole)}"
+        )
+
+    def _only(self) -> tuple[State, list[str]]:
+        """The one key with a state dict under it, where no key is known."""
+        found = {
+            key: self._under(value) for key, value in self._whole.items() if isinstance(key, str)
+        }
+        found = _likely({key: state for key, state in found.items() if state})
+        if len(found) > 1:
+            raise WeightsError(
+                f"{self._source} holds several sets of tensors, {', '.join(found)}, and which is"
+                " the model is not known; save the right one alone:"
+                ' torch.save({"model": checkpoint[KEY]}, path)'
+            )
+        if not found:
+            raise WeightsError(
+                f"{self._source} holds no tensors of a model; its keys are {_some(self._whole)}"
+            )
+        ((key, state),) = found.items()
+        return state, [f"weights: {key} taken, the only tensors there"]
+
+    def _beside(self, model: State) -> dict[str, State]:
+        """Other sets of the same weights, by their place: "model_ema", "callbacks.EMA"."""
+        found: dict[str, State] = {}
+        seen: set[int] = set()
+        level: list[tuple[str, PyTree]] = [("", self._whole)]
+        for _ in range(_DEEPEST):
+            inner: list[tuple[str, PyTree]] = []
+            for place, value in level:
+                if not isinstance(value, Mapping) or id(value) in seen or len(seen) > _MOST_VALUES:
+                    continue
+                seen.add(id(value))
+                state = _tensors(value)
+                is_model = all(model.get(key) is array for key, array in state.items())
+                if state and place and not is_model and _alike(state, model):
+                    found[place] = state
+                else:
+                    inner += [
+                        (f"{place}.{key}" if place else key, item)
+                        for key, item in value.items()
+                        if isinstance(key, str)
+                    ]
+            level = inner
+        return found
+
+    def _only_average(self, others: Mapping[str, State]) -> str | None:
+        averages = [place for place in others if any(map(_is_average, place.split(".")))]
+        return averages[0] if len(averages) == 1 else None
+
+    def _under(self, value: PyTree, depth: int = _DEEPEST) -> State:
+        """The tensors of a state dict, through what is around it; {} where there is not one."""
+        if isinstance(value, pickles.Record):
+            try:
+                return _module(value, source=self._source)
+            except WeightsError:
+                return {}
+        if not isinstance(value, Mapping) or depth == 0:
+            return {}
+        if id(value) not in self._seen:
+            self._seen[id(value)] = {}  # for a dict within itself
+            known = next((key for key in _WRAPPERS if isinstance(value.get(key), Mapping)), None)
+            if known is not None:
+                state = self._under(value[known], depth - 1)
+            elif _is_bare(value):
+                state = _tensors(value)
+            else:
+                inner = {
+                    key: self._under(item, depth - 1)
+                    for key, item in value.items()
+                    if isinstance(key, str)
+                }
+                found = _likely({key: state for key, state in inner.items() if state})
+                state = next(iter(found.values())) if len(found) == 1 else {}
+            self._seen[id(value)] = state
+        return self._seen[id(value)]
 
 
-def _alike(value: PyTree, taken: State) -> bool:
-    """Whether a value is another set of weights of the same model: an average, a teacher."""
-    return len(_inner(value).keys() & taken.keys()) > len(taken) // 2
+def _with_average_apart(whole: Mapping) -> Mapping:
+    """Takes a model's average out of its state dict, where a Lightning module holds both."""
+    key = next((key for key in _WRAPPERS if isinstance(whole.get(key), Mapping)), None)
+    state = whole if key is None else whole[key]
+    names = [name for name in _tensors(state) if "." in name]
+    inside = {name for name in names if _is_average(name.split(".")[0])}
+    if not inside or len(inside) == len(names) or any(name in whole for name in _AVERAGES):
+        return whole
+    rest = {name: item for name, item in state.items() if name not in inside}
+    average = {name.partition(".")[2]: state[name] for name in sorted(inside)}
+    return {**({} if key is None else whole), key or "state_dict": rest, "model_ema": average}
+
+
+def _alike(state: State, model: State) -> bool:
+    """Whether two sets are of the same model: most of the second's names are in the first."""
+    first, second = (_names(one) for one in (state, model))
+    return len(first & second) > len(second) // 2
+
+
+def _names(state: State) -> set[str]:
+    try:
+        return set(plain_names(state, source="")[0])
+    except WeightsError:  # two names fall together
+        return set(state)
 
 
 def _is_bare(whole: Mapping) -> bool:
@@ -204,43 +266,28 @@ def _is_bare(whole: Mapping) -> bool:
     )
 
 
-def _only(whole: Mapping, *, source: str) -> tuple[str, list[str]]:
-    """The one key with tensors under it, where no key is known."""
-    keys = [key for key, value in whole.items() if isinstance(key, str) and _tensors(value)]
-    if len(keys) > 1:
-        raise WeightsError(
-            f"{source} holds several sets of tensors, {', '.join(keys)}, and which is the model is"
-            ' not known; save the right one alone: torch.save({"model": checkpoint[KEY]}, path)'
-        )
-    if not keys:
-        raise WeightsError(f"{source} holds no tensors; its keys are {_some(whole)}")
-    return keys[0], [f"weights: {keys[0]} taken, the only tensors there"]
+def _likely(found: dict[str, State]) -> dict[str, State]:
+    """Those with names like a model's, if any: the states of a generator have no dots."""
+    dotted = {key: state for key, state in found.items() if any("." in name for name in state)}
+    return dotted or found
 
 
 def _is_average(key: object) -> bool:
     return isinstance(key, str) and "ema" in key.lower().replace("-", "_").split("_")
 
 
+def _is_nameless(value: PyTree) -> bool:
+    """Whether a value is a list of tensors, or holds one, as torch_ema's `shadow_params`."""
+    items = [value, *value.values()] if isinstance(value, Mapping) else [value]
+    return any(
+        isinstance(item, list | tuple) and any(isinstance(one, np.ndarray) for one in item)
+        for item in items
+    )
+
+
 def _some(whole: Mapping) -> str:
     keys = [str(key)[:40] for key in list(whole)[:13]]
     return ", ".join(keys[:12]) + (", ..." if len(keys) > 12 else "") if keys else "none"
-
-
-def _inner(value: PyTree) -> State:
-    """The tensors of a state dict, through wrappers within wrappers; {} where there are none."""
-    for _ in range(_DEEPEST):
-        if isinstance(value, pickles.Record):
-            try:
-                value = _module(value, source="")
-            except WeightsError:
-                return {}
-        if not isinstance(value, Mapping):
-            return {}
-        key = next((key for key in _WRAPPERS if isinstance(value.get(key), Mapping)), None)
-        if key is None:
-            break
-        value = value[key]
-    return _tensors(value)
 
 
 def _tensors(value: PyTree) -> State:

@@ -33,11 +33,11 @@ def state():
 REFUSED: dict[str, tuple[Callable, str]] = {
     "no tensors": (
         lambda f, t, s: (t.save({"epoch": 3, "config": {"a": 1}}, f / "x.pth"), f / "x.pth")[1],
-        r"holds no tensors; its keys are epoch, config$",
+        r"holds no tensors of a model; its keys are epoch, config$",
     ),
     "an empty dict": (
         lambda f, t, s: (t.save({}, f / "x.pth"), f / "x.pth")[1],
-        "holds no tensors; its keys are none",
+        "holds no tensors of a model; its keys are none",
     ),
     "a tensor": (
         lambda f, t, s: (t.save(t.ones(2), f / "x.pth"), f / "x.pth")[1],

@@ -114,6 +114,17 @@ FILES: dict[str, tuple[str, Callable]] = {
         "x.pt",
         lambda t, s: {"net": tensors(t, s), "best_acc": t.tensor(81.0), "rng": t.get_rng_state()},
     ),
+    "Composer": (
+        "ep1-ba500-rank0.pt",
+        lambda t, s: {
+            "state": {
+                "model": tensors(t, s, "model."),
+                "optimizers": {"AdamW": {"state": {"model.head.bias": {"exp_avg": t.ones(5)}}}},
+                "callbacks": [],
+            },
+            "rng": [{"python": (3, (1, 2), None), "torch": t.get_rng_state()}],
+        },
+    ),
     "wrapped twice": ("x.pt", lambda t, s: {"model": {"module": tensors(t, s)}}),
     "wrapped thrice": ("x.pt", lambda t, s: {"state_dict": {"model": {"module": tensors(t, s)}}}),
     "DeepSpeed's file": (

@@ -57,6 +57,46 @@ AVERAGES: dict[str, tuple[Callable, str | None, str | None, str | None]] = {
         "model",
         "ema",
     ),
+    "lucidrains": (
+        lambda a, b: {"model": a, "model_ema": {"ema_model": b, "decay": 0.999}},
+        "ema",
+        "model",
+        "ema",
+    ),
+    "in the model's names": (
+        lambda a, b: (
+            {f"model.{k}": v for k, v in a.items()}
+            | {f"model_ema.module.{k}": v for k, v in b.items()}
+        ),
+        "ema",
+        "model",
+        "ema",
+    ),
+    "in Lightning's state dict": (
+        lambda a, b: {
+            "state_dict": {f"net.{k}": v for k, v in a.items()}
+            | {f"net_ema.module.{k}": v for k, v in b.items()}
+        },
+        "ema",
+        "model",
+        "ema",
+    ),
+    "a callback's": (
+        lambda a, b: {
+            "state_dict": {f"model.{k}": v for k, v in a.items()},
+            "callbacks": {"EMA": {"weights": {f"model.{k}": v for k, v in b.items()}}},
+        },
+        "model",
+        "model",
+        "ema",
+    ),
+    "without names": (
+        lambda a, b: {"model": a, "ema": {"decay": 0.9, "shadow_params": list(b.values())}},
+        "model",
+        "model",
+        None,
+    ),
+    "a list": (lambda a, b: {"model": a, "model_ema": list(b.values())}, "model", "model", None),
     # timm does not know this name: the model is taken, and the line says what was left.
     "another name": (lambda a, b: {"model": a, "ema_state_dict": b}, "model", "model", "ema"),
 }
@@ -79,9 +119,10 @@ def test_averages(torch, state, tmp_path, row):
     path = tmp_path / "x.pth"
     torch.save(content, path)
     has_both = expected[2] is not None and expected[1] is not None
+    is_told = expected[2] is not None or row in ("without names", "a list")
     for choice, taken in zip(("", "model", "ema"), expected, strict=True):
         if taken is None:
-            with pytest.raises(WeightsError, match=r"holds (no|only a) moving average") as error:
+            with pytest.raises(WeightsError, match=r"holds (no|only a|a) moving average") as error:
                 opening.open_file(str(path), weights=choice)
             one_line(error)
             continue
@@ -90,14 +131,14 @@ def test_averages(torch, state, tmp_path, row):
         text = "\n".join(opened.notes)
         if has_both:
             assert f"--weights {'model' if taken == 'ema' else 'ema'} takes" in text
-        assert ("weights:" in text) == (expected[2] is not None)
+        assert ("weights:" in text) == is_told
 
 
 # timm needs torchvision for its import only; see `timm_peer`, whose substitute this is.
 _TIMM = """
 import json, sys
 from tests.weights import timm_peer
-sys.meta_path.insert(0, timm_peer._HollowTorchvision())
+sys.meta_path.insert(0, timm_peer.HollowTorchvision())
 from timm.models import load_state_dict
 print(json.dumps([load_state_dict(path)["cls_token"].tolist() for path in sys.argv[1:]]))
 """
@@ -159,13 +200,53 @@ def test_other_sets_of_the_same_weights_are_told(torch, state, tmp_path):
     for whole, notes in (
         ({"model": one, "teacher": two}, ("weights: model taken, beside teacher",)),
         ({"model": two, "state_dict": one}, ("weights: state_dict taken, beside model",)),
-        ({"model": one, "best": {"state_dict": two}}, ("weights: model taken, beside best",)),
+        (
+            {"model": one, "best": {"state_dict": two}},
+            ("weights: model taken, beside best.state_dict",),
+        ),
         ({"model": one}, ()),
     ):
         torch.save(whole | rest, tmp_path / "x.pth")
         opened = opening.open_file(str(tmp_path / "x.pth"))
         np.testing.assert_array_equal(opened.state["cls_token"], state["cls_token"])
         assert opened.notes == notes
+
+
+def test_an_average_of_a_part_of_the_model_is_said(torch, state, tmp_path):
+    part = dict(list(tensors(torch, other(state)).items())[:2])
+    torch.save({"model": tensors(torch, state), "model_ema": part}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"model_ema holds 2 .* --weights model takes model"):
+        opening.open_file(str(tmp_path / "x.pth"))
+    opened = opening.open_file(str(tmp_path / "x.pth"), weights="model")
+    np.testing.assert_array_equal(opened.state["cls_token"], state["cls_token"])
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "student.", "visual.trunk.", "_orig_mod.vit."])
+def test_any_prefix_before_the_names_of_a_beit_goes(torch, state, tmp_path, prefix):
+    torch.save({"state_dict": tensors(torch, state, prefix)}, tmp_path / "x.pth")
+    opened = opening.open_file(str(tmp_path / "x.pth"))
+    assert set(opened.state) == set(state)
+    assert opened.notes == (f"names: {prefix} is left off all 5 of them",)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("beit.embeddings.cls_token", "beit.encoder.layer.0.lambda_1"),  # a whole model of its own
+        ("embeddings.cls_token", "encoder.layer.0.lambda_1"),
+        ("backbone.cls_token", "backbone.layers.0.ln1.weight"),  # OpenMMLab's
+        ("blocks.input.w", "blocks.group_1.block_1.id_path.w"),  # DALL-E's
+    ],
+)
+def test_prefixes_that_belong_to_the_names_stay(torch, tmp_path, names):
+    torch.save({name: torch.ones(2) for name in names}, tmp_path / "x.pth")
+    assert set(opening.open_file(str(tmp_path / "x.pth")).state) == set(names)
+
+
+def test_a_doubled_prefix_of_transformers_goes(torch, tmp_path):
+    names = ("beit.embeddings.cls_token", "beit.encoder.layer.0.lambda_1", "classifier.weight")
+    torch.save({f"beit.{name}": torch.ones(2) for name in names}, tmp_path / "x.pth")
+    assert set(opening.open_file(str(tmp_path / "x.pth")).state) == set(names)
 
 
 def test_prefixes_that_only_some_keys_have_are_kept(torch, state, tmp_path):
