@@ -59,6 +59,11 @@ def is_index(name: str) -> bool:
     return re.fullmatch(r".+\.(safetensors|bin)\.index(\.\w+)?\.json", name) is not None
 
 
+def is_named(name: str) -> bool:
+    """Whether a file's name is Hugging Face's for weights, with or without a variant."""
+    return name in NAMES or any(pattern.fullmatch(name) for pattern in _VARIANTS)
+
+
 def is_shard(name: str) -> bool:
     """Whether a file's name says that it is one of several."""
     match = _SHARD.fullmatch(name)

@@ -42,7 +42,7 @@ def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
     Args:
       path: a file in a container of `containers` or of a format; an index of shards; a folder that
         holds one or the other, Hugging Face's or DeepSpeed's; local or gs://, or
-        "hf:OWNER/NAME[@REVISION]".
+        "hf:OWNER/NAME[@REVISION]". `model.safetensors` means the same as its folder.
       sha256: what the file must have; "" skips the check. For shards, see
         `containers.combined_sha256`.
       weights: which of a training checkpoint's two sets: "ema", "model", or "" for the EMA's where
@@ -61,7 +61,7 @@ def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
         choice = folders.find(folder, source=path)
         file = folder / choice.file
         configs = [_config(folder / name) for name in _CONFIGS]
-    elif folders.is_index(file.name):
+    elif folders.is_named(file.name):  # the same as to give its folder
         configs = [_config(file.parent / name) for name in _CONFIGS]
     elif folders.is_shard(file.name) and file.exists():
         raise WeightsError(f"{file} is one of several files of weights; give their folder")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -50,8 +49,16 @@ def test_what_torch_save_wrote(torch, state, tmp_path, row, zipped):
 def test_other_files_and_folders(torch, state, tmp_path, row):
     path = PLACES[row](tmp_path, torch, state)
     opened = check(path, state)
-    has_config = pathlib.Path(path).is_dir() and (pathlib.Path(path) / "config.json").exists()
-    assert opened.config == (CONFIG if has_config or "index" in row else {})
+    folder = path if path.is_dir() else path.parent
+    assert opened.config == (CONFIG if (folder / "config.json").exists() else {})
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.fp16.safetensors"])
+def test_a_file_with_hugging_faces_name_is_the_same_as_its_folder(torch, state, tmp_path, name):
+    folder = saved_files.save_hf(tmp_path, torch, state, names=(name,))
+    assert check(folder / name, state).config == CONFIG
+    (folder / name).rename(folder / "other.safetensors")
+    assert check(folder / "other.safetensors", state).config == {}
 
 
 @pytest.mark.slow

@@ -247,8 +247,11 @@ def test_other_files_are_refused(exported, tmp_path):
     path.write_bytes((folder / "timm.safetensors").read_bytes()[:5000])
     with pytest.raises(WeightsError, match="is not a whole safetensors file"):
         read(str(path))
+    of_folder = read(str(folder / "hf")).description
+    assert read(str(folder / "hf" / "model.safetensors")).description == of_folder
+    path.write_bytes((folder / "hf" / "model.safetensors").read_bytes())
     with pytest.raises(WeightsError, match="has Hugging Face's keys; give the folder"):
-        read(str(folder / "hf" / "model.safetensors"))
+        read(str(path))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(WeightsError, match=r"holds no weights: no model\.safetensors"):
         read(str(tmp_path / "nothing"))
