@@ -134,14 +134,24 @@ def describe(config: JsonObject) -> Description:
     kind = KINDS[task]
     for key in ("model", "data", *kind.required):
         check(key in config, key, "missing from the checkpoint's config")
+    outputs, mask_token = kind.outputs(config), config.get("mask_token", False)
+    labels = config.get("labels", [])
+    # The config of a file may hold anything.
+    check(type(outputs) is int and outputs >= 0, "outputs", f"{outputs!r:.40} is no whole number")
+    check(isinstance(mask_token, bool), "mask_token", f"{mask_token!r:.40} is no bool")
+    check(
+        isinstance(labels, list | tuple) and all(isinstance(label, str) for label in labels),
+        "labels",
+        "must be a list of names",
+    )
     return Description(
         task=task,
         model=parse(ModelConfig, config["model"], path="model"),
-        outputs=kind.outputs(config),
+        outputs=outputs,
         pooling=config.get("pooling", "mean"),
-        mask_token=config.get("mask_token", False),
+        mask_token=mask_token,
         normalization=config["data"]["normalization"],
-        labels=tuple(config.get("labels", ())),
+        labels=tuple(labels),
     )
 
 

@@ -182,6 +182,11 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
     config = hugging_face_config.read_config(opened.config, stated=stated, source=source)
     _check_sizes(config.model, state, source=source)
     task = config.task or _task_of_keys(state)
+    if task == "pretrain" and not config.mean_pooling:
+        raise WeightsError(
+            f"{source}: config.json: a masked image model with use_mean_pooling false applies two"
+            " final norms, which this project's models do not"
+        )
     pooling, norms_left = _pooling(config, task, state)
     outputs, labels, notes = _outputs(config, task, opened)
     guessed = {}

@@ -80,11 +80,6 @@ def read_config(config: JsonObject, *, stated: Stated, source: str) -> Config:
     fields.check_fields(config, used=USED, only=ONLY, kept=KEPT, source=source)
     task = _task(config, source=source)
     mean_pooling = fields.flag(config, "use_mean_pooling", default=True, source=source)
-    if task == "pretrain" and not mean_pooling:
-        raise WeightsError(
-            f"{source}: a masked image model with use_mean_pooling false applies two final norms,"
-            " which this project's models do not"
-        )
     epsilon, notes = _epsilon(config, stated=stated, source=source)
     written = {name: value for name, value in config.items() if name in WRITTEN_BACK}
     if "layer_norm_eps" in config and not stated.layer_norm_epsilon:

@@ -130,7 +130,11 @@ def detect(opened: Opened) -> bool:
 
 def describe(opened: Opened, *, stated: Stated) -> Described:
     """Describes a file by timm's `config.json` or its own header, and by names and shapes."""
-    return official.describe(opened, stated=stated, known=timm_config.known(opened, stated=stated))
+    described = official.describe(
+        opened, stated=stated, known=timm_config.known(opened, stated=stated)
+    )
+    timm_config.check_sizes(opened, described.description)
+    return described
 
 
 FORMAT = Format(

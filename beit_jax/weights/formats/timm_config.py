@@ -130,6 +130,43 @@ def _check_arguments(
         )
 
 
+def check_sizes(opened: Opened, description: Description) -> None:
+    """Raises WeightsError where `model_args` are of another model than the tensors make."""
+    source = f"{opened.path}: config.json"
+    arguments = fields.section(opened.config, "model_args", source=source)
+    source = f"{source}: model_args"
+    model = description.model
+    for name, ours in (
+        ("img_size", model.image_size),
+        ("patch_size", model.patch_size),
+        ("embed_dim", model.width),
+        ("depth", model.layers),
+        ("num_heads", model.heads),
+    ):
+        if arguments.get(name) is not None:
+            _same(name, fields.side(arguments, name, default=ours, source=source), ours, source)
+    if arguments.get("mlp_ratio") is not None:
+        ratio = fields.number(
+            arguments, "mlp_ratio", default=4, source=source, least=0.001, most=1000
+        )
+        _same("embed_dim * mlp_ratio", int(model.width * ratio), model.mlp_width, source)
+    if "init_values" in arguments:
+        scaled = bool(arguments["init_values"])
+        _same("init_values", scaled, model.layer_scale_init is not None, source)
+    for name, holds in (
+        ("use_abs_pos_emb", model.positions == "absolute"),
+        ("use_rel_pos_bias", model.positions == "relative_per_block"),
+        ("use_shared_rel_pos_bias", model.positions == "relative_shared"),
+        ("use_fc_norm", description.pooling == "mean"),
+    ):
+        _same(name, fields.flag(arguments, name, default=holds, source=source), holds, source)
+
+
+def _same(name: str, stated: int, ours: int, source: str) -> None:
+    if stated != ours:
+        raise WeightsError(f"{source}: {name} is {stated}, but by the tensors it is {ours}")
+
+
 def _stated_heads(arguments: JsonObject, state: State, *, name: str, source: str) -> int:
     if "num_heads" in arguments:
         return fields.integer(arguments, "num_heads", default=0, source=f"{source}: model_args")

@@ -58,6 +58,26 @@ CLASSES = (
         fast=True,
     ),
     _row(
+        "masked, class-token pooling, class not named",
+        Refused(line="use_mean_pooling"),
+        cls=MASKED,
+        config={"use_mask_token": True, "use_mean_pooling": False},
+        then=hf.without_config("architectures"),
+    ),
+    _row(
+        "masked, class not named",
+        KEPT,
+        cls=MASKED,
+        config={"use_mask_token": True},
+        then=hf.without_config("architectures"),
+    ),
+    _row(
+        "classifier, class not named",
+        KEPT,
+        config={"use_mean_pooling": False},
+        then=hf.without_config("architectures"),
+    ),
+    _row(
         "masked, no mask token",
         Refused(line=r"missing beit\.embeddings\.mask_token", hint=True),
         cls=MASKED,
