@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from beit_jax.files import write_whole
 from beit_jax.types import FlatParams, JsonObject
-from beit_jax.weights import pickles, prefixes, unwrapping
+from beit_jax.weights import pickles, unwrapping
 from beit_jax.weights.pickles import read_bytes as read_bytes
 from beit_jax.weights.report import WeightsError
 
@@ -72,13 +72,19 @@ def load(content: bytes, *, source: str, weights: str = "") -> Loaded:
       WeightsError: the file is damaged or refused, holds no tensors, or not those asked for.
     """
     content, source = _unzipped(content, source=source)
+    metadata: Mapping[str, str] = {}
     if is_safetensors(content, source=source):
-        unwrapping.refuse_average(weights, source=source)
         whole, metadata = load_safetensors(content, source=source)
-        state, notes = prefixes.plain_names(whole, source=source)
-        return Loaded(state=state, metadata=metadata, notes=notes, source=source)
-    found = unwrapping.unwrap(pickles.loads(content, source=source), source=source, weights=weights)
-    return Loaded(state=found.state, notes=found.notes, extras=found.extras, source=source)
+    else:
+        whole = pickles.loads(content, source=source)
+    found = unwrapping.unwrap(whole, source=source, weights=weights)
+    return Loaded(
+        source=source,
+        state=found.state,
+        metadata=metadata,
+        notes=found.notes,
+        extras=found.extras,
+    )
 
 
 def is_safetensors(content: bytes, *, source: str) -> bool:

@@ -212,6 +212,15 @@ def test_other_sets_of_the_same_weights_are_told(torch, state, tmp_path):
         assert opened.notes == notes
 
 
+def test_an_average_within_safetensors(state, tmp_path):
+    both = {f"model.{k}": v for k, v in state.items()}
+    both |= {f"model_ema.module.{k}": v for k, v in other(state).items()}
+    safetensors.numpy.save_file(both, tmp_path / "x.safetensors")
+    for weights, expected in (("", other(state)), ("ema", other(state)), ("model", state)):
+        opened = opening.open_file(str(tmp_path / "x.safetensors"), weights=weights)
+        np.testing.assert_array_equal(opened.state["cls_token"], expected["cls_token"])
+
+
 def test_an_average_of_a_part_of_the_model_is_said(torch, state, tmp_path):
     part = dict(list(tensors(torch, other(state)).items())[:2])
     torch.save({"model": tensors(torch, state), "model_ema": part}, tmp_path / "x.pth")
