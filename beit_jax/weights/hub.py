@@ -23,6 +23,8 @@ from beit_jax.weights import folders, shards
 from beit_jax.weights.report import WeightsError
 
 PREFIX = "hf:"
+# timm's own spelling, too.
+PREFIXES = (PREFIX, "hf-hub:")
 _SETTINGS = ("config.json", "preprocessor_config.json")
 
 
@@ -66,8 +68,9 @@ def resolve(source: str) -> str:
       WeightsError: `huggingface_hub` is not installed, the repository or revision does not exist,
         nothing is cached while offline, or no network is reachable. The message is one line.
     """
-    if not source.startswith(PREFIX):
+    if not source.startswith(PREFIXES) or source.startswith(f"{PREFIX}//"):
         return source
+    source = PREFIX + source.partition(":")[2]
     repository = parse(source)
     hub = _hub(source)
     try:

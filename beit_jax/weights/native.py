@@ -68,18 +68,27 @@ def state_folder(source: str, *, name: str) -> epath.Path:
     Raises:
       ConfigError: neither is there; the message starts with `name`.
     """
+    if "://" in source and not source.startswith("gs://"):
+        raise ConfigError(f"{name}: no checkpoint in {source}: only local paths and gs:// are read")
     path = epath.Path(source)
     path = path if "://" in source else path.absolute()
-    if (path / "state").exists():
+    if _is_one(path):
         return path / "state"
     steps = []
     if (path / "checkpoints").exists():
         steps = [
-            int(entry.name) for entry in (path / "checkpoints").iterdir() if entry.name.isdigit()
+            int(entry.name)
+            for entry in (path / "checkpoints").iterdir()
+            if entry.name.isdigit() and _is_one(entry)
         ]
     if not steps:
         raise ConfigError(f"{name}: no checkpoint in {source}")
     return path / "checkpoints" / str(max(steps)) / "state"
+
+
+def _is_one(folder: epath.Path) -> bool:
+    # Both, since a folder of somebody else's may well have a `state` in it.
+    return (folder / "state").exists() and (folder / "config").exists()
 
 
 def saved_params_shapes(source: str, *, name: str = "checkpoint", part: str = "params") -> Params:

@@ -7,6 +7,7 @@ Which format the keys are in is for `foreign` to find out.
 """
 
 import dataclasses
+import re
 
 from etils import epath
 
@@ -25,7 +26,7 @@ def is_foreign(path: str) -> bool:
     Every file is one, since this project's checkpoints are folders, and so is what is not there but
     has the suffix of one; a folder is one by the names of the files in it, "hf:…" always.
     """
-    if path.startswith(hub.PREFIX):
+    if path.startswith(hub.PREFIXES) or _is_elsewhere(path):
         return True
     formats = (row.suffix for row in FORMATS.values() if row.suffix)
     if path.endswith((*containers.SUFFIXES, *formats)):
@@ -53,7 +54,7 @@ def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
         weights that could be meant, or a format that can only be written.
     """
     unwrapping.check_choice(weights)
-    file = epath.Path(hub.resolve(path))
+    file = _place(hub.resolve(path))
     choice = folders.Choice(file="")
     configs: list[JsonObject] = [{}, {}]
     if file.is_dir():
@@ -78,6 +79,28 @@ def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
         notes=tuple(note for note in notes if note),
         extras=found.extras,
     )
+
+
+def _is_elsewhere(path: str) -> bool:
+    return re.match(r"\w+://", path) is not None and not path.startswith("gs://")
+
+
+def _place(path: str) -> epath.Path:
+    """A path that can be looked at. Raises WeightsError for what can only be downloaded."""
+    repository = re.match(
+        r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", path
+    )
+    repository = repository or re.match(r"hf://([\w.-]+/[\w.-]+)", path)
+    if repository:
+        raise WeightsError(f"{path}: a repository of the hub is written hf:{repository[1]}")
+    if path.startswith("file://"):
+        raise WeightsError(f"{path}: give the path alone, {path.removeprefix('file://')}")
+    if _is_elsewhere(path):
+        raise WeightsError(f"{path} is no path: download it first (only gs:// is read from afar)")
+    file = epath.Path(path)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and not file.exists():
+        raise WeightsError(f"{path} does not exist; a repository of the hub is written hf:{path}")
+    return file
 
 
 def _config(path: epath.Path) -> JsonObject:

@@ -67,6 +67,8 @@ class _Unpickler(pickle.Unpickler):
         """The object; Refused where the pickle names something that has no placeholder."""
         try:
             result = super().load()
+        except Refused:
+            raise
         except Exception:
             self._names.check()  # the better error, where an unknown name led to this one
             raise
@@ -104,10 +106,12 @@ def loads(content: bytes, *, source: str) -> PyTree:
     try:
         return _load(content, source=source)
     except Refused as error:
+        if error.kind:
+            raise WeightsError(f"{source} holds {error.kind}") from None
         raise WeightsError(
             f"{source} is refused: it names {error}, which loading would import and may run; only"
             " tensors and plain settings are read. If you trust the file, keep its weights alone,"
-            f" in PyTorch: {_recipe(content, source=source)}"
+            f" in PyTorch: {_recipe(content, source=source, subclass=error.subclass)}"
         ) from None
     except WeightsError:
         raise
@@ -123,26 +127,28 @@ def _load(content: bytes, *, source: str, lenient: bool = False) -> PyTree:
     return load(content, source=source, lenient=lenient)
 
 
-def _recipe(content: bytes, *, source: str) -> str:
+def _recipe(content: bytes, *, source: str, subclass: bool) -> str:
     """The line of PyTorch that saves the weights of a refused file without what is beside them."""
     whole = f'torch.load("{source}", weights_only=False)'
     try:
         found = _load(content, source=source, lenient=True)
     except Exception:  # damaged, too
         found = {}
-    part = ""
+    only_tensors = False
     if isinstance(found, dict):
         keys = [key for key, value in found.items() if isinstance(key, str) and _has_tensors(value)]
         known = [key for key in ("state_dict", "model", "module") if key in keys]
-        key = next(iter((*known, *keys)), None)
-        if key is None and _has_tensors(found):
-            tensors = f"{{k: v for k, v in {whole}.items() if torch.is_tensor(v)}}"
-            return f'torch.save({tensors}, "weights.pth")'
-        key = "model" if key is None else key
-        part, found = f"[{key!r}]", found.get(key)
+        key = next(iter((*known, *keys)), "model")
+        # A state dict itself, with something else in it.
+        only_tensors = not keys and any(isinstance(v, np.ndarray) for v in found.values())
+        if not only_tensors:
+            whole, found = f"{whole}[{key!r}]", found.get(key)
     if isinstance(found, Record):
-        part += ".state_dict()"
-    return f'torch.save({whole}{part}, "weights.pth")'
+        whole += ".state_dict()"
+    value = "v.as_subclass(torch.Tensor)" if subclass else "v"
+    if only_tensors or subclass:
+        whole = f"{{k: {value} for k, v in {whole}.items() if torch.is_tensor(v)}}"
+    return f'torch.save({whole}, "weights.pth")'
 
 
 def _has_tensors(value: PyTree, depth: int = 3) -> bool:
@@ -270,7 +276,8 @@ def _load_stream(content: bytes, *, source: str, lenient: bool) -> PyTree:
             return storages[key][offset : offset + length]
         return storages[key]
 
-    result = _Unpickler(file, storage=storage, lenient=lenient).load()
+    start = file.tell()
+    _Unpickler(file, storage=storage, lenient=lenient).load()
     for key in _Unpickler(file).load():
         array = storages[key]
         (count,) = struct.unpack("<q", file.read(8))
@@ -278,7 +285,9 @@ def _load_stream(content: bytes, *, source: str, lenient: bool) -> PyTree:
         if count != array.size or len(data) != array.nbytes:
             raise EOFError("the file ends within a tensor")
         array[:] = _native_order(np.frombuffer(data, array.dtype), order)
-    return result
+    # Again, now that there are numbers: a tensor may be the negative of what is stored.
+    file.seek(start)
+    return _Unpickler(file, storage=storage, lenient=lenient).load()
 
 
 def _dtype(kind: object) -> type[np.generic]:

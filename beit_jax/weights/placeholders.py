@@ -142,7 +142,28 @@ _NEVER = sys.stdlib_module_names | {"__builtin__", "builtins", "torch", "numpy"}
 
 
 class Refused(Exception):
-    """The pickle names something that has no placeholder; the message is that name."""
+    """The pickle names something that has no placeholder.
+
+    Attributes:
+      subclass: whether the name is that of a class of tensors.
+      kind: what kind of tensor the name makes, that is not read; "" for any other name.
+    """
+
+    def __init__(self, name: str, *, subclass: bool = False):
+        super().__init__(name)
+        self.subclass = subclass
+        self.kind = _NOT_READ.get(name.removeprefix("torch._utils."), "")
+
+
+# Kinds of tensors with other numbers than a dense array's, and what makes one of them.
+_NOT_READ = {
+    "_rebuild_sparse_tensor": "sparse tensors; save them dense, by .to_dense()",
+    "_rebuild_sparse_csr_tensor": "sparse tensors; save them dense, by .to_dense()",
+    "_rebuild_nested_tensor": "nested tensors; save them as separate ones",
+    "_rebuild_qtensor": "quantised tensors; save them as floats, by .dequantize()",
+    "_rebuild_meta_tensor_no_storage": "tensors on the device meta, which have no numbers",
+    "_rebuild_wrapper_subclass": "tensors of a class of their own; save them as plain ones",
+}
 
 
 class Record:
@@ -257,7 +278,7 @@ class Names:
         if is_class or (module, name) in _RECORDS or f"{module}.".startswith(_RECORD_MODULES):
             return type(name, (Record,), {"of": of})
         if self._lenient:
-            return type("Unknown", (Record,), {"of": named})
+            return type("Unknown", (Record,), {"of": named, "lenient": True})
         return self._suspect(named)
 
     def _suspect(self, of: str) -> type:
@@ -276,9 +297,28 @@ class Names:
 
 
 def tensor(
-    storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+    storage: object,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: object = None,
+    hooks: object = None,
+    bits: object = None,
 ) -> np.ndarray:
-    """A view of a storage, checked to lie inside it."""
+    """A view of a storage, checked to lie inside it.
+
+    `bits` are PyTorch's {"neg": True, "conj": True}: the numbers are stored without that step.
+    """
+    result = _view(storage, offset, size, stride)
+    bits = bits if isinstance(bits, dict) else {}
+    if bits.get("conj"):
+        result = np.conj(result)
+    return -result if bits.get("neg") else result
+
+
+def _view(
+    storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
+) -> np.ndarray:
     if not isinstance(storage, np.ndarray) or len(size) != len(stride):
         raise pickle.UnpicklingError("a tensor without a storage")
     if min((offset, *size, *stride)) < 0:
@@ -306,13 +346,15 @@ def _tensor_of_bytes(
     if kind is None or not isinstance(storage, np.ndarray) or storage.dtype != np.uint8:
         raise pickle.UnpicklingError("a tensor of a kind that is not read")
     whole = storage.size // np.dtype(kind).itemsize * np.dtype(kind).itemsize
-    return tensor(storage[:whole].view(kind), offset, size, stride)
+    return _view(storage[:whole].view(kind), offset, size, stride)
 
 
 def _tensor_with_attributes(rebuild: object, kind: object, args: tuple, *_: object) -> np.ndarray:
     """A tensor that was given Python attributes, which are dropped."""
-    is_plain = getattr(kind, "of", "") in _TENSORS
-    result = rebuild(*args) if callable(rebuild) and is_plain else None
+    of = getattr(kind, "of", "")
+    if of not in _TENSORS and not getattr(kind, "lenient", False):
+        raise Refused(of, subclass=True)
+    result = rebuild(*args) if callable(rebuild) else None
     if not isinstance(result, np.ndarray):
         raise pickle.UnpicklingError("a tensor of a class that is not read")
     return result

@@ -25,6 +25,8 @@ def read_json(path: epath.Path) -> JsonObject:
         value = json.loads(path.read_text())
     except ValueError as error:
         raise WeightsError(f"{path} is no JSON: {' '.join(str(error).split())[:200]}") from None
+    except OSError as error:  # a folder of that name, say
+        raise WeightsError(f"{path} can't be read: {error.strerror or error}") from None
     except RecursionError:
         raise WeightsError(f"{path} is no JSON that can be read: it is nested too deep") from None
     if not isinstance(value, dict):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from beit_jax.weights import folders, opening
+from beit_jax.weights import folders, native, opening
+from beit_jax.weights.__main__ import main
 from beit_jax.weights.report import WeightsError
 from tests.weights import saved_files
 from tests.weights.saved_files import (
@@ -220,6 +221,48 @@ def test_json_that_is_no_object_is_one_line(torch, state, tmp_path, name, text):
     with pytest.raises(WeightsError, match=f"{name} (is no JSON|holds a (list|str), not)") as error:
         opening.open_file(str(folder))
     assert len(one_line(error)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("https://huggingface.co/owner/name", r"is written hf:owner/name$"),
+        (
+            "https://huggingface.co/owner/name/resolve/main/x.safetensors",
+            "is written hf:owner/name",
+        ),
+        ("hf://owner/name", "is written hf:owner/name"),
+        ("https://example.com/x.pth", "download it first"),
+        ("s3://bucket/x.pth", "download it first"),
+        ("file:///tmp/x.pth", r"give the path alone, /tmp/x\.pth"),
+        ("owner/name", r"does not exist; a repository of the hub is written hf:owner/name"),
+    ],
+)
+def test_sources_that_are_no_paths_are_told_what_to_give(source, message, capsys):
+    with pytest.raises(WeightsError, match=message) as error:
+        opening.open_file(source)
+    one_line(error)
+    for command in ("inspect", "import", "export"):
+        arguments = {"inspect": [], "import": [], "export": ["--format=timm"]}[command]
+        output = [] if command == "inspect" else ["--output=/nowhere/x.safetensors"]
+        assert main([command, source, *arguments, *output]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_folder_is_not_ours_for_the_names_in_it(torch, state, tmp_path):
+    folder = save_hf(tmp_path, torch, state)
+    (folder / "state").mkdir()
+    (folder / "checkpoints" / "500").mkdir(parents=True)
+    assert not native.is_checkpoint(str(folder))
+    assert opening.open_file(str(folder)).state.keys() == state.keys()
+
+
+def test_a_config_that_is_a_folder_is_one_line(torch, state, tmp_path):
+    folder = save_hf(tmp_path, torch, state)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(WeightsError, match=r"config\.json can't be read"):
+        opening.open_file(str(folder))
 
 
 def test_what_is_no_checkpoint_at_all_is_not_foreign(tmp_path):

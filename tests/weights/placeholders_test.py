@@ -216,6 +216,37 @@ def test_kinds_without_a_storage_of_their_own_are_exact(torch):
     assert read["f"].astype(np.float32).tolist() == [0.5, -448.0]
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_the_sign_that_pytorch_keeps_apart_is_applied(torch, zipped):
+    """A negative or conjugate view is saved as its numbers and a bit that says so."""
+    values = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
+    whole = {
+        "negative": torch._neg_view(values).t(),
+        "imaginary": torch.complex(values, values + 1).conj().imag,
+        "conjugate": torch.complex(values, values + 1).conj(),
+        "parameter": torch.nn.Parameter(torch._neg_view(values)),
+    }
+    assert whole["negative"].is_neg()
+    assert whole["conjugate"].is_conj()
+    read = pickles.loads(saved(torch, whole, zipped=zipped), source="x")
+    for name, tensor in whole.items():
+        expected = tensor.detach().resolve_conj().resolve_neg().numpy()
+        np.testing.assert_array_equal(read[name], expected, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (lambda torch: torch.eye(3).to_sparse(), r"holds sparse tensors; save .* \.to_dense\(\)$"),
+        (lambda torch: torch.zeros(2, device="meta"), "holds tensors on the device meta"),
+    ],
+)
+def test_kinds_of_tensors_that_are_not_read_are_said(torch, tensor, message):
+    content = saved(torch, {"model": {"w": tensor(torch)}})
+    with pytest.raises(WeightsError, match=message):
+        pickles.loads(content, source="x.pth")
+
+
 class Reduced:
     """Unpickling it calls a function."""
 
@@ -294,7 +325,16 @@ class Net:
         return made(2, 3)
 
 
+def subclassed(torch, weights):
+    """Tensors of a class that nobody knows."""
+    made = type("UnknownTensor", (torch.Tensor,), {"__module__": __name__})
+    globals()["UnknownTensor"] = made
+    return {key: tensor.as_subclass(made) for key, tensor in weights.items()}
+
+
 REFUSED = {
+    "a class of tensors": lambda torch, w: {"model": subclassed(torch, w)},
+    "a class of tensors, bare": lambda torch, w: subclassed(torch, w),
     "model": lambda torch, w: {"model": w},
     "timm": lambda torch, w: {"arch": "x", "optimizer": {"state": {}}, "state_dict": w},
     "nested": lambda torch, w: {"epoch": 3, "model": {"module": w}},
