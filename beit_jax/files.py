@@ -1,8 +1,11 @@
 """Files that are there whole or not at all, and the files under a folder."""
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 from etils import epath
 
@@ -75,6 +78,20 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return "file" if entry.is_file() else "not a regular file"
     except OSError as error:  # a link to itself, a folder above that may not be entered
         return error.strerror or type(error).__name__
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Opens a local file for reading bytes, without ever waiting.
+
+    Raises:
+      OSError: it can't be opened, or is no regular file. (Opening a pipe waits for a writer, and
+        `/dev/zero` has no end.)
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return os.fdopen(descriptor, "rb")
 
 
 def write_json(path: str | os.PathLike, value: Json) -> None:

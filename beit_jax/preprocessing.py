@@ -19,6 +19,10 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
+# Pixels that an image file may have by default: Pillow's own limit, above which it warns of a
+# decompression bomb. As RGB they take a quarter of a gigabyte.
+MAX_PIXELS = 89_478_485
+
 # ITU-R 601 luma as Pillow's convert("L") computes it: integers over 2**16.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 

@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
     config.data.image_size = config.model.get_ref("image_size")
     config.data.normalization = "half"  # as the 22k weights were pre-trained
     config.data.max_bad_share = 0.01
+    config.data.max_pixels = 89_478_485  # of an image; larger ones count as bad
     config.data.exif_orientation = False
     config.data.workers = 0
     config.data.prefetch = 2

@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
     config.data.token_image_size = config.tokenizer.get_ref("image_size")
     config.data.normalization = "half"
     config.data.max_bad_share = 0.01
+    config.data.max_pixels = 89_478_485  # of an image; larger ones count as bad
     config.data.exif_orientation = False
     config.data.workers = 0
     config.data.prefetch = 2

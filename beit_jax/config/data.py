@@ -3,7 +3,7 @@
 import dataclasses
 
 from beit_jax.config.parse import check, one_of, shape_setting
-from beit_jax.preprocessing import NORMALIZATIONS
+from beit_jax.preprocessing import MAX_PIXELS, NORMALIZATIONS
 
 
 def _check_crop_scale(smallest: float, largest: float) -> None:
@@ -84,6 +84,7 @@ class SourceConfig:
     image_size: int = 224  # of the encoder's view, in pixels
     normalization: str = shape_setting("half")  # a key of `preprocessing.NORMALIZATIONS`
     max_bad_share: float = 0.01  # of the images read; more that can't be decoded end the run
+    max_pixels: int = MAX_PIXELS  # of an image, height times width; larger ones count as bad
     exif_orientation: bool = True  # turn photographs upright; the official loader does not
     workers: int = 0  # parallel decoders; 0: as many as cores
     prefetch: int = 2  # batches ahead
@@ -93,6 +94,7 @@ class SourceConfig:
         one_of(self.normalization, "normalization", *NORMALIZATIONS)
         check(self.image_size > 0, "image_size", "must be positive")
         check(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
+        check(self.max_pixels >= 1, "max_pixels", "must be positive")
         check(self.holdout >= 0, "holdout", "must not be negative")
         check(self.workers >= 0, "workers", "must not be negative")
         check(self.prefetch >= 0, "prefetch", "must not be negative")

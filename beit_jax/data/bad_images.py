@@ -34,6 +34,7 @@ class BadImages:
     Attributes:
       read: images read.
       bad: how many of them were replaced; an image counts again in each epoch.
+      by_pillow: how many Pillow decoded, since TensorFlow can't; this is slower.
     """
 
     def __init__(self, source: Source, *, max_share: float, evaluation: bool = False):
@@ -47,6 +48,7 @@ class BadImages:
         """
         self.read = 0
         self.bad = 0
+        self.by_pillow = 0
         self._source = source
         self._max_share = max_share
         self._min_read = MIN_READ if evaluation else min(MIN_READ, len(source))
@@ -65,6 +67,7 @@ class BadImages:
         if "valid" in batch:  # what is not is padding
             replaced = replaced[batch["valid"]]
         self.read += replaced.size
+        self.by_pillow += int(batch["by_pillow"].sum())
         good = np.flatnonzero(~replaced)
         self._in_a_row = (
             replaced.size - 1 - good[-1] if good.size else self._in_a_row + replaced.size
@@ -93,6 +96,10 @@ class BadImages:
         """
         if self._all_bad():
             raise self._error()
+
+    def metrics(self) -> dict[str, float]:
+        """Counts for the log of a run."""
+        return {"replaced_images": float(self.bad), "images_by_pillow": float(self.by_pillow)}
 
     def _all_bad(self) -> bool:
         return self.bad == self.read > 0

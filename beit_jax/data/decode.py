@@ -3,22 +3,30 @@
     image = decode_image(data, exif_orientation=True)  # uint8 [h, w, 3]
     crop = decode_window(data, window=Window(box=box, side=224), exif_orientation=True)
 
-TensorFlow decodes JPEG, PNG, BMP, GIF and WebP; this module adds what its decoders lack: EXIF
-orientation, palettes of BMP files, a safe call for WebP, and decoding only a window of a JPEG at
-the resolution that the view needs. Everything here runs inside a tf.data graph.
+TensorFlow decodes JPEG and those PNG and WebP files that it decodes right; everything else goes
+through Pillow (`by_pillow.py`). The content tells which, never the name. This module adds what
+TensorFlow's decoders lack: EXIF orientation, a limit on pixels, a safe call for WebP, and decoding
+only a window of a JPEG at the resolution that the view needs. Everything here runs inside a tf.data
+graph.
 """
 
 import dataclasses
+import io
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops import script_ops
 
+from beit_jax.data.by_pillow import decode_by_pillow, is_left_to_tensorflow
 from beit_jax.data.tracing import traced_once
+from beit_jax.preprocessing import MAX_PIXELS
 
-# What `decode_image` can read, by the extensions that such files usually have.
+# What a folder lists as images. Their content may be of any format that is read.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
 JPEG_START = b"\xff\xd8\xff"
+JPEG_END = b"\xff\xd9"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,50 +45,104 @@ class Window:
     side: int
 
 
-@traced_once
-def decode_image(data: tf.Tensor, *, exif_orientation: bool) -> tf.Tensor:
-    """Decodes a JPEG, PNG, BMP, GIF (first frame) or WebP as Pillow's convert("RGB") does.
+def decode_image(
+    data: tf.Tensor, *, exif_orientation: bool, max_pixels: int = MAX_PIXELS
+) -> tf.Tensor:
+    """Decodes an image file, of an animation the first frame, as Pillow's convert("RGB") does.
 
-    The format is recognised by the content, not by the file's name. Alpha is dropped; 16-bit
-    channels keep their high 8 bits (Pillow clips grey ones instead). JPEG uses the accurate inverse
-    DCT, which equals Pillow's bit for bit.
+    Transparency is dropped: a transparent pixel shows the colour that is stored under it. 16-bit
+    channels keep their high 8 bits. JPEG uses the accurate inverse DCT, which equals Pillow's bit
+    for bit.
 
     Args:
       data: string scalar, the file's content.
-      exif_orientation: turn JPEGs upright as PIL.ImageOps.exif_transpose does. (The official loader
-        does not.)
+      exif_orientation: turn images upright as PIL.ImageOps.exif_transpose does. (The official
+        loader does not.)
+      max_pixels: height times width may not exceed it; compared before anything is decoded.
 
     Returns:
       uint8 [h, w, 3].
 
     Raises:
-      tf.errors.InvalidArgumentError: the data is incomplete or in no such format. TensorFlow
-        does not support animated WebP or BMP with fewer than 8 bits per pixel; these raise it too.
+      tf.errors.InvalidArgumentError: the data is incomplete, of no format that is read, or has too
+        many pixels.
     """
+    image, _ = _decode(data, exif_orientation=exif_orientation, max_pixels=max_pixels)
+    return image
 
-    def jpeg() -> tf.Tensor:
-        image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
-        return _turn_upright(image, data) if exif_orientation else image
 
-    def other() -> tf.Tensor:
-        header = tf.io.decode_raw(_pad(tf.strings.substr(data, 0, 32), 32), tf.uint8)
-        start, kind = header[:4], header[8:16]
-        is_webp = _equal(start, b"RIFF") & _equal(kind[:4], b"WEBP")
-        is_palette_bmp = _equal(start[:2], b"BM") & (header[28] == 8) & (header[29] == 0)
-        return tf.case(
-            [
-                (is_webp, lambda: _decode_webp(data, header)),
-                (is_palette_bmp, lambda: _decode_palette_bmp(data)),
-            ],
-            default=lambda: tf.io.decode_image(data, channels=3, expand_animations=False),
-            exclusive=True,
+@traced_once
+def _decode(
+    data: tf.Tensor, *, exif_orientation: bool, max_pixels: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`decode_image`, and whether Pillow had to do it, bool scalar."""
+
+    def jpeg() -> tuple[tf.Tensor, tf.Tensor]:
+        height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(data))
+        with tf.control_dependencies([_check_pixels(height, width, max_pixels=max_pixels)]):
+            image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
+        return (_turn_upright(image, data) if exif_orientation else image), tf.constant(False)
+
+    def other() -> tuple[tf.Tensor, tf.Tensor]:
+        # (What tf.numpy_function makes, but with a name that other processes know, see below.)
+        arguments = [data, tf.constant(exif_orientation), tf.constant(max_pixels, tf.int64)]
+        made = tf.raw_ops.PyFuncStateless(input=arguments, token=_OTHER, Tout=[tf.uint8, tf.string])
+        with tf.control_dependencies([tf.debugging.Assert(made[1] == b"", [made[1]])]):
+            image = tf.ensure_shape(made[0], [None, None, 3])
+        left = tf.size(image) == 0
+
+        def decoded() -> tf.Tensor:
+            return tf.cond(_starts_with(data, b"RIFF"), lambda: _decode_webp(data), png)
+
+        def png() -> tf.Tensor:
+            return tf.io.decode_png(data, channels=3)
+
+        return tf.cond(left, decoded, lambda: image), ~left
+
+    image, by_pillow = tf.cond(_starts_with(data, JPEG_START), jpeg, other)
+    return tf.ensure_shape(image, [None, None, 3]), by_pillow
+
+
+def _decode_other(
+    data: bytes, exif_orientation: np.bool_, max_pixels: np.int64
+) -> tuple[np.ndarray, bytes]:
+    """Decodes what is no JPEG.
+
+    Returns:
+      The image, without pixels where it is left to TensorFlow; and why it can't be decoded, else
+      b"". (TensorFlow would log the traceback of an exception, for each bad image in each epoch.)
+    """
+    nothing = np.zeros([0, 0, 3], np.uint8)
+    try:
+        if is_left_to_tensorflow(data, max_pixels=int(max_pixels)):
+            return nothing, b""
+        image = decode_by_pillow(
+            io.BytesIO(data), max_pixels=int(max_pixels), exif_orientation=bool(exif_orientation)
         )
+    except Exception as error:  # decoders raise nearly anything, and memory may not suffice
+        # ASCII, since Python must be able to decode TensorFlow's message.
+        return nothing, ascii(f"{type(error).__name__}: {error}").encode()
+    return (image, b"") if image.size else (nothing, b"no pixels")
 
-    image = tf.cond(_starts_with(data, JPEG_START), jpeg, other)
-    return tf.ensure_shape(image, [None, None, 3])
+
+# TensorFlow finds Python functions by a token, which tf.numpy_function numbers as it goes: another
+# process that is sent a pipeline (`data/service.py`) would not find them. Under a name of its own,
+# every process that imports this module has the function. The registry is not public, and holds
+# functions weakly.
+_OTHER = "beit_jax.data.decode._decode_other"
+script_ops._py_funcs._funcs[_OTHER] = _decode_other
 
 
-def decode_window(data: tf.Tensor, *, window: Window | None, exif_orientation: bool) -> tf.Tensor:
+def _check_pixels(height: tf.Tensor, width: tf.Tensor, *, max_pixels: int) -> tf.Operation:
+    """An operation that fails where an image has too many pixels; sides are int32 scalars."""
+    pixels = tf.cast(height, tf.int64) * tf.cast(width, tf.int64)
+    message = f"more than {max_pixels} pixels:"
+    return tf.debugging.Assert(pixels <= max_pixels, [message, width, "x", height])
+
+
+def decode_window(
+    data: tf.Tensor, *, window: Window | None, exif_orientation: bool, max_pixels: int = MAX_PIXELS
+) -> tf.Tensor:
     """Decodes a window of an image.
 
     For a JPEG that is stored upright only the window is decoded, at a half, a quarter or an eighth
@@ -89,7 +151,7 @@ def decode_window(data: tf.Tensor, *, window: Window | None, exif_orientation: b
     Args:
       data: string scalar, the file's content.
       window: the part to decode; None for the whole image.
-      exif_orientation: as for `decode_image`.
+      exif_orientation, max_pixels: as for `decode_image`.
 
     Returns:
       uint8 [h, w, 3].
@@ -97,13 +159,36 @@ def decode_window(data: tf.Tensor, *, window: Window | None, exif_orientation: b
     Raises:
       tf.errors.InvalidArgumentError: as `decode_image` does.
     """
+    return decode_element(
+        data, window=window, exif_orientation=exif_orientation, max_pixels=max_pixels
+    )["image"]
+
+
+def decode_element(
+    data: tf.Tensor, *, window: Window | None, exif_orientation: bool, max_pixels: int
+) -> dict[str, tf.Tensor]:
+    """What a source's `load` returns of an image file.
+
+    Args:
+      data, window, exif_orientation, max_pixels: as for `decode_window`.
+
+    Returns:
+      `image`, as `decode_window` returns it, and `by_pillow`, bool scalar: TensorFlow could not
+      decode it, or not right.
+
+    Raises:
+      tf.errors.InvalidArgumentError: as `decode_image` does.
+    """
+
+    def whole() -> tuple[tf.Tensor, tf.Tensor]:
+        image, by_pillow = _decode(data, exif_orientation=exif_orientation, max_pixels=max_pixels)
+        return crop_to_window(image, window=window), by_pillow
+
     if window is None:
-        return decode_image(data, exif_orientation=exif_orientation)
+        image, by_pillow = whole()
+        return {"image": image, "by_pillow": by_pillow}
 
-    def whole() -> tf.Tensor:
-        return crop_to_window(decode_image(data, exif_orientation=exif_orientation), window=window)
-
-    def part() -> tf.Tensor:
+    def part() -> tuple[tf.Tensor, tf.Tensor]:
         height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(data))
         box = window.box(height, width)
         shorter = tf.reduce_min(box[2:])
@@ -114,12 +199,28 @@ def decode_window(data: tf.Tensor, *, window: Window | None, exif_orientation: b
             )
 
         halvings = sum(tf.cast(shorter >= ratio * window.side, tf.int32) for ratio in (2, 4, 8))
-        return tf.switch_case(halvings, [lambda r=ratio: at(r) for ratio in (1, 2, 4, 8)])
+        checks = [_check_pixels(height, width, max_pixels=max_pixels), _check_whole(data)]
+        with tf.control_dependencies(checks):
+            halvings = tf.identity(halvings)
+        image = tf.switch_case(halvings, [lambda r=ratio: at(r) for ratio in (1, 2, 4, 8)])
+        return image, tf.constant(False)
 
     stored_upright = _starts_with(data, JPEG_START)
     if exif_orientation:
         stored_upright = tf.cond(stored_upright, lambda: orientation_of(data) == 1, lambda: False)
-    return tf.ensure_shape(tf.cond(stored_upright, part, whole), [None, None, 3])
+    image, by_pillow = tf.cond(stored_upright, part, whole)
+    return {"image": tf.ensure_shape(image, [None, None, 3]), "by_pillow": by_pillow}
+
+
+def _check_whole(data: tf.Tensor) -> tf.Operation:
+    """An operation that fails for a JPEG that ends too early, wherever the window lies.
+
+    The decoder stops below the window, and would not notice. A file that ends as a JPEG does is
+    complete; with anything behind that end, only decoding tells (at an eighth of the resolution).
+    """
+    ends = tf.strings.substr(data, -len(JPEG_END), len(JPEG_END)) == JPEG_END
+    read = tf.cond(ends, lambda: 0, lambda: tf.size(tf.io.decode_jpeg(data, channels=3, ratio=8)))
+    return read.op
 
 
 def crop_to_window(image: tf.Tensor, *, window: Window | None) -> tf.Tensor:
@@ -143,34 +244,21 @@ def _pad(data: tf.Tensor, length: int) -> tf.Tensor:
     return tf.strings.substr(tf.strings.join([data, tf.constant(b"\0" * length)]), 0, length)
 
 
-def _decode_webp(data: tf.Tensor, header: tf.Tensor) -> tf.Tensor:
-    """Decodes a WebP with the number of channels read from its header.
+def _decode_webp(data: tf.Tensor) -> tf.Tensor:
+    """Decodes a still WebP with the number of channels read from its header.
 
-    With three channels TensorFlow 2.21 refuses an animation. With channels=0 ("as many as the file
+    With three channels TensorFlow 2.21 refuses transparency. With channels=0 ("as many as the file
     has") it corrupts the heap and the process dies, so the header is parsed here instead.
     """
-    flags = tf.cast(header[20], tf.int32)
-    extended = _equal(header[12:16], b"VP8X")
-    animated = extended & (flags & 0x02 != 0)
-    has_alpha = (extended & (flags & 0x10 != 0)) | (
+    header = tf.io.decode_raw(_pad(tf.strings.substr(data, 0, 32), 32), tf.uint8)
+    has_alpha = (_equal(header[12:16], b"VP8X") & (tf.cast(header[20], tf.int32) & 0x10 != 0)) | (
         _equal(header[12:16], b"VP8L") & (tf.cast(header[24], tf.int32) & 0x10 != 0)
     )
     return tf.cond(
-        has_alpha & ~animated,
+        has_alpha,
         lambda: tf.io.decode_webp(data, channels=4)[0, ..., :3],  # [frame, h, w, channel]
         lambda: tf.io.decode_webp(data, channels=3)[0],
     )
-
-
-def _decode_palette_bmp(data: tf.Tensor) -> tf.Tensor:
-    """Decodes a BMP of 8 bits per pixel, for which TensorFlow returns indices into the palette."""
-    indices = tf.io.decode_bmp(data)[..., 0]
-    info_size = tf.io.decode_raw(tf.strings.substr(data, 14, 4), tf.int32)[0]
-    pixels_start = tf.io.decode_raw(tf.strings.substr(data, 10, 4), tf.int32)[0]
-    size = tf.minimum((pixels_start - 14 - info_size) // 4 * 4, 1024)
-    palette = tf.io.decode_raw(_pad(tf.strings.substr(data, 14 + info_size, size), 1024), tf.uint8)
-    palette = tf.reshape(palette, [256, 4])[:, 2::-1]  # stored as blue, green, red, unused
-    return tf.gather(palette, tf.cast(indices, tf.int32))
 
 
 def _turn_upright(image: tf.Tensor, data: tf.Tensor) -> tf.Tensor:

@@ -34,13 +34,14 @@ def load_image(
       window: a function from the key to the part of the image that is needed.
 
     Returns:
-      What `source.load` returns, with `replaced`, bool scalar.
+      What `source.load` returns, with `replaced` and `by_pillow`, bool scalars.
     """
     request = element if source.sequence is not None else element["index"]
 
     def load(request: tf.Tensor | Element, *, replaced: bool) -> Element:
         part = window(element["key"]) if window else None
-        return {**source.load(request, window=part), "replaced": tf.constant(replaced)}
+        loaded = {"by_pillow": tf.constant(False), **source.load(request, window=part)}
+        return {**loaded, "replaced": tf.constant(replaced)}
 
     if source.reliable or not guarded:
         return load(request, replaced=False)
@@ -70,6 +71,7 @@ def _first_good(elements: tf.data.Dataset, *, fields: tuple[str, ...]) -> Elemen
         "label": tf.constant(-1),
         "segmentation": tf.zeros([GREY_SIDE, GREY_SIDE], tf.uint8),
     }
-    grey = {name: grey[name] for name in fields} | {"replaced": tf.constant(True)}
+    grey = {name: grey[name] for name in fields}
+    grey |= {"replaced": tf.constant(True), "by_pillow": tf.constant(False)}
     last = tf.data.Dataset.from_tensors(grey)
     return elements.ignore_errors().concatenate(last).take(1).get_single_element()

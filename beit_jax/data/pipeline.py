@@ -16,8 +16,9 @@ and an epoch consists of whole batches.
 
 The job decides what becomes of an image: `Views`, built in `data/views.py`.
 
-Memory is bounded by `config.prefetch` batches and an image or two per worker, whatever the source's
-size. Nothing is cached, and no shuffle buffer holds images.
+Memory is bounded by `config.prefetch` batches and an image or two per worker, of at most
+`config.max_pixels`, whatever the source's size. Nothing is cached, and no shuffle buffer holds
+images.
 """
 
 import dataclasses
@@ -100,6 +101,7 @@ def training_batches(
       An iterator over dicts of what `views` makes, and
         index: int64 [b], of the image in the source.
         replaced: bool [b], the image could not be decoded and another one, or a grey one, is here.
+        by_pillow: bool [b], what is here was decoded by Pillow, since TensorFlow can't.
 
     Raises:
       ConfigError: the batch does not divide over the hosts, or the source lacks what is needed.
@@ -248,7 +250,8 @@ class _Training:
             self.source, {**element, "key": key}, guarded=guarded, window=self.views.window
         )
         kept = {name: element[name] for name in ("index", "key")}
-        return self.views.training(loaded, key) | kept | {"replaced": loaded["replaced"]}
+        kept |= {name: loaded[name] for name in ("replaced", "by_pillow")}
+        return self.views.training(loaded, key) | kept
 
 
 def steps_per_epoch(source: Source, *, batch_size: int, shards: int) -> int:
@@ -294,8 +297,8 @@ def eval_batches(
     def view(element: Element, *, guarded: bool) -> Element:
         loaded = load_image(source, element, guarded=guarded)
         kept = {name: element[name] for name in ("index", "key", "valid")}
-        replaced = loaded["replaced"] & element["valid"]
-        return views.evaluation(loaded) | kept | {"replaced": replaced}
+        kept |= {name: loaded[name] & element["valid"] for name in ("replaced", "by_pillow")}
+        return views.evaluation(loaded) | kept
 
     elements = _padded_pass(source, batch_size=batch_size, shard=shard, shards=shards)
     elements = elements.map(lambda element: with_key(element, seed=EVAL_SEED, epoch=0))

@@ -33,6 +33,7 @@ from beit_jax.data import pipeline, sources
 from beit_jax.data.sources import Element, Source
 from beit_jax.data.sources.prepared import FORMAT, HEADER, LABELS, shard_name
 from beit_jax.files import write_json
+from beit_jax.preprocessing import MAX_PIXELS
 from beit_jax.types import JsonObject
 from beit_jax.verbosity import verbosity
 
@@ -51,6 +52,7 @@ class PrepareConfig:
       max_side: the longest that the shorter side may be, in pixels.
       quality: of the JPEGs, 1 to 100.
       exif_orientation: turn photographs upright. The stored JPEGs have no EXIF block.
+      max_pixels: of an image of the source; larger ones count as undecodable.
       shard_images: images of the source per file.
       max_bad_share: the largest share of images that may be undecodable.
       workers: images decoded in parallel; 0 for as many as cores.
@@ -62,6 +64,7 @@ class PrepareConfig:
     max_side: int = 512
     quality: int = 95
     exif_orientation: bool = True
+    max_pixels: int = MAX_PIXELS
     shard_images: int = 8192
     max_bad_share: float = 0.01
     workers: int = 0
@@ -70,6 +73,7 @@ class PrepareConfig:
         check("://" not in self.output, "--output", f"{self.output!r}: must be on a disk")
         check(self.max_side >= 1, "--max_side", "must be positive")
         check(1 <= self.quality <= 100, "--quality", "must be in 1 to 100")
+        check(self.max_pixels >= 1, "--max_pixels", "must be positive")
         check(self.shard_images >= 1, "--shard_images", "must be positive")
         check(0 <= self.max_bad_share <= 1, "--max_bad_share", "must be in [0, 1]")
         check(self.workers >= 0, "--workers", "must not be negative")
@@ -88,6 +92,7 @@ def prepare(config: PrepareConfig) -> JsonObject:
             split=config.split,
             eval_source=config.source,  # so that nothing is withheld
             exif_orientation=config.exif_orientation,
+            max_pixels=config.max_pixels,
         ),
         training=True,
     )
@@ -177,7 +182,8 @@ def _header(
 def _settings(config: PrepareConfig, source: Source) -> JsonObject:
     """The settings on which the files' content depends."""
     names = ("source", "split", "max_side", "quality", "exif_orientation", "shard_images")
-    return {name: getattr(config, name) for name in names} | {"source_images": len(source)}
+    settings = {name: getattr(config, name) for name in names}
+    return settings | {"max_pixels": config.max_pixels, "source_images": len(source)}
 
 
 def _check_empty_or_same(folder: Path, settings: JsonObject) -> None:
@@ -188,6 +194,7 @@ def _check_empty_or_same(folder: Path, settings: JsonObject) -> None:
 
 
 def _check_same(before: JsonObject, now: JsonObject, *, folder: Path) -> None:
+    before = {"max_pixels": now["max_pixels"], **before}  # older sets do not say it
     changed = [f"--{name}: was {before[name]!r}" for name in now if before[name] != now[name]]
     if changed:
         listed = ", ".join(changed)

@@ -34,6 +34,7 @@ import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError, RunError
+from beit_jax.data import decode  # noqa: F401  (a service needs its Python function, see there)
 from beit_jax.types import HostBatch
 
 TIMEOUT = 10.0  # seconds until a service that doesn't answer counts as missing

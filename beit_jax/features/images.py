@@ -12,16 +12,16 @@ import os
 from collections.abc import Generator, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from beit_jax.files import visible_files
-from beit_jax.preprocessing import eval_shorter_side
+from beit_jax.data.by_pillow import decode_by_pillow, readable_formats
+from beit_jax.files import open_regular, visible_files
+from beit_jax.preprocessing import MAX_PIXELS, eval_shorter_side
 
 # Image files have one of these suffixes or start with one of these byte strings. The header
 # of a file with such a suffix is Pillow's to judge: a PNG named .jpg is read as the PNG it is.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 
 RESIZES = ("crop", "squash")
 # Images decoded ahead of the batch that is being made, for each thread.
@@ -65,7 +65,7 @@ def read_image(path: str, *, size: int, resize: str) -> np.ndarray:
     """Decodes an image file, upright by its EXIF orientation, and makes it square.
 
     Args:
-      path: of a JPEG, PNG, BMP, WebP or GIF (its first frame).
+      path: of a file in one of `by_pillow.FORMATS`; of an animation, the first frame.
       size: s, side of the result in pixels.
       resize: "crop", the shorter side resized to `eval_shorter_side(size)` and the centre cut out,
         as evaluation does in training; or "squash", both sides resized to `size`, as
@@ -77,21 +77,10 @@ def read_image(path: str, *, size: int, resize: str) -> np.ndarray:
     Raises:
       Exception: whatever Pillow raises for a damaged file, which is not only OSError.
     """
-    with Image.open(path, formats=_FORMATS) as opened:
-        image = _upright(opened)
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip to 255
-            image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+    with open_regular(path) as file:
+        image = Image.fromarray(decode_by_pillow(file, max_pixels=MAX_PIXELS))
     box = None if resize == "squash" else _centre(image.size, size=size)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says; as it is stored where the EXIF data is damaged."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # anything, for damaged EXIF data; damaged pixels are an error again later
-        return image
 
 
 def _centre(image_size: tuple[int, int], *, size: int) -> tuple[float, float, float, float]:
@@ -152,7 +141,7 @@ def read_images(
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"no {', '.join(_FORMATS)} by its content"
+        return f"no {', '.join(readable_formats())} by its content"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

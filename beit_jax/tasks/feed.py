@@ -144,7 +144,7 @@ def feed_of(
         "shard": jax.process_index(),
         "shards": jax.process_count(),
     }
-    bookkeeping = ("index", "replaced")
+    bookkeeping = ("index", "replaced", "by_pillow")
 
     def only_views(batch: HostBatch) -> HostBatch:
         return {key: value for key, value in batch.items() if key not in bookkeeping}
@@ -175,7 +175,7 @@ def feed_of(
     return Feed(
         training=training_batches,
         evaluation=eval_batches,
-        metrics=lambda: {"replaced_images": float(bad.bad)},
+        metrics=bad.metrics,
     )
 
 

@@ -36,9 +36,9 @@ from beit_jax.tasks import token_cache
 from beit_jax.tasks.feed import (
     draw_first_batch,
     first_images,
-    until_valid,
     image_feed,
     image_sources,
+    until_valid,
 )
 from beit_jax.tasks.reconstruction import PICTURES, first_batch_picture, reconstructions
 from beit_jax.tasks.run_job import run_job

@@ -129,7 +129,7 @@ def console_line(
     for name, value in metrics.items():
         if name == "learning_rate":
             shown.append(f"lr {value:.2e}")
-        elif name in ("skipped", "skipped_in_row", "replaced_images"):
+        elif name in ("skipped", "skipped_in_row", "replaced_images", "images_by_pillow"):
             if value:
                 shown.append(f"{name} {value:.0f}")
         else:

@@ -19,7 +19,7 @@ from beit_jax.data.order import permute
 from beit_jax.training import device_jitter
 
 GRID = 4
-BOOKKEEPING = ("index", "replaced")  # fields that stay on the host
+BOOKKEEPING = ("index", "replaced", "by_pillow")  # fields that stay on the host
 SMALL = {
     "image_size": 32,
     "token_image_size": 16,
@@ -96,6 +96,7 @@ def test_shapes_and_types(straight):
         "mask": ((8, GRID, GRID), "bool"),
         "index": ((8,), "int64"),
         "replaced": ((8,), "bool"),
+        "by_pillow": ((8,), "bool"),
     }
     assert batch["mask"].any((1, 2)).all()
     assert (batch["mask"].sum((1, 2)) <= 6).all()
@@ -361,13 +362,35 @@ def test_nothing_but_bad_files_ends_the_run_whatever_the_share(tmp_path):
         bad_images.count(batch)
 
 
+def test_what_pillow_decodes_is_counted_and_what_is_too_large_is_bad(tmp_path, caplog):
+    _write(tmp_path, 4)
+    Image.new("RGB", (30, 20), (1, 2, 3)).save(tmp_path / "0/flat.bmp")
+    Image.new("RGB", (101, 100), (1, 2, 3)).save(tmp_path / "0/large.png")
+    source, config = _open(tmp_path, max_pixels=10_000)
+    bad_images = BadImages(source, max_share=0.5)
+    (batch,) = _take(1, source, config, batch_size=6)
+    bad_images.count(batch)
+    names = [source.name(index) for index in batch["index"].tolist()]
+    replaced = dict(zip(names, batch["replaced"].tolist(), strict=True))
+    assert [name for name, value in replaced.items() if value] == ["0/large.png"]
+    assert batch["by_pillow"][names.index("0/flat.bmp")]
+    # (What stands in for the large one may be the BMP again.)
+    assert bad_images.by_pillow == batch["by_pillow"].sum() in (1, 2)
+    assert bad_images.bad == 1
+
+
 def test_a_thousand_bad_images_in_a_row_end_the_run_whatever_the_share():
     """The folder is gone: what follows would be grey images for days."""
     source = sources.Source(size=10**6, name=str, load=lambda index: {})
     bad_images = BadImages(source, max_share=1.0)
 
     def batch(*replaced: bool) -> dict:
-        return {"replaced": np.array(replaced), "index": np.arange(len(replaced))}
+        none = np.zeros(len(replaced), bool)
+        return {
+            "replaced": np.array(replaced),
+            "index": np.arange(len(replaced)),
+            "by_pillow": none,
+        }
 
     bad_images.count(batch(False, *[True] * 900))
     bad_images.count(batch(True, False, *[True] * 998))  # one good image: counted from there
@@ -382,7 +405,12 @@ def test_evaluation_ends_the_run_where_no_image_is_left():
 
     def batch(*replaced: bool) -> dict:
         valid = np.array([True, True, True, False])
-        return {"replaced": np.array(replaced), "index": np.arange(4), "valid": valid}
+        return {
+            "replaced": np.array(replaced),
+            "index": np.arange(4),
+            "by_pillow": np.zeros(4, bool),
+            "valid": valid,
+        }
 
     bad_images.start_pass()
     bad_images.count(batch(True, True, False, False))  # over the share, but one is left

@@ -1,6 +1,9 @@
 """Services give the batches that the host itself would make, in order, or the run ends."""
 
 import itertools
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -75,6 +78,28 @@ def test_the_same_batches_with_services(folder, services):
     for whole, *parts in zip(alone[:3], *halves, strict=True):
         for name, values in whole.items():
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
+
+
+@pytest.mark.slow
+def test_a_service_decodes_every_format(tmp_path):
+    """A process of its own, which is sent the pipeline: Pillow decodes there as it does here."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "0.png")
+    photo.save(tmp_path / "1.png", exif=exif)
+    photo.save(tmp_path / "2.gif")
+    photo.save(tmp_path / "3.bmp")
+    alone = _read(tmp_path, count=2)
+    assert sorted(alone[0]["by_pillow"].tolist()) == [False, True, True, True]
+    command = [sys.executable, "-m", "beit_jax.data.service", "--port=0", "--address=localhost"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = next(line for line in process.stderr if "config.data.service" in line)
+            address = re.search(r"localhost:\d+", said).group()
+            _same(_read(tmp_path, addresses=[address], count=2), alone)
+        finally:
+            process.kill()
 
 
 def test_services_are_divided_between_hosts():

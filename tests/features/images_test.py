@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit_jax.data import by_pillow
 from beit_jax.features import images
 
 
@@ -112,7 +113,7 @@ def test_damaged_exif_data_does_not_lose_the_image(tmp_path, monkeypatch):
     def damaged(image):
         raise SyntaxError("not a TIFF file")
 
-    monkeypatch.setattr(images.ImageOps, "exif_transpose", damaged)
+    monkeypatch.setattr(by_pillow.ImageOps, "exif_transpose", damaged)
     read = images.read_image(str(tmp_path / "image.png"), size=20, resize="crop")
     np.testing.assert_array_equal(read, expected)
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError
-from beit_jax.data.decode import EXTENSIONS, Window, decode_window
+from beit_jax.data.decode import EXTENSIONS, Window, decode_element
 from beit_jax.data.sources.source import Element, Request, Source, select_split
 from beit_jax.files import visible_files
 
@@ -49,8 +49,13 @@ def open_folder(request: Request) -> Source:
 
     def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
         data = tf.io.read_file(tf.strings.join([start, table[index]], separator="/"))
-        image = decode_window(data, window=window, exif_orientation=config.exif_orientation)
-        return {"image": image} | ({"label": labels[index]} if classes else {})
+        decoded = decode_element(
+            data,
+            window=window,
+            exif_orientation=config.exif_orientation,
+            max_pixels=config.max_pixels,
+        )
+        return decoded | ({"label": labels[index]} if classes else {})
 
     fields = ("image", "label") if classes else ("image",)
     return Source(size=size, name=name, load=load, fields=fields, classes=classes)

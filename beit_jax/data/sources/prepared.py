@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from beit_jax.config import ConfigError, check
-from beit_jax.data.decode import Window, decode_window
+from beit_jax.data.decode import Window, decode_element
 from beit_jax.data.sources.source import Element, Request, Source, select_split
 from beit_jax.types import JsonObject
 
@@ -115,8 +115,13 @@ def open_prepared(request: Request) -> Source:
     def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
         data = tf.numpy_function(opened.read, [table[index]], tf.string, stateful=False)
         # Photographs were turned upright, where that was wanted, when the set was prepared.
-        image = decode_window(tf.ensure_shape(data, []), window=window, exif_orientation=False)
-        return {"image": image} | ({} if labels is None else {"label": labels[index]})
+        decoded = decode_element(
+            tf.ensure_shape(data, []),
+            window=window,
+            exif_orientation=False,
+            max_pixels=request.config.max_pixels,
+        )
+        return decoded | ({} if labels is None else {"label": labels[index]})
 
     return Source(
         size=len(records),

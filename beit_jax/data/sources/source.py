@@ -22,7 +22,8 @@ class Source:
       size: number of images.
       name: a function from an index to what a person calls that image, such as its path.
       load: a function from an index (int64 scalar tensor) to `image`, uint8 [h, w, 3] RGB, and the
-        other `fields`: `label` (int32 scalar), `segmentation` (uint8 [h, w]). It works in a tf.data
+        other `fields`: `label` (int32 scalar), `segmentation` (uint8 [h, w]). It may add
+        `by_pillow` (bool scalar): the slow way of decoding was needed. It works in a tf.data
         graph, and raises a TensorFlow error there for an image that can't be read or decoded. With
         `window=`, a `Window` or None, `image` is only that part of it; `segmentation` stays whole.
       fields: the names of what `load` returns.

@@ -13,7 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError, check
-from beit_jax.data.decode import Window, decode_window
+from beit_jax.data.decode import Window, decode_element
 from beit_jax.data.sources.source import Element, Request, Source
 
 # A sequential source draws at random from this many records in memory (about 110 kB each in
@@ -63,6 +63,7 @@ def open_tfds(request: Request) -> Source:
         image_feature=image_feature,
         label_feature=label_feature,
         exif_orientation=config.exif_orientation,
+        max_pixels=config.max_pixels,
     )
     if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
         return _random_access(records)
@@ -87,6 +88,7 @@ class _Records:
       image_feature: the name of the image feature.
       label_feature: the name of the class label; None where there is none.
       exif_orientation: turn photographs upright.
+      max_pixels: that an image may have.
     """
 
     builder: Any
@@ -96,6 +98,7 @@ class _Records:
     image_feature: str
     label_feature: str | None
     exif_orientation: bool
+    max_pixels: int
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -108,10 +111,13 @@ class _Records:
         return tuple(self.builder.info.features[self.label_feature].names)
 
     def decode(self, data: tf.Tensor, label: tf.Tensor | None, *, window: Window | None) -> Element:
-        image = decode_window(data, window=window, exif_orientation=self.exif_orientation)
-        return {"image": image} | (
-            {"label": tf.cast(label, tf.int32)} if self.label_feature else {}
+        decoded = decode_element(
+            data,
+            window=window,
+            exif_orientation=self.exif_orientation,
+            max_pixels=self.max_pixels,
         )
+        return decoded | ({"label": tf.cast(label, tf.int32)} if self.label_feature else {})
 
 
 def _random_access(records: _Records) -> Source:
