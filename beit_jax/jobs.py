@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from beit_jax.config import ConfigError, RunError, check, parse, to_dict
+from beit_jax.config import ConfigError, RunError, one_of, parse, to_dict
 from beit_jax.config.unused import check_unused
 from beit_jax.distributed import cluster
 from beit_jax.tasks import classify, pretrain, probe, quickstart, tokenizer
@@ -41,7 +41,7 @@ def parse_job(values: Mapping[str, Json]) -> Json:
       ConfigError: a setting is unknown, missing, wrong, or of no use to the job.
     """
     task = values.get("task")
-    check(task in JOBS, "config.task", f"must be one of {', '.join(JOBS)}; got {task!r}")
+    one_of(task, "config.task", *JOBS)
     config_class, _ = JOBS[str(task)]
     config: Json = parse(config_class, values)
     check_unused(config)

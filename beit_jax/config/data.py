@@ -1,16 +1,46 @@
 """Settings of the images: sources, views, masks."""
 
 import dataclasses
+from typing import Annotated, TypeAlias
 
-from beit_jax.config.parse import check, one_of, shape_setting
+from beit_jax.config.bounds import (
+    Address,
+    Count,
+    Matching,
+    Name,
+    OneOf,
+    PathOrNone,
+    Pixels,
+    Share,
+    Whole,
+    Within,
+    check_fields,
+)
+from beit_jax.config.model import LARGEST_GRID
+from beit_jax.config.parse import check, shape_setting
 from beit_jax.preprocessing import MAX_PIXELS, NORMALIZATIONS
+
+Patches: TypeAlias = Annotated[int, Within(ge=1, le=LARGEST_GRID**2)]
+AreaShare: TypeAlias = Annotated[float, Within(gt=0, le=1)]
+# Both parameters of the Beta distribution.
+BetaParameter: TypeAlias = Annotated[float, Within(ge=0, le=1000)]
+# A path may hold whatever a file system takes; each kind checks its value (`data/source_kinds.py`).
+_SOURCE = Matching(
+    pattern=r"[A-Za-z][\w-]*(:[^\0-\x1f\x7f]*)?", what="KIND or KIND:VALUE", longest=4200
+)
+ImageSource: TypeAlias = Annotated[str, _SOURCE]
+ImageSourceOrNone: TypeAlias = Annotated[str, dataclasses.replace(_SOURCE, empty=True)]
+# TFDS's language: "train", "train[:5000]", "train[80%:]+validation".
+Split: TypeAlias = Annotated[
+    str, Matching(pattern=r"\w[\w.+:%\[\]() -]*", what='a split such as "train[:5000]"')
+]
 
 
 def _check_crop_scale(smallest: float, largest: float) -> None:
     check(
-        0 < smallest <= largest <= 1,
+        smallest <= largest,
         "min_crop_scale",
-        f"need 0 < min_crop_scale <= max_crop_scale <= 1, got {smallest} and {largest}",
+        f"{smallest} is more than max_crop_scale, {largest}",
     )
 
 
@@ -25,18 +55,16 @@ class MaskConfig:
       "random": exactly `count` patches, uniformly (table 4's ablation).
     """
 
-    kind: str = "block"
-    count: int = 75  # official num_mask_patches for 14 x 14
-    ratio: float = 0.4  # "block_paper" only
-    min_block: int = 16
-    max_block: int | None = None  # None: limited only by the patches left to mask
-    min_aspect: float = 0.3  # aspect in [min_aspect, 1 / min_aspect]
+    kind: Name = "block"
+    count: Patches = 75  # official num_mask_patches for 14 x 14
+    ratio: Annotated[float, Within(gt=0, lt=1)] = 0.4  # "block_paper" only
+    min_block: Patches = 16
+    max_block: Patches | None = None  # None: limited only by the patches left to mask
+    # Aspect in [min_aspect, 1 / min_aspect]; flatter blocks than 1 by 1000 fit no grid.
+    min_aspect: Annotated[float, Within(ge=0.001, le=1)] = 0.3
 
     def __post_init__(self) -> None:
-        check(self.count >= 1, "count", f"must be at least 1, got {self.count}")
-        check(0 < self.ratio < 1, "ratio", f"must be in (0, 1), got {self.ratio}")
-        check(self.min_block >= 1, "min_block", f"must be at least 1, got {self.min_block}")
-        check(0 < self.min_aspect <= 1, "min_aspect", "must be in (0, 1]")
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,19 +78,17 @@ class AugmentConfig:
         and takes contrast's mean from the crop. bench/input.py measures both.
     """
 
-    min_crop_scale: float = 0.08  # area share of the crop; BEiT v2: 0.2
-    max_crop_scale: float = 1.0
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
+    min_crop_scale: AreaShare = 0.08  # of the crop; BEiT v2: 0.2
+    max_crop_scale: AreaShare = 1.0
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.4
     flip: bool = True
-    fidelity: str = "official"  # or "fast"
+    fidelity: Annotated[str, OneOf("official", "fast")] = "official"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_crop_scale(self.min_crop_scale, self.max_crop_scale)
-        one_of(self.fidelity, "fidelity", "official", "fast")
-        for name in ("brightness", "contrast", "saturation"):
-            check(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,28 +102,22 @@ class SourceConfig:
     of a TFDS data set).
     """
 
-    source: str
-    split: str = "train"  # tfds only
-    eval_source: str = ""
-    eval_split: str = "validation"  # tfds only
-    holdout: int = 0  # images of `source` kept for evaluation where eval_source is ""
-    image_size: int = 224  # of the encoder's view, in pixels
-    normalization: str = shape_setting("half")  # a key of `preprocessing.NORMALIZATIONS`
-    max_bad_share: float = 0.01  # of the images read; more that can't be decoded end the run
-    max_pixels: int = MAX_PIXELS  # of an image, height times width; larger ones count as bad
+    source: ImageSource
+    split: Split = "train"  # tfds only
+    eval_source: ImageSourceOrNone = ""
+    eval_split: Split = "validation"  # tfds only
+    holdout: Whole = 0  # images of `source` kept for evaluation where eval_source is ""
+    image_size: Pixels = 224  # of the encoder's view, in pixels
+    normalization: Annotated[str, OneOf(table=NORMALIZATIONS)] = shape_setting("half")
+    max_bad_share: Share = 0.01  # of the images read; more that can't be decoded end the run
+    max_pixels: Count = MAX_PIXELS  # of an image, height times width; larger ones count as bad
     exif_orientation: bool = True  # turn photographs upright; the official loader does not
-    workers: int = 0  # parallel decoders; 0: as many as cores
-    prefetch: int = 2  # batches ahead
-    service: tuple[str, ...] = ()  # host:port of machines that make the batches (`data/service.py`)
+    workers: Annotated[int, Within(ge=0, le=1024)] = 0  # parallel decoders; 0: as many as cores
+    prefetch: Annotated[int, Within(ge=0, le=1024)] = 2  # batches ahead
+    service: tuple[Address, ...] = ()  # of machines that make the batches (`data/service.py`)
 
     def __post_init__(self) -> None:
-        one_of(self.normalization, "normalization", *NORMALIZATIONS)
-        check(self.image_size > 0, "image_size", "must be positive")
-        check(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
-        check(self.max_pixels >= 1, "max_pixels", "must be positive")
-        check(self.holdout >= 0, "holdout", "must not be negative")
-        check(self.workers >= 0, "workers", "must not be negative")
-        check(self.prefetch >= 0, "prefetch", "must not be negative")
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,16 +132,14 @@ class DataConfig(SourceConfig):
     epoch, and an epoch is whole batches (the remainder is not seen in it).
     """
 
-    token_image_size: int = 112  # view 2, for the tokenizer
-    augmentation_cycle: int = 0  # K; 0: new views in every epoch
-    token_cache: str = ""  # a folder on each host's disk for the ids; "": WORKDIR/token_cache
+    token_image_size: Pixels = 112  # view 2, for the tokenizer
+    augmentation_cycle: Annotated[int, Within(ge=0, le=10_000)] = 0  # K; 0: new views in every epoch
+    token_cache: PathOrNone = ""  # a folder on each host's disk for the ids; "": WORKDIR/token_cache
     augment: AugmentConfig = AugmentConfig()
     mask: MaskConfig = MaskConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.token_image_size > 0, "token_image_size", "must be positive")
-        check(self.augmentation_cycle >= 0, "augmentation_cycle", "must not be negative")
         check("://" not in self.token_cache, "token_cache", "must be a folder on a local disk")
 
 
@@ -133,38 +151,32 @@ class ClassifyAugmentConfig:
     jitter is not in the recipe: timm leaves it out where RandAugment is on.
     """
 
-    min_crop_scale: float = 0.08  # area share of the crop
-    max_crop_scale: float = 1.0
-    interpolation: str = "bicubic"  # of the crop; "bilinear" in the linear probe
+    min_crop_scale: AreaShare = 0.08  # of the crop
+    max_crop_scale: AreaShare = 1.0
+    # Of the crop; "bilinear" in the linear probe.
+    interpolation: Annotated[str, OneOf("bicubic", "bilinear")] = "bicubic"
     flip: bool = True
-    operations: int = 2  # of RandAugment, per image; 0: no RandAugment
-    magnitude: float = 9.0  # of 10
-    magnitude_std: float = 0.5
-    operation_probability: float = 0.5
-    erase_probability: float = 0.25  # a box of noise, after normalisation; 0: no erasing
-    eval_crop: float | None = None  # share of the resized side; None: 224/256 under 384, else 1
+    # Of RandAugment, per image; 0: no RandAugment.
+    operations: Annotated[int, Within(ge=0, le=100)] = 2
+    magnitude: Annotated[float, Within(ge=0, le=10)] = 9.0
+    magnitude_std: Annotated[float, Within(ge=0, le=100)] = 0.5
+    operation_probability: Share = 0.5
+    erase_probability: Share = 0.25  # a box of noise, after normalisation; 0: no erasing
+    # Share of the resized side; None: 224/256 under 384, else 1.
+    eval_crop: Annotated[float, Within(gt=0, le=1)] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_crop_scale(self.min_crop_scale, self.max_crop_scale)
-        one_of(self.interpolation, "interpolation", "bicubic", "bilinear")
-        check(self.operations >= 0, "operations", "must not be negative")
-        check(0 <= self.magnitude <= 10, "magnitude", "must be in [0, 10]")
-        check(self.magnitude_std >= 0, "magnitude_std", "must not be negative")
-        for name in ("operation_probability", "erase_probability"):
-            check(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]")
-        check(self.eval_crop is None or 0 < self.eval_crop <= 1, "eval_crop", "must be in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledDataConfig(SourceConfig):
     """Images with their classes."""
 
-    repeats: int = 1  # differently augmented copies of an image in an epoch (repeated augmentation)
+    # Differently augmented copies of an image in an epoch (repeated augmentation).
+    repeats: Annotated[int, Within(ge=1, le=1000)] = 1
     augment: ClassifyAugmentConfig = ClassifyAugmentConfig()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.repeats >= 1, "repeats", "must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,15 +188,11 @@ class MixingConfig:
     not depend on the hardware; a group that spans several devices costs communication.
     """
 
-    mixup: float = 0.8  # both parameters of the Beta distribution; 0: no mixup
-    cutmix: float = 1.0  # as for mixup; 0: no CutMix
-    probability: float = 1.0  # that a group is mixed at all
-    switch_probability: float = 0.5  # of CutMix, where both are on
-    groups: int = 1
+    mixup: BetaParameter = 0.8  # 0: no mixup
+    cutmix: BetaParameter = 1.0  # 0: no CutMix
+    probability: Share = 1.0  # that a group is mixed at all
+    switch_probability: Share = 0.5  # of CutMix, where both are on
+    groups: Count = 1
 
     def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            check(getattr(self, name) >= 0, name, "must not be negative")
-        for name in ("probability", "switch_probability"):
-            check(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]")
-        check(self.groups >= 1, "groups", "must be at least 1")
+        check_fields(self)

@@ -1,9 +1,14 @@
 """The encoder's settings."""
 
 import dataclasses
+from typing import Annotated
 
-from beit_jax.config.parse import check, one_of, shape_setting
+from beit_jax.config.bounds import OneOf, Pixels, Rate, Within, check_fields
+from beit_jax.config.parse import check, shape_setting
 from beit_jax.types import Setting
+
+# Patches along a side. Attention and position tables take memory by its fourth power.
+LARGEST_GRID = 256
 
 # Paper §2.4 (base, large). The paper has no smaller model: tiny and small are DeiT's
 # (arXiv 2012.12877, table 1).
@@ -25,29 +30,33 @@ class ModelConfig:
       "absolute": learned absolute embeddings (the paper's plain ViT, tables 1 to 4).
     """
 
-    layers: int = shape_setting()
-    width: int = shape_setting()
-    heads: int = shape_setting()
-    mlp_width: int = shape_setting()
-    image_size: int = shape_setting(224)
-    patch_size: int = shape_setting(16)
-    positions: str = shape_setting("relative_shared")
+    layers: Annotated[int, Within(ge=1, le=1000)] = shape_setting()
+    width: Annotated[int, Within(ge=1, le=65_536)] = shape_setting()
+    heads: Annotated[int, Within(ge=1, le=4096)] = shape_setting()
+    mlp_width: Annotated[int, Within(ge=1, le=1_048_576)] = shape_setting()
+    image_size: Pixels = shape_setting(224)
+    patch_size: Pixels = shape_setting(16)
+    positions: Annotated[str, OneOf("relative_shared", "relative_per_block", "absolute")] = (
+        shape_setting("relative_shared")
+    )
     # Initial value of LayerScale's gammas; None for no LayerScale.
-    layer_scale_init: float | None = shape_setting(0.1)
-    drop_path_rate: float = 0.1
-    layer_norm_epsilon: float = shape_setting(1e-6)
-    dtype: str = "auto"  # matmuls: "auto" is bfloat16 on accelerators, float32 on CPU
+    layer_scale_init: Annotated[float, Within(ge=0, le=1000)] | None = shape_setting(0.1)
+    drop_path_rate: Rate = 0.1
+    layer_norm_epsilon: Annotated[float, Within(gt=0, le=1)] = shape_setting(1e-6)
+    # Of matmuls: "auto" is bfloat16 on accelerators, float32 on CPU.
+    dtype: Annotated[str, OneOf("auto", "float32", "bfloat16")] = "auto"
     # "auto": on a TPU the kernel of models/kernels/fused_attention.py where heads are 64 wide, else
     # "xla". "fused", "cudnn" (NVIDIA, untested) or "xla" by name.
-    attention: str = "auto"
-    residual_dtype: str = "float32"  # the stream between blocks (official: float32 under AMP)
+    attention: Annotated[str, OneOf("auto", "fused", "xla", "cudnn")] = "auto"
+    # Of the stream between blocks (official: float32 under AMP).
+    residual_dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     # Blocks per scan step; 0 for all of them. 1 compiles fastest, 0 runs fastest on TPU.
-    scan_unroll: int = 1
-    remat: str = "none"  # "none", "dots" (keep matmul results) or "full"
+    scan_unroll: Annotated[int, Within(ge=0, le=1000)] = 1
+    # "dots" keeps the results of matmuls.
+    remat: Annotated[str, OneOf("none", "dots", "full")] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "mlp_width", "image_size", "patch_size"):
-            check(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
+        check_fields(self)
         check(
             self.image_size % self.patch_size == 0,
             "image_size",
@@ -58,18 +67,16 @@ class ModelConfig:
             "width",
             f"{self.width} is not a multiple of heads {self.heads}",
         )
-        one_of(self.positions, "positions", "relative_shared", "relative_per_block", "absolute")
-        one_of(self.dtype, "dtype", "auto", "float32", "bfloat16")
-        one_of(self.residual_dtype, "residual_dtype", "float32", "bfloat16")
-        one_of(self.attention, "attention", "auto", "fused", "xla", "cudnn")
         check(
             self.attention != "fused" or self.width == 64 * self.heads,
             "attention",
             f'"fused" takes heads 64 wide, these are {self.width / self.heads:g}',
         )
-        one_of(self.remat, "remat", "none", "dots", "full")
-        check(0 <= self.drop_path_rate < 1, "drop_path_rate", "must be in [0, 1)")
-        check(self.scan_unroll >= 0, "scan_unroll", "must not be negative; 0 unrolls all blocks")
+        check(
+            self.grid <= LARGEST_GRID,
+            "image_size",
+            f"{self.grid} × {self.grid} patches are more than {LARGEST_GRID} × {LARGEST_GRID}",
+        )
 
     @classmethod
     def tiny(cls, **changes: Setting) -> "ModelConfig":

@@ -24,6 +24,7 @@ T = TypeVar("T")
 # Values of a field's metadata under this key, see `shape_setting`, `presence_setting`, `fixes`.
 _FIXES = "fixes"
 SHAPES, PRESENCE = "shapes", "presence"
+_QUOTED = 80  # characters of a value in a message
 
 
 class ConfigError(ValueError):
@@ -42,6 +43,19 @@ def check(condition: bool, name: str, message: str) -> None:
     """
     if not condition:
         raise ConfigError(f"{name}: {message}")
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: at most 80 characters of its `repr`, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 200:  # Python won't write out thousands
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)):
+        value = value[:_QUOTED]  # a repr is at least as long
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of what a container holds
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 3]}..."
 
 
 class HasConfig(Protocol):
@@ -178,7 +192,7 @@ def _parse_choice(choice: Choice, values: Any, path: str) -> Any:
             raise _unknown_key(key, path, known)
         if not any(_is_default(other, key, values[key]) for other in owners.values()):
             raise ConfigError(
-                f"{path}.{key}: {values[key]!r} has no effect with {choice.key} {chosen!r}, only"
+                f"{path}.{key}: {shown(values[key])} has no effect with {choice.key} {shown(chosen)}, only"
                 f" with {' or '.join(map(repr, owners))}; leave it at its default"
             )
     settings = {key: values[key] for key in values if key in own}
@@ -197,7 +211,7 @@ def _is_default(cls: type, key: str, value: Any) -> bool:
 
 def _check_section(values: Any, path: str) -> None:
     if not isinstance(values, Mapping) and not hasattr(values, "keys"):
-        raise ConfigError(f"{path}: expected a section with keys, got {values!r}")
+        raise ConfigError(f"{path}: expected a section with keys, got {shown(values)}")
 
 
 def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
@@ -206,7 +220,7 @@ def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
 
 def _unknown_key(key: str, path: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(
-        f"{path}.{key}: unknown key; the keys of {path} are: {', '.join(sorted(known))}"
+        f"{path}.{str(key)[:_QUOTED]!s}: unknown key; the keys of {path} are: {', '.join(sorted(known))}"
     )
 
 
@@ -229,16 +243,19 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if origin is tuple:
         item, *_ = typing.get_args(hint)
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{name}: expected a list, got {value!r}")
+            raise ConfigError(f"{name}: expected a list, got {shown(value)}")
         return tuple(_value(item, part, f"{name}[{i}]") for i, part in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{name}: {shown(value)} is too large") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(
-            f"{name}: expected {hint.__name__}, got {value!r} ({type(value).__name__})"
+            f"{name}: expected {hint.__name__}, got {shown(value)} ({type(value).__name__})"
         )
     if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{name}: must be finite, got {value!r}")
+        raise ConfigError(f"{name}: must be finite, got {shown(value)}")
     return value
 
 
@@ -256,4 +273,4 @@ def to_dict(config: ConfigDataclass) -> JsonObject:
 
 def one_of(value: str, name: str, *options: str) -> None:
     """Raises `ConfigError` unless `value` is among `options`."""
-    check(value in options, name, f"must be one of {', '.join(options)}; got {value!r}")
+    check(value in options, name, f"must be one of {', '.join(options)}; got {shown(value)}")

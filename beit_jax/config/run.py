@@ -1,52 +1,65 @@
 """Length, batch, devices, logging and checkpoints."""
 
 import dataclasses
+from typing import Annotated
 
+from beit_jax.config.bounds import (
+    INT32,
+    Count,
+    OneOf,
+    ParameterName,
+    PathOrNone,
+    Period,
+    PeriodOrNever,
+    Seed,
+    Within,
+    check_fields,
+)
 from beit_jax.config.facts import FACTS
-from beit_jax.config.parse import check, one_of
+from beit_jax.config.parse import check, shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Length, batch, devices, logging and checkpoints, the same for every job."""
 
-    steps: int
-    batch_size: int  # global
-    seed: int = 0
-    fsdp: int = 1  # devices over which parameters are sharded; the rest are data-parallel
-    log_every: int = 50  # steps
-    eval_every: int = 0  # steps; 0: only at the end
-    eval_batches: int = 0  # 0: every held-out image
-    picture_every: int = 0  # steps; 0: only at the end
-    checkpoint_every: int = 1000  # steps; 0: no
-    checkpoint_minutes: float = 10.0  # this often too (several hosts: at logged steps); 0: no
-    keep_checkpoints: int = 3
+    steps: Count
+    batch_size: Count  # global
+    seed: Seed = 0
+    fsdp: Count = 1  # devices over which parameters are sharded; the rest are data-parallel
+    log_every: Period = 50  # steps
+    eval_every: PeriodOrNever = 0  # steps; 0: only at the end
+    eval_batches: PeriodOrNever = 0  # 0: every held-out image
+    picture_every: PeriodOrNever = 0  # steps; 0: only at the end
+    checkpoint_every: PeriodOrNever = 1000  # steps; 0: no
+    # This often too (several hosts: at logged steps); 0: no. At most ten years.
+    checkpoint_minutes: Annotated[float, Within(ge=0, le=5_256_000)] = 10.0
+    keep_checkpoints: Annotated[int, Within(ge=2, le=INT32, why="one may be damaged")] = 3
     # Weights to start from: another run's workdir or checkpoint, a Hugging Face folder, a
     # .safetensors of timm, a .pth of unilm.
-    init_from: str = ""
-    init_allow_missing: tuple[str, ...] = ()  # parameters init_from may lack; they start fresh
-    init_allow_unused: tuple[str, ...] = ()  # parameters of init_from that may be left out
-    init_allow_different: tuple[str, ...] = ()  # facts of init_from (`facts.FACTS`) that may differ
-    on_corrupt_checkpoint: str = "fall_back"  # to the one before; or "fail"
+    init_from: PathOrNone = ""
+    # Parameters init_from may lack, which start fresh, and parameters of it that may be left out.
+    init_allow_missing: tuple[ParameterName, ...] = ()
+    init_allow_unused: tuple[ParameterName, ...] = ()
+    # Facts of init_from that may differ.
+    init_allow_different: tuple[Annotated[str, OneOf(table=FACTS)], ...] = ()
+    on_corrupt_checkpoint: Annotated[str, OneOf("fall_back", "fail")] = "fall_back"  # to one before
     print_sharding: bool = False  # prints at the start how parameters are split over devices
     # Where compiled programs are kept, see `training.startup.keep_compiled`: "auto", a folder, or
     # "" to leave JAX's settings alone.
-    compilation_cache: str = "auto"
+    compilation_cache: PathOrNone = "auto"
 
     def __post_init__(self) -> None:
-        check(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")
-        check(self.batch_size >= 1, "batch_size", f"must be at least 1, got {self.batch_size}")
-        check(self.fsdp >= 1, "fsdp", f"must be at least 1, got {self.fsdp}")
-        check(self.log_every >= 1, "log_every", "must be at least 1")
-        check(self.keep_checkpoints >= 2, "keep_checkpoints", "keep at least 2: one may be damaged")
-        one_of(self.on_corrupt_checkpoint, "on_corrupt_checkpoint", "fall_back", "fail")
-        for name in self.init_allow_different:
-            one_of(name, "init_allow_different", *FACTS)
+        check_fields(self)
+        check_needs_source(self, "init_allow_different")
+
+
+def check_needs_source(run: RunConfig, *names: str, section: str = "") -> None:
+    """Raises ConfigError for a setting about `init_from` where there is no `init_from`."""
+    for name in names:
+        value = getattr(run, name)
         check(
-            bool(self.init_from) or not self.init_allow_different,
-            "init_allow_different",
-            f"{self.init_allow_different} would have no effect without init_from; leave it empty",
+            bool(run.init_from) or not value,
+            f"{section}{name}",
+            f"{shown(value)} would have no effect without init_from; leave it empty",
         )
-        for name in ("eval_every", "eval_batches", "picture_every", "checkpoint_every"):
-            check(getattr(self, name) >= 0, name, "must not be negative")
-        check(self.checkpoint_minutes >= 0, "checkpoint_minutes", "must not be negative")

@@ -1,8 +1,18 @@
 """What the settings of every tokenizer have in common."""
 
 import dataclasses
+from typing import Annotated
 
-from beit_jax.config.parse import check, one_of, shape_setting
+from beit_jax.config.bounds import (
+    Name,
+    OneOf,
+    PathOrNone,
+    Pixels,
+    Sha256,
+    Within,
+    check_fields,
+)
+from beit_jax.config.parse import check, shape_setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,23 +23,22 @@ class TokenizerConfig:
     also gives `kind` its default and defines `stride`. `tokenizers/kinds.py` has the table.
     """
 
-    kind: str = shape_setting()
-    path: str = ""  # safetensors file; "" with `random_weights` only
+    kind: Name = shape_setting()
+    path: PathOrNone = ""  # safetensors file; "" with `random_weights` only
     random_weights: bool = False  # for trying the machinery: ids then mean nothing
-    vocabulary: int = shape_setting(8192)
-    image_size: int = 112
+    vocabulary: Annotated[int, Within(ge=2, le=1_048_576)] = shape_setting(8192)
+    image_size: Pixels = 112
     # Of the convolutions: "auto" is bfloat16 on accelerators, float32 on CPU. The last one, which
     # scores the tokens, is always float32. Ids near ties depend on it (bench/tokenizer.py).
-    dtype: str = "auto"
-    sha256: str = ""  # of the file at `path`; "" means not checked
+    dtype: Annotated[str, OneOf("auto", "float32", "bfloat16")] = "auto"
+    sha256: Sha256 = ""  # of the file at `path`; "" means not checked
 
     def __post_init__(self) -> None:
-        one_of(self.dtype, "dtype", "auto", "float32", "bfloat16")
-        check(self.vocabulary > 1, "vocabulary", f"must be at least 2, got {self.vocabulary}")
+        check_fields(self)
         check(
-            self.image_size > 0 and self.image_size % self.stride == 0,
+            self.image_size % self.stride == 0,
             "image_size",
-            f"{self.image_size} is not a positive multiple of the stride {self.stride}",
+            f"{self.image_size} is not a multiple of the stride {self.stride}",
         )
 
     @property

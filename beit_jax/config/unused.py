@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, Protocol, runtime_checkable
 
-from beit_jax.config.parse import ConfigError
+from beit_jax.config.parse import ConfigError, shown
 from beit_jax.types import Json
 
 
@@ -56,8 +56,8 @@ def check_unused(config: Json, *, path: str = "config") -> None:
             for leaf, value, accepted in _leaves(config, name, unused.accepted):
                 if value not in accepted:
                     raise ConfigError(
-                        f"{path}.{leaf}: {value!r} would have no effect: {unused.reason};"
-                        f" leave it at {accepted[0]!r}"
+                        f"{path}.{leaf}: {shown(value)} would have no effect: {unused.reason};"
+                        f" leave it at {shown(accepted[0])}"
                     )
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

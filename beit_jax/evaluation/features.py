@@ -157,8 +157,7 @@ def _build_encoder(rngs: nnx.Rngs, *, model: ModelConfig) -> Encoder:
 
 
 def check_blocks(blocks: tuple[int, ...]) -> None:
-    """Raises ConfigError for a block below 1 or one that is listed twice."""
-    check(all(block >= 1 for block in blocks), "blocks", "they are numbered from 1")
+    """Raises ConfigError for a block that is listed twice."""
     check(len(set(blocks)) == len(blocks), "blocks", f"one is there twice: {blocks}")
 
 

@@ -16,6 +16,7 @@ import functools
 import math
 import time
 from collections.abc import Iterable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from beit_jax.config import check
+from beit_jax.config.bounds import Block, Temperature, Within, check_fields
 from beit_jax.evaluation.features import (
     STORED,
     FeatureSpec,
@@ -54,13 +56,12 @@ class KnnConfig:
       blocks: whose output is compared, numbered from 1; empty for every block.
     """
 
-    counts: tuple[int, ...] = (10, 20)
-    temperature: float = 0.07
-    blocks: tuple[int, ...] = ()
+    counts: tuple[Annotated[int, Within(ge=1, le=1_000_000)], ...] = (10, 20)
+    temperature: Temperature = 0.07
+    blocks: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
-        check(all(count >= 1 for count in self.counts), "counts", "each must be at least 1")
-        check(self.temperature > 0, "temperature", "must be positive")
+        check_fields(self)
         check_blocks(self.blocks)
 
 

@@ -9,7 +9,7 @@ centre crop.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,12 @@ from beit_jax.config import (
     OptimizerConfig,
     RunConfig,
     check,
-    one_of,
     shape_setting,
 )
+from beit_jax.config.bounds import Classes, Label, Line, OneOf, Rate, Within, check_fields
 from beit_jax.config.optimizer import check_warmup
 from beit_jax.config.unused import Unused
+from beit_jax.data.source_kinds import check_sources
 from beit_jax.models.flops import classifier_flops
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import classifier
@@ -66,29 +67,28 @@ class ClassifyConfig:
         "run.picture_every": Unused("classification draws no pictures"),
     }
 
-    task: str = "classify"
+    task: Annotated[str, OneOf("classify")] = "classify"
     run: RunConfig
     model: ModelConfig
     data: LabelledDataConfig
     optimizer: OptimizerConfig
     mixing: MixingConfig
-    classes: int = shape_setting()
-    pooling: str = shape_setting("mean")
-    head_init_scale: float = 0.001
-    label_smoothing: float = 0.1
+    classes: Classes = shape_setting()
+    pooling: Annotated[str, OneOf("mean", "cls")] = shape_setting("mean")
+    head_init_scale: Annotated[float, Within(ge=0, le=1000)] = 0.001
+    label_smoothing: Rate = 0.1
     evaluate_only: bool = False
-    labels: tuple[str, ...] = ()
-    reference: str = ""
+    labels: tuple[Label, ...] = ()
+    reference: Line = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_sources(self.data)
         check(
             self.data.image_size == self.model.image_size,
             "data.image_size",
             f"{self.data.image_size}, but the model takes {self.model.image_size}",
         )
-        check(self.classes >= 0, "classes", "must not be negative")
-        one_of(self.pooling, "pooling", "mean", "cls")
-        check(0 <= self.label_smoothing < 1, "label_smoothing", "must be in [0, 1)")
         check(
             self.run.batch_size % self.mixing.groups == 0,
             "mixing.groups",

@@ -26,8 +26,11 @@ from beit_jax.config import (
     check,
     fixes,
 )
+from beit_jax.config.bounds import Line, OneOf, check_fields
 from beit_jax.config.optimizer import check_warmup
+from beit_jax.config.run import check_needs_source
 from beit_jax.data import masking
+from beit_jax.data.source_kinds import check_sources
 from beit_jax.models.flops import matmul_flops, student_flops
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import masked_image_model, masked_positions
@@ -67,7 +70,7 @@ class PretrainConfig:
       reference: what the published run reached; logged at the start.
     """
 
-    task: str = "pretrain"
+    task: Annotated[str, OneOf("pretrain")] = "pretrain"
     run: RunConfig
     model: ModelConfig
     tokenizer: Annotated[TokenizerConfig, BY_KIND] = dataclasses.field(
@@ -76,9 +79,11 @@ class PretrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     evaluate_only: bool = False
-    reference: str = ""
+    reference: Line = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_sources(self.data)
         grid = self.model.grid
         check(
             self.tokenizer.grid == grid,
@@ -100,6 +105,9 @@ class PretrainConfig:
             "data.augmentation_cycle",
             f"at most {token_cache.VOCABULARY} tokens can be kept, not"
             f" {self.tokenizer.vocabulary}; set it to 0",
+        )
+        check_needs_source(
+            self.run, "init_allow_missing", "init_allow_unused", section="run."
         )
         check_warmup(self.optimizer, self.run)
 

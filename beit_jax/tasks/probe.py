@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 from absl import logging
@@ -22,13 +22,14 @@ from beit_jax.config import (
     OptimizerConfig,
     RunConfig,
     check,
-    one_of,
     shape_setting,
     to_dict,
 )
+from beit_jax.config.bounds import Block, Classes, Line, OneOf, Within, check_fields
 from beit_jax.config.differences import differences
 from beit_jax.config.optimizer import check_warmup
 from beit_jax.config.unused import Unused
+from beit_jax.data.source_kinds import check_sources
 from beit_jax.evaluation.features import (
     KINDS,
     FeatureSpec,
@@ -72,19 +73,21 @@ class ProbeConfig:
         "optimizer.decay_relative_positions": Unused("the encoder is frozen"),
     }
 
-    task: str = "probe"
+    task: Annotated[str, OneOf("probe")] = "probe"
     run: RunConfig
     data: LabelledDataConfig
     optimizer: OptimizerConfig
-    classes: int = shape_setting(0)
-    features: str = "mean"
-    blocks: tuple[int, ...] = ()
+    classes: Classes = shape_setting(0)
+    features: Annotated[str, OneOf(table=KINDS)] = "mean"
+    blocks: tuple[Block, ...] = ()
     linear: bool = True
     neighbours: KnnConfig = dataclasses.field(default_factory=KnnConfig)
-    cached_views: int = 0
-    reference: str = ""
+    cached_views: Annotated[int, Within(ge=0, le=10_000)] = 0
+    reference: Line = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_sources(self.data)
         check(bool(self.run.init_from), "run.init_from", "missing: the checkpoint to probe")
         for name in ("init_allow_missing", "init_allow_unused"):
             check(
@@ -93,8 +96,6 @@ class ProbeConfig:
                 "a probe takes the encoder alone and all of it; import a checkpoint that needs"
                 " this with `python -m beit_jax.weights import` first",
             )
-        check(self.classes >= 0, "classes", "must not be negative")
-        one_of(self.features, "features", *KINDS)
         check_blocks(self.blocks)
         check(
             self.linear or bool(self.neighbours.counts),
@@ -106,7 +107,6 @@ class ProbeConfig:
             "blocks",
             f"{self.blocks} would have no effect: linear is false; k-NN's are neighbours.blocks",
         )
-        check(self.cached_views >= 0, "cached_views", "must not be negative")
         optimizer = self.optimizer
         check(
             optimizer.clip_norm is None,

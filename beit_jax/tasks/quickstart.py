@@ -10,14 +10,18 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import jax
 from absl import logging
 from etils import epath
 
 from beit_jax.config import RunConfig, check, to_dict
+<<<<<<< HEAD
 from beit_jax.config.facts import FACTS, differences
+=======
+from beit_jax.config.bounds import OneOf, Seed, check_fields
+>>>>>>> dc6f244 (WIP bounds)
 from beit_jax.config.unused import Unused
 from beit_jax.distributed import cluster
 from beit_jax.models.heads import masked_image_model
@@ -60,14 +64,15 @@ class QuickstartConfig:
         },
     }
 
-    task: str = "quickstart"
+    task: Annotated[str, OneOf("quickstart")] = "quickstart"
     tokenizer: tokenizer.TokenizerTaskConfig
     pretrain: pretrain.PretrainConfig
     probe: probe.ProbeConfig
     classify: classify.ClassifyConfig
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         frozen = dataclasses.replace(self.pretrain.tokenizer, path="")
         check(
             frozen == dataclasses.replace(self.tokenizer.tokenizer, path=""),

@@ -25,10 +25,12 @@ from beit_jax.config import (
     RunConfig,
     TokenizerConfig,
     check,
-    one_of,
 )
+from beit_jax.config.bounds import OneOf, Temperature, Whole, Within, check_fields
 from beit_jax.config.optimizer import check_warmup
+from beit_jax.config.run import check_needs_source
 from beit_jax.config.unused import Unused
+from beit_jax.data.source_kinds import check_sources
 from beit_jax.models.flops import matmul_flops
 from beit_jax.models.functional import Functional
 from beit_jax.tasks.feed import first_images, image_feed
@@ -55,23 +57,21 @@ class VaeConfig:
     temperature, which is annealed as DALL-E's was (from 1 to 1/16).
     """
 
-    temperature_start: float = 1.0
-    temperature_end: float = 1 / 16
-    temperature_steps: int = 0  # of the anneal; 0: the whole run
-    kl_weight: float = 0.0  # times the mean divergence per position, in nats
+    temperature_start: Temperature = 1.0
+    temperature_end: Temperature = 1 / 16
+    temperature_steps: Whole = 0  # of the anneal; 0: the whole run
+    # Times the mean divergence per position, in nats.
+    kl_weight: Annotated[float, Within(ge=0, le=1_000_000)] = 0.0
     straight_through: bool = False
-    reconstruction: str = "mse"  # or "smooth_l1"
+    reconstruction: Annotated[str, OneOf("mse", "smooth_l1")] = "mse"
 
     def __post_init__(self) -> None:
-        check(self.temperature_end > 0, "temperature_end", "must be positive")
+        check_fields(self)
         check(
             self.temperature_start >= self.temperature_end,
             "temperature_start",
             "must not be under temperature_end",
         )
-        check(self.kl_weight >= 0, "kl_weight", "must not be negative")
-        check(self.temperature_steps >= 0, "temperature_steps", "must not be negative")
-        one_of(self.reconstruction, "reconstruction", "mse", "smooth_l1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class TokenizerTaskConfig:
         "optimizer.decay_relative_positions": Unused("a tokenizer has no relative positions"),
     }
 
-    task: str = "tokenizer"
+    task: Annotated[str, OneOf("tokenizer")] = "tokenizer"
     run: RunConfig
     tokenizer: Annotated[TokenizerConfig, BY_KIND]
     vae: VaeConfig
@@ -103,6 +103,8 @@ class TokenizerTaskConfig:
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_sources(self.data)
         check(
             self.tokenizer.kind in trainable(),
             "tokenizer.kind",
@@ -112,6 +114,9 @@ class TokenizerTaskConfig:
             self.data.token_image_size == self.tokenizer.image_size,
             "data.token_image_size",
             f"{self.data.token_image_size}, but the tokenizer takes {self.tokenizer.image_size}",
+        )
+        check_needs_source(
+            self.run, "init_allow_missing", "init_allow_unused", section="run."
         )
         check_warmup(self.optimizer, self.run)
 

@@ -17,12 +17,14 @@ Kernels are `[height, width, in, out]`: an original weight `[out, in, height, wi
 import dataclasses
 import functools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from beit_jax.config import TokenizerConfig, check, shape_setting
+from beit_jax.config.bounds import Name, Within
 from beit_jax.models.blocks import compute_dtype
 from beit_jax.models.functional import Functional, functional
 from beit_jax.tokenizers.tokenizer import Tokenizer, scores
@@ -45,12 +47,12 @@ HOW_TO_GET = (
 class DalleConfig(TokenizerConfig):
     """The DALL-E discrete VAE (openai/DALL-E): stride 8, and 8192 tokens as published."""
 
-    kind: str = shape_setting("dalle")
-    width: int = shape_setting(256)  # hidden channels; dall_e/encoder.py: n_hid
+    kind: Name = shape_setting("dalle")
+    width: Annotated[int, Within(ge=4, le=65_536)] = shape_setting(256)  # hidden channels; dall_e/encoder.py: n_hid
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.width > 0 and self.width % 4 == 0, "width", "must be a multiple of 4")
+        check(self.width % 4 == 0, "width", f"must be a multiple of 4, got {self.width}")
 
     @property
     def stride(self) -> int:

@@ -22,7 +22,7 @@ The same params serve `dvae_tokenizer(config)`.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from einops import rearrange
 from flax import nnx
 
 from beit_jax.config import TokenizerConfig, check, one_of, shape_setting
+from beit_jax.config.bounds import Name, Within
 from beit_jax.models.blocks import compute_dtype
 from beit_jax.models.functional import Functional, functional
 from beit_jax.tokenizers.tokenizer import Tokenizer, scores
@@ -45,14 +46,14 @@ class DvaeConfig(TokenizerConfig):
     Defaults: unilm's `utils.get_d_vae` (8192 tokens of 112 pixels, 3 levels).
     """
 
-    kind: str = shape_setting("dvae")
-    width: int = shape_setting(256)  # hidden channels
-    levels: int = shape_setting(3)  # halvings of the resolution
-    codebook_width: int = shape_setting(512)
+    kind: Name = shape_setting("dvae")
+    width: Annotated[int, Within(ge=4, le=65_536)] = shape_setting(256)  # hidden channels
+    levels: Annotated[int, Within(ge=1, le=10)] = shape_setting(3)  # halvings of the resolution
+    codebook_width: Annotated[int, Within(ge=1, le=65_536)] = shape_setting(512)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.width > 0 and self.width % 4 == 0, "width", "must be a multiple of 4")
+        check(self.width % 4 == 0, "width", f"must be a multiple of 4, got {self.width}")
 
     @property
     def stride(self) -> int:
@@ -296,9 +297,9 @@ class DiscreteVAE(nnx.Module):
         self,
         *,
         width: int = 256,
-        levels: int = 3,
+        levels: Annotated[int, Within(ge=1, le=10)] = 3,
         vocabulary: int = 8192,
-        codebook_width: int = 512,
+        codebook_width: Annotated[int, Within(ge=1, le=65_536)] = 512,
         dtype: jnp.dtype = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,

@@ -11,17 +11,15 @@ Any image can be loaded by its index at any time, so that the order of the data 
 instead of stored. The exception is a TFDS data set prepared as TFRecord, which can only be read
 from front to back; see `Source.sequence`.
 
-Each kind is one file with one function from a `Request` to a `Source`, and one row of `KINDS`.
+Each kind is one file with one function from a `Request` to a `Source`, and one row of `KINDS` in
+`data/source_kinds.py`.
 """
-
-import dataclasses
-from collections.abc import Callable
 
 import tensorflow as tf
 
-from beit_jax.config import ConfigError, SourceConfig
+from beit_jax.config import SourceConfig
 from beit_jax.data.decode import Window
-from beit_jax.data.sources import embedded, folder, prepared, tfds
+from beit_jax.data.source_kinds import KINDS, Kind, split_source
 from beit_jax.data.sources.source import Element, Request, Source
 
 __all__ = ["KINDS", "Element", "Kind", "Request", "Source", "Window", "open_source"]
@@ -29,29 +27,6 @@ __all__ = ["KINDS", "Element", "Kind", "Request", "Source", "Window", "open_sour
 # TensorFlow only feeds the run here: it must not take the accelerators' memory away from JAX. This
 # has to be set before TensorFlow first runs anything, hence on import.
 tf.config.set_visible_devices([], "GPU")
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of source.
-
-    Attributes:
-      usage: how the setting is written, for the error message that lists all kinds.
-      open: opens a source; raises ConfigError with the name of the setting at fault.
-    """
-
-    usage: str
-    open: Callable[[Request], Source]
-
-
-# By what stands before the colon. A further kind needs one row here, or
-# `sources.KINDS["mine"] = Kind(...)` in code of one's own.
-KINDS = {
-    "embedded": Kind("embedded, embedded:NUMBER", embedded.open_embedded),
-    "folder": Kind("folder:PATH", folder.open_folder),
-    "prepared": Kind("prepared:PATH", prepared.open_prepared),
-    "tfds": Kind("tfds:NAME", tfds.open_tfds),
-}
 
 
 def open_source(config: SourceConfig, *, training: bool) -> Source:
@@ -68,8 +43,5 @@ def open_source(config: SourceConfig, *, training: bool) -> Source:
     setting, text = "config.data.source", config.source
     if not training and config.eval_source:
         setting, text = "config.data.eval_source", config.eval_source
-    name, _, value = text.partition(":")
-    if name not in KINDS:
-        *first, last = (kind.usage for kind in KINDS.values())
-        raise ConfigError(f"{setting}: must be {', '.join(first)} or {last}; got {text!r}")
-    return KINDS[name].open(Request(value=value, setting=setting, config=config, training=training))
+    kind, value = split_source(text, setting=setting)
+    return kind.open(Request(value=value, setting=setting, config=config, training=training))

@@ -7,8 +7,8 @@ background's texture, its segmentation map shows the shape.
 import numpy as np
 import tensorflow as tf
 
-from beit_jax.config import check
 from beit_jax.data.decode import Window, crop_to_window
+from beit_jax.data.source_kinds import EMBEDDED_EVAL_START
 from beit_jax.data.sources.source import Element, Request, Source, check_holdout
 
 # The shape: a segmentation map is 0 on the background and 1 + the index here on the shape.
@@ -31,25 +31,18 @@ TEXTURES = ("stripes", "waves", "checks", "dots", "rings", "gradient")
 IMAGES = 10_000
 # Images are this much larger than config.image_size, so that most random crops are not enlarged.
 SCALE = 1.25
-# Held-out images start at this index: disjoint from any number of training images.
-EVAL_START = 1 << 40
 
 
 def open_embedded(request: Request) -> Source:
     """Opens "embedded" or "embedded:NUMBER".
 
     Raises:
-      ConfigError: NUMBER is not a positive whole number, or no images are held out.
+      ConfigError: no images are held out.
     """
     value, config = request.value, request.config
-    check(
-        value == "" or (value.isdecimal() and int(value) > 0),
-        request.setting,
-        f"embedded:NUMBER needs a positive whole number of images, got {value!r}",
-    )
     number, start = int(value) if value else IMAGES, 0
     if not request.training:
-        start = EVAL_START
+        start = EMBEDDED_EVAL_START
         if request.withholds:
             check_holdout(config)
             number = config.holdout
