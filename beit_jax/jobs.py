@@ -40,9 +40,9 @@ def parse_job(values: Mapping[str, Json]) -> Json:
     Raises:
       ConfigError: a setting is unknown, missing, wrong, or of no use to the job.
     """
-    task = values.get("task")
+    task: Json = values.get("task")
     one_of(task, "config.task", *JOBS)
-    config_class, _ = JOBS[str(task)]
+    config_class, _ = JOBS[task]
     config: Json = parse(config_class, values)
     check_unused(config)
     return config

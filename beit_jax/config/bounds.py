@@ -68,7 +68,7 @@ class Within:
         """Raises ConfigError unless `value` is a number in the range."""
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         check(number, name, f"expected a number, got {shown(value)}")
-        compared = (value,)
+        compared: tuple[Json, ...] = (value,)
         if isinstance(value, float):
             check(np.isfinite(value), name, f"must be finite, got {shown(value)}")
             with np.errstate(over="ignore"):
@@ -144,7 +144,7 @@ def check_fields(config: ConfigDataclass) -> None:
     Raises:
       ConfigError: a value makes no sense. The message starts with the field's own name.
     """
-    for name, hint in type_hints(type(config)).items():
+    for name, hint in _type_hints(type(config)).items():
         _check(hint, getattr(config, name), name)
 
 
@@ -166,7 +166,7 @@ def _check(hint: Any, value: Json, name: str) -> None:
 
 
 @functools.cache
-def type_hints(cls: type) -> dict[str, Any]:
+def _type_hints(cls: type) -> dict[str, Any]:
     """The types of a dataclass's fields, with what is annotated to them."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

@@ -133,8 +133,10 @@ class DataConfig(SourceConfig):
     """
 
     token_image_size: Pixels = 112  # view 2, for the tokenizer
-    augmentation_cycle: Annotated[int, Within(ge=0, le=10_000)] = 0  # K; 0: new views in every epoch
-    token_cache: PathOrNone = ""  # a folder on each host's disk for the ids; "": WORKDIR/token_cache
+    # K; 0: new views in every epoch.
+    augmentation_cycle: Annotated[int, Within(ge=0, le=10_000)] = 0
+    # A folder on each host's disk for the ids; "": WORKDIR/token_cache.
+    token_cache: PathOrNone = ""
     augment: AugmentConfig = AugmentConfig()
     mask: MaskConfig = MaskConfig()
 

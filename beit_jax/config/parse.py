@@ -45,7 +45,7 @@ def check(condition: bool, name: str, message: str) -> None:
         raise ConfigError(f"{name}: {message}")
 
 
-def shown(value: Any) -> str:
+def shown(value: Setting) -> str:
     """A value as a message quotes it: at most 80 characters of its `repr`, whatever it is."""
     if isinstance(value, int) and value.bit_length() > 200:  # Python won't write out thousands
         return f"a number of {value.bit_length()} bits"
@@ -192,8 +192,9 @@ def _parse_choice(choice: Choice, values: Any, path: str) -> Any:
             raise _unknown_key(key, path, known)
         if not any(_is_default(other, key, values[key]) for other in owners.values()):
             raise ConfigError(
-                f"{path}.{key}: {shown(values[key])} has no effect with {choice.key} {shown(chosen)}, only"
-                f" with {' or '.join(map(repr, owners))}; leave it at its default"
+                f"{path}.{key}: {shown(values[key])} has no effect with"
+                f" {choice.key} {shown(chosen)}, only with"
+                f" {' or '.join(map(repr, owners))}; leave it at its default"
             )
     settings = {key: values[key] for key in values if key in own}
     return parse(typing.cast(type[Any], cls), settings, path=path)
@@ -219,8 +220,9 @@ def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _unknown_key(key: str, path: str, known: Iterable[str]) -> ConfigError:
+    name = shown(key).strip("'") if isinstance(key, str) else shown(key)  # on one line
     return ConfigError(
-        f"{path}.{str(key)[:_QUOTED]!s}: unknown key; the keys of {path} are: {', '.join(sorted(known))}"
+        f"{path}.{name}: unknown key; the keys of {path} are: {', '.join(sorted(known))}"
     )
 
 

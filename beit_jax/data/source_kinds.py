@@ -71,7 +71,7 @@ def _wrong_number(value: str) -> str:
 
 
 def _wrong_path(value: str) -> str:
-    return "" if value.strip() else "the path is missing"
+    return "" if value.strip() else f"no such folder: {shown(value)}"
 
 
 def _wrong_name(value: str) -> str:

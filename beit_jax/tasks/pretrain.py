@@ -106,9 +106,7 @@ class PretrainConfig:
             f"at most {token_cache.VOCABULARY} tokens can be kept, not"
             f" {self.tokenizer.vocabulary}; set it to 0",
         )
-        check_needs_source(
-            self.run, "init_allow_missing", "init_allow_unused", section="run."
-        )
+        check_needs_source(self.run, "init_allow_missing", "init_allow_unused", section="run.")
         check_warmup(self.optimizer, self.run)
 
 

@@ -17,11 +17,8 @@ from absl import logging
 from etils import epath
 
 from beit_jax.config import RunConfig, check, to_dict
-<<<<<<< HEAD
-from beit_jax.config.facts import FACTS, differences
-=======
 from beit_jax.config.bounds import OneOf, Seed, check_fields
->>>>>>> dc6f244 (WIP bounds)
+from beit_jax.config.facts import FACTS, differences
 from beit_jax.config.unused import Unused
 from beit_jax.distributed import cluster
 from beit_jax.models.heads import masked_image_model

@@ -115,9 +115,7 @@ class TokenizerTaskConfig:
             "data.token_image_size",
             f"{self.data.token_image_size}, but the tokenizer takes {self.tokenizer.image_size}",
         )
-        check_needs_source(
-            self.run, "init_allow_missing", "init_allow_unused", section="run."
-        )
+        check_needs_source(self.run, "init_allow_missing", "init_allow_unused", section="run.")
         check_warmup(self.optimizer, self.run)
 
 

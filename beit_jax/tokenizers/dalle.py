@@ -48,7 +48,8 @@ class DalleConfig(TokenizerConfig):
     """The DALL-E discrete VAE (openai/DALL-E): stride 8, and 8192 tokens as published."""
 
     kind: Name = shape_setting("dalle")
-    width: Annotated[int, Within(ge=4, le=65_536)] = shape_setting(256)  # hidden channels; dall_e/encoder.py: n_hid
+    # Hidden channels; dall_e/encoder.py: n_hid.
+    width: Annotated[int, Within(ge=4, le=65_536)] = shape_setting(256)
 
     def __post_init__(self) -> None:
         super().__post_init__()

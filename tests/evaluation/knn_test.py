@@ -115,9 +115,9 @@ def test_plain_arrays_of_any_length_equal_brute_force(devices, query_rows, monke
         ({"labels": np.zeros(2, int)}, r"labels: \(2,\) for 3 bank rows"),
         ({"query_labels": np.zeros(3, int)}, r"query_labels: \(3,\) for 2 queries"),
         ({"classes": 3}, "labels: 3 is not below classes = 3"),
-        ({"counts": (0,)}, "counts: each must be at least 1"),
+        ({"counts": (0,)}, r"counts\[0\]: must be at least 1"),
         ({"counts": ()}, "counts: name at least one"),
-        ({"temperature": 0.0}, "temperature: must be positive"),
+        ({"temperature": 0.0}, "temperature: must be at least 0.0001"),
     ],
 )
 def test_arrays_that_do_not_fit_are_errors_with_their_names(changes, message):
