@@ -14,6 +14,7 @@ import importlib.util
 import logging as python_logging
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -21,6 +22,8 @@ _BEGAN = time.perf_counter()  # for the time to the first step: the slow imports
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
+
+_QUOTED = 80  # characters of a name or a value in a message
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; --config.key=value overrides a setting."
@@ -57,7 +60,7 @@ _CLUSTER = (
 def main(argv: list[str]) -> int:
     """Runs the config's job; a wrong setting is a one-line error and exit code 2."""
     if len(argv) > 1:
-        return _fail(f"unexpected arguments: {' '.join(argv[1:])}")
+        return _fail(_one_line(f"unexpected arguments: {' '.join(argv[1:])}", argv))
     try:
         values = _CONFIG.value and _CONFIG.value.to_dict()
     except OSError as error:  # config_flags raises a failure to load when the value is read
@@ -117,15 +120,35 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except KeyError as error:  # config_flags: an override of a key that does not exist
-        key = error.args[0]
-        names = [argument.split("=")[0] for argument in argv]
-        matching = [name for name in names if name.endswith(f".{key}")]
-        sys.exit(_fail(f"{' '.join(matching) or key}: no such setting in the config file"))
-    except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        sys.exit(_fail(lines[0] if lines else repr(error)))
+        sys.exit(_fail(_no_such_setting(error, argv)))
+    except AttributeError as error:  # the same, of a section
+        if error.args and isinstance(error.args[0], KeyError):
+            sys.exit(_fail(_no_such_setting(error.args[0], argv)))
+        sys.exit(_fail(_one_line(str(error) or repr(error), argv)))
+    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
+        sys.exit(_fail(_one_line(str(error) or repr(error), argv)))
+    if _WORKDIR.value is not None and not _WORKDIR.value.strip():
+        sys.exit(_fail("--workdir: is empty; leave it out for runs/<config name>"))
     _set_up_logging()
     return rest
+
+
+def _no_such_setting(error: KeyError, argv: list[str]) -> str:
+    """The message for an override of a key that the config file lacks, by its full name."""
+    key = str(error.args[0]).strip("'\"")
+    names = [argument.split("=")[0].lstrip("-") for argument in argv]
+    matching = [name for name in names if key in re.split(r"[.\[\]]", name)]
+    name = matching[0] if matching else key
+    return f"{name[:_QUOTED]}: no such setting in the config file"
+
+
+def _one_line(message: str, argv: list[str]) -> str:
+    """A message's first line, with at most 80 characters of a value that it quotes."""
+    for argument in argv:
+        value = argument.partition("=")[2] or argument
+        if len(value) > _QUOTED:
+            message = message.replace(value, f"{value[:_QUOTED]}...")
+    return next(line for line in message.splitlines() if line.strip())
 
 
 def _set_up_logging() -> None:

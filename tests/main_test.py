@@ -47,6 +47,55 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):
     assert not workdir.exists()
 
 
+# Flags, and how the one line about them begins.
+REFUSED = (
+    ("--config.run.nothing=1", "config.run.nothing: no such setting in the config file"),
+    ("--config.nothing.at.all=1", "config.nothing.at.all: no such setting in the config file"),
+    ("--config.run[0]=1", "config.run[0]: no such setting in the config file"),
+    ("--config.run=1", "flag --config.run=1: Failed to parse"),
+    ("--config.run.steps=", "flag --config.run.steps=: invalid literal"),
+    ("--config.run.steps=1e3", "flag --config.run.steps=1e3: invalid literal"),
+    ("--config.run.steps=" + "9" * 10_000, "flag --config.run.steps=" + "9" * 80 + "...: "),
+    ("--config.run." + "x" * 1000 + "=1", "config.run.x"),
+    ("--config.=1", "Could not parse"),
+    ("--workdir=", "--workdir: is empty"),
+    ("--workdir= ", "--workdir: is empty"),
+    ("--nothing", "Unknown command line flag 'nothing'"),
+)
+
+
+def test_a_wrong_flag_is_one_short_line_that_names_it(tmp_path):
+    """Each in a fork of one process: absl's flags are global."""
+    (tmp_path / "small.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n    return ConfigDict({'run': {'steps': 1}})\n"
+    )
+    code = f"""
+import os, sys, main
+for flag, _ in {REFUSED}:
+    if not os.fork():
+        print("next", flush=True)
+        sys.argv = ["main.py", "--config={tmp_path}/small.py", flag]
+        main._parse_flags(sys.argv)
+        os._exit(0)
+    _, status = os.wait()
+    print("status", os.waitstatus_to_exitcode(status), flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    found = [part.splitlines() for part in done.stdout.split("next\n")[1:]]
+    assert len(found) == len(REFUSED), done.stdout
+    for (flag, begins), lines in zip(REFUSED, found, strict=True):
+        assert lines[0].startswith(f"error: {begins}"), (flag, lines)
+        assert len(lines[0]) < 400, flag
+        assert lines[1:] == ["status 2"], (flag, lines)
+
+
 @pytest.mark.parametrize(
     ("flags", "environment", "expected"),
     [

@@ -4,9 +4,15 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 
 from beit_jax.config import check, one_of
+from beit_jax.config.bounds import ADDRESS, Within
+from beit_jax.config.parse import shown
+
+MOST_PROCESSES = 1_000_000
+SECONDS = Within(gt=0, le=31_536_000)  # a year
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,9 @@ class Settings:
         one_of(self.multihost, "--multihost", "auto", "yes", "no")
         one_of(self.platform, "--platform", "any", "tpu", "gpu", "cpu")
         for name in ("start_timeout", "heartbeat_timeout", "barrier_timeout"):
-            check(getattr(self, name) > 0, f"--{name}", "must be positive")
+            SECONDS.check(getattr(self, name), f"--{name}")
+        Within(ge=0, le=MOST_PROCESSES).check(self.num_processes, "--num_processes")
+        Within(ge=-1, le=MOST_PROCESSES).check(self.process_id, "--process_id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +86,9 @@ def find_membership(
     if settings.process_id >= 0:
         index = settings.process_id
     local_device_ids = None
-    asked = address is not None or settings.multihost == "yes"
+    # A flag that has an effect in a cluster alone asks for one: no run is alone by mistake.
+    several = settings.num_processes > 1 or settings.process_id > 0
+    asked = address is not None or settings.multihost == "yes" or several
     if None in (address, count, index) and (asked or _cluster_around(environment)):
         # JAX's own knowledge of Cloud TPU, GKE, Slurm, Open MPI and Kubernetes, which a bare
         # jax.distributed.initialize() asks. It has no public name.
@@ -99,11 +109,11 @@ def find_membership(
         ]
         check(
             not asked,
-            "--multihost",
+            "--num_processes" if several else "--multihost",
             f"no cluster that JAX knows is here, and not given: {', '.join(missing)}",
         )
         return None
-    check(":" in address, "--coordinator_address", f"{address!r} is not host:port")
+    ADDRESS.check(address, "--coordinator_address")
     check(0 <= index < count, "--process_id", f"{index} is not one of {count}")
     if count == 1 and settings.multihost != "yes":
         return None
@@ -119,7 +129,8 @@ def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
     value = environment.get(name)
     if value is None:
         return None
-    check(value.isdecimal(), name, f"must be a number, got {value!r}")
+    number = re.fullmatch("[0-9]{1,7}", value) is not None
+    check(number, name, f"must be a number of at most 7 digits, got {shown(value)}")
     return int(value)
 
 

@@ -44,7 +44,18 @@ def test_settings_come_before_variables_and_without_both_a_process_is_alone():
         ({"coordinator_address": "a:1", "num_processes": 2}, {}, r"not given: --process_id"),
         ({}, {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID: must be"),
         ({"coordinator_address": "a", "num_processes": 2, "process_id": 0}, {}, "is not host:port"),
+        *(
+            (
+                {"coordinator_address": address, "num_processes": 2, "process_id": 0},
+                {},
+                r"^--coordinator_address: .* is not host:port with a port from 1 to 65535$",
+            )
+            for address in ("localhost:99999", "localhost:abc", "localhost:0", ":1", "a b:1", "x:")
+        ),
         ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, {}, "2 is not one"),
+        # A run that was meant to be one of several is none on its own.
+        ({"num_processes": 2}, {}, r"^--num_processes: no cluster .* --coordinator_address"),
+        ({"process_id": 1}, {}, r"^--num_processes: no cluster .* --coordinator_address"),
     ],
 )
 def test_an_incomplete_description_of_a_cluster_is_an_error(settings, environment, message):
@@ -73,6 +84,11 @@ def test_a_wrong_setting_is_named():
         ({"multihost": "maybe"}, "--multihost"),
         ({"platform": "abacus"}, "--platform"),
         ({"heartbeat_timeout": 0.0}, "--heartbeat_timeout"),
+        ({"heartbeat_timeout": -1.0}, "--heartbeat_timeout"),
+        ({"start_timeout": float("nan")}, "--start_timeout"),
+        ({"barrier_timeout": float("inf")}, "--barrier_timeout"),
+        ({"num_processes": 2**63}, "--num_processes"),
+        ({"process_id": 2**63}, "--process_id"),
     ):
         with pytest.raises(ConfigError, match=name):
             Settings(**settings)
