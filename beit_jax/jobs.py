@@ -1,11 +1,15 @@
 """From a config's `task` to the job that runs it: the edge between settings and code."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from beit_jax.config import ConfigError, RunError, one_of, parse, to_dict
+import jax
+
+from beit_jax.config import ConfigError, ModelConfig, RunError, check, one_of, parse, to_dict
 from beit_jax.config.unused import check_unused
 from beit_jax.distributed import cluster
+from beit_jax.models.attention import PLATFORMS
 from beit_jax.tasks import classify, pretrain, probe, quickstart, tokenizer
 from beit_jax.tokenizers.loading import TokenizerFileError
 from beit_jax.training import startup
@@ -48,9 +52,35 @@ def parse_job(values: Mapping[str, Json]) -> Json:
     return config
 
 
+def check_platform(config: Json, *, platform: str, path: str = "config") -> None:
+    """Refuses a kernel of attention that does not run here, before anything is opened.
+
+    Args:
+      config: a frozen config dataclass; its sections are checked too.
+      platform: "tpu", "gpu" or "cpu", where the run takes place.
+      path: the section's full name, for messages.
+
+    Raises:
+      ConfigError: a section's `attention` names a kernel of another platform.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{path}.{field.name}"
+        if isinstance(value, ModelConfig):
+            wanted = PLATFORMS.get(value.attention, platform)
+            check(
+                wanted == platform,
+                f"{name}.attention",
+                f"{value.attention!r} is a kernel for {wanted}, and this run is on {platform};"
+                ' take "auto"',
+            )
+        elif dataclasses.is_dataclass(value):
+            check_platform(value, platform=platform, path=name)
+
+
 def run(values: Mapping[str, Json], *, workdir: str) -> JsonObject:
     """Runs the job and returns its summary."""
     config = parse_job(values)
+    check_platform(config, platform=jax.default_backend())
     startup.keep_compiled(config.run.compilation_cache, workdir=workdir)
     _, run_kind = JOBS[config.task]
     return run_kind(config, workdir=workdir)

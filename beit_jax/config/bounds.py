@@ -16,7 +16,7 @@ that was ever reported, what can only be a slip.
 """
 
 import dataclasses
-import functools
+import math
 import numbers
 import re
 import types
@@ -26,11 +26,12 @@ from typing import Annotated, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from beit_jax.config.parse import ConfigError, check, one_of, shown
+from beit_jax.config.parse import ConfigError, check, field_types, one_of, shown
 from beit_jax.types import ConfigDataclass, Json
 
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @runtime_checkable
@@ -70,10 +71,10 @@ class Within:
         check(number, name, f"expected a number, got {shown(value)}")
         compared: tuple[Json, ...] = (value,)
         if isinstance(value, float):
-            check(np.isfinite(value), name, f"must be finite, got {shown(value)}")
+            check(math.isfinite(value), name, f"must be finite, got {shown(value)}")
             with np.errstate(over="ignore"):
                 compared = (value, np.float32(value))
-            tiny = value != 0 and abs(value) < np.finfo(np.float32).tiny
+            tiny = value != 0 and abs(value) < _TINY
             check(not tiny, name, f"{shown(value)} is too close to 0 for float32")
         if not all(self._above(each) for each in compared):
             raise ConfigError(f"{name}: {self._lower()}, got {shown(value)}{self._reason()}")
@@ -144,7 +145,7 @@ def check_fields(config: ConfigDataclass) -> None:
     Raises:
       ConfigError: a value makes no sense. The message starts with the field's own name.
     """
-    for name, hint in _type_hints(type(config)).items():
+    for name, hint in field_types(type(config)).items():
         _check(hint, getattr(config, name), name)
 
 
@@ -163,13 +164,6 @@ def _check(hint: Any, value: Json, name: str) -> None:
         item, *_ = typing.get_args(hint)
         for index, part in enumerate(value):
             _check(item, part, f"{name}[{index}]")
-
-
-@functools.cache
-def _type_hints(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields, with what is annotated to them."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 # Numbers. Steps are counted in int32 on the device, and so is whatever is at most a run's length.

@@ -11,6 +11,7 @@ Of the package, this file imports only names of types, so every other part may i
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -156,7 +157,7 @@ def parse(cls: type[T], values: Mapping[str, Setting], *, path: str = "config") 
     """
     _check_section(values, path)
     fields = _fields(cls)
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = field_types(typing.cast(Any, cls))
     for key in values:
         if key not in fields:
             raise _unknown_key(key, path, fields)
@@ -200,12 +201,19 @@ def _parse_choice(choice: Choice, values: Any, path: str) -> Any:
     return parse(typing.cast(type[Any], cls), settings, path=path)
 
 
+@functools.cache
+def field_types(cls: type) -> dict[str, Setting]:
+    """The types of a dataclass's fields by name, with what is annotated to them."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
 def _is_default(cls: type, key: str, value: Any) -> bool:
     field = _fields(cls)[key]
     if field.default_factory is not dataclasses.MISSING:
         return bool(value == field.default_factory())
     try:
-        return bool(_value(typing.get_type_hints(cls)[key], value, key) == field.default)
+        return bool(_value(field_types(cls)[key], value, key) == field.default)
     except ConfigError:
         return False
 

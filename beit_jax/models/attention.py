@@ -15,6 +15,9 @@ from jax.sharding import PartitionSpec
 
 from beit_jax.models.kernels.fused_attention import HEAD_WIDTH, MASKED, fused_attention
 
+# Where kernels run; the others run anywhere.
+PLATFORMS = {"fused": "tpu", "cudnn": "gpu"}
+
 
 def resolve_implementation(chosen: str, *, head_width: int, platform: str) -> str:
     """The implementation that is used: resolves "auto".
