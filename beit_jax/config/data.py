@@ -113,7 +113,7 @@ class SourceConfig:
     max_pixels: Count = MAX_PIXELS  # of an image, height times width; larger ones count as bad
     exif_orientation: bool = True  # turn photographs upright; the official loader does not
     workers: Annotated[int, Within(ge=0, le=1024)] = 0  # parallel decoders; 0: as many as cores
-    prefetch: Annotated[int, Within(ge=0, le=1024)] = 2  # batches ahead
+    prefetch: Annotated[int, Within(ge=0, le=256)] = 2  # batches ahead
     service: tuple[Address, ...] = ()  # of machines that make the batches (`data/service.py`)
 
     def __post_init__(self) -> None:

@@ -47,16 +47,20 @@ def check(condition: bool, name: str, message: str) -> None:
 
 
 def shown(value: Setting) -> str:
-    """A value as a message quotes it: at most 80 characters of its `repr`, whatever it is."""
+    """A value as a message quotes it: at most 80 characters of its `repr`, whatever it is.
+
+    Of a longer one the middle is left out: the end of a path says most.
+    """
     if isinstance(value, int) and value.bit_length() > 200:  # Python won't write out thousands
         return f"a number of {value.bit_length()} bits"
-    if isinstance(value, (str, bytes)):
-        value = value[:_QUOTED]  # a repr is at least as long
+    if isinstance(value, str) and len(value) > 2 * _QUOTED:
+        value = value[:_QUOTED] + value[-_QUOTED:]  # a repr is at least as long
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # of what a container holds
         text = f"a {type(value).__name__}"
-    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 3]}..."
+    half = (_QUOTED - 3) // 2
+    return text if len(text) <= _QUOTED else f"{text[:half]}...{text[-half:]}"
 
 
 class HasConfig(Protocol):

@@ -7,6 +7,7 @@ import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError
+from beit_jax.config.parse import shown
 from beit_jax.data.decode import EXTENSIONS, Window, decode_element
 from beit_jax.data.sources.source import Element, Request, Source, select_split
 from beit_jax.files import visible_files
@@ -25,11 +26,11 @@ def open_folder(request: Request) -> Source:
     # (TensorFlow's isdir takes only paths that are UTF-8.)
     is_folder = tf.io.gfile.isdir if "://" in path else os.path.isdir
     if not path or not is_folder(root):
-        raise ConfigError(f"{request.setting}: no such folder: {path!r}")
+        raise ConfigError(f"{request.setting}: no such folder: {shown(path)}")
     found = _list_images(root)
     if not found:
         raise ConfigError(
-            f"{request.setting}: no images in {path!r} at any depth; looked for"
+            f"{request.setting}: no images in {shown(path)} at any depth; looked for"
             f" {', '.join(EXTENSIONS)}"
         )
     classes = _class_folders(found)

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from beit_jax.config import ConfigError, check
+from beit_jax.config.parse import shown
 from beit_jax.data.decode import Window, decode_element
 from beit_jax.data.sources.source import Element, Request, Source, select_split
 from beit_jax.types import JsonObject
@@ -62,17 +63,19 @@ def open_set(path: str, *, setting: str) -> PreparedSet:
       ConfigError: there is no set, or it is incomplete.
     """
     check(
-        "://" not in path, setting, f"{path!r}: prepared sets are read from a disk; copy it there"
+        "://" not in path,
+        setting,
+        f"{shown(path)}: prepared sets are read from a disk; copy it there",
     )
     folder = Path(os.path.expanduser(path))
     if not (folder / HEADER).is_file():
         raise ConfigError(
-            f"{setting}: no {HEADER} in {path!r}: nothing was prepared there, or not to the end;"
-            " python -m beit_jax.data.prepare writes it, and continues where it was stopped"
+            f"{setting}: no {HEADER} in {shown(path)}: nothing was prepared there, or not to the"
+            " end; python -m beit_jax.data.prepare writes it, and continues where it was stopped"
         )
     header = json.loads((folder / HEADER).read_text())
     found = header["format"]
-    check(found == FORMAT, setting, f"{path!r} has format {found}, this code reads {FORMAT}")
+    check(found == FORMAT, setting, f"{shown(path)} has format {found}, this code reads {FORMAT}")
     paths = []
     for number, shard in enumerate(header["shards"]):
         file = folder / shard_name(number, shards=len(header["shards"]))
@@ -91,7 +94,7 @@ def open_set(path: str, *, setting: str) -> PreparedSet:
     counts = {"records": len(records)} | ({} if labels is None else {"labels": len(labels)})
     for content, count in counts.items():
         wanted = header["images"]
-        check(count == wanted, setting, f"{path!r} has {count} {content} for {wanted} images")
+        check(count == wanted, setting, f"{shown(path)} has {count} {content} for {wanted} images")
     return PreparedSet(
         size=header["images"],
         read=lambda index: records[int(index)],

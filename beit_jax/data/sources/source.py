@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from beit_jax.config import SourceConfig, check
+from beit_jax.config.parse import shown
 
 # Tensors by name: an image with its label, say.
 Element = dict[str, tf.Tensor]
@@ -107,7 +108,7 @@ def select_split(size: int, *, identity: Callable[[int], str], request: Request)
     check(
         holdout < size,
         "config.data.holdout",
-        f"{holdout} of the {size} images in {request.value!r} leave none to train on",
+        f"{holdout} of the {size} images in {shown(request.value)} leave none to train on",
     )
     chosen = heapq.nsmallest(holdout, range(size), key=lambda index: _stable_hash(identity(index)))
     held_out = np.zeros(size, bool)

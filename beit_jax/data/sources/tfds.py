@@ -13,6 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError, check
+from beit_jax.config.parse import shown
 from beit_jax.data.decode import Window, decode_element
 from beit_jax.data.sources.source import Element, Request, Source
 
@@ -51,8 +52,8 @@ def open_tfds(request: Request) -> Source:
         size = builder.info.splits[split].num_examples
     except (KeyError, ValueError) as error:
         known = ", ".join(sorted(builder.info.splits))
-        raise ConfigError(f"{split_setting}: {name} has no {split!r}, but {known}") from error
-    check(size > 0, split_setting, f"{split!r} of {name} is empty")
+        raise ConfigError(f"{split_setting}: {name} has no {shown(split)}, but {known}") from error
+    check(size > 0, split_setting, f"{shown(split)} of {name} is empty")
 
     image_feature, label_feature = _features(builder, setting=request.setting)
     records = _Records(
@@ -217,8 +218,8 @@ def _how_to_prepare(name: str, *, setting: str) -> str:
     folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     data_set = name.split("/")[0].split(":")[0]
     message = (
-        f"{setting}: no prepared data set {name!r} in {folder} ($TFDS_DATA_DIR). Prepare it once, "
-        f"on a machine with a CPU: `tfds build {data_set} --file_format=array_record "
+        f"{setting}: no prepared data set {shown(name)} in {folder} ($TFDS_DATA_DIR). Prepare it "
+        f"once, on a machine with a CPU: `tfds build {data_set} --file_format=array_record "
         f"--data_dir={folder}`, copying it to gs:// afterwards if hosts share it there"
     )
     if data_set == "imagenet2012":
