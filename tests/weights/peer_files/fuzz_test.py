@@ -47,6 +47,7 @@ json_values = st.recursive(
     max_leaves=6,
 )
 _GONE = object()
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,16 @@ def good(tmp_path_factory):
     containers.write_safetensors(str(hub / "model.safetensors"), state, metadata={})
     (hub / "config.json").write_text(json.dumps(timm.hub_config(reduced, config={})))
     found["hub"] = hub, found["timm"][1]
+    sharded = folder / "sharded"
+    shutil.copytree(found["classifier"][0], sharded)
+    state, _ = containers.load_safetensors((sharded / "model.safetensors").read_bytes(), source="x")
+    (sharded / "model.safetensors").unlink()
+    weight_map = {key: f"model-{1 + i % 2}-of-2.safetensors" for i, key in enumerate(state)}
+    for shard in set(weight_map.values()):
+        part = {key: state[key] for key, of in weight_map.items() if of == shard}
+        containers.write_safetensors(str(sharded / shard), part, metadata={})
+    (sharded / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    found["sharded"] = sharded, found["classifier"][1]
     return found
 
 
@@ -516,33 +527,13 @@ def entry(header: dict[str, Any], name: str, fields: dict[str, Any]) -> st.Searc
     )
 
 
-@both_parts
-def test_json_that_is_no_config(count, seed, good, tmp_path):
-    """Any JSON, any text and any bytes in place of a config or an image processor's file."""
-    source, params = good["classifier"]
-    folder = tmp_path / "model"
-    shutil.copytree(source, folder)
-    originals = {name: (source / name).read_bytes() for name in FILES}
-
-    def check(drawn):
-        name, content = drawn
-        for other, whole in originals.items():
-            (folder / other).write_bytes(whole)
-        (folder / name).write_bytes(HOSTILE[content] if isinstance(content, str) else content)
-        checkpoint = read(folder)
-        if checkpoint is not None:
-            check_params(checkpoint, params)
-
-    contents = (
-        json_values.map(lambda value: json.dumps(value).encode())
-        | st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
-        | st.binary()
-        | st.sampled_from(sorted(HOSTILE))
-    )
-    run(check, st.tuples(st.sampled_from(FILES), contents), examples=count, seed=seed)
-
-
-FILES = ("config.json", "preprocessor_config.json")
+# Files of JSON, and the folders they are in.
+FILES = (
+    ("classifier", "config.json"),
+    ("classifier", "preprocessor_config.json"),
+    ("sharded", INDEX),
+    ("hub", "config.json"),
+)
 # By name, since hypothesis prints what it draws.
 HOSTILE = {
     "lists too deep": b"[" * 100_000,
@@ -551,4 +542,39 @@ HOSTILE = {
     "a byte-order mark": b"\xef\xbb\xbf{}",
     "a number of 5000 digits": b'{"hidden_size": ' + b"1" * 5000 + b"}",
     "the same key twice": b'{"hidden_size": 1, "hidden_size": 2}',
+    "a shard outside": b'{"weight_map": {"a": "../classifier/model.safetensors"}}',
+    "a shard that is no name": b'{"weight_map": {"a": ["model-1-of-2.safetensors"]}}',
+    "a shard that is a folder": b'{"weight_map": {"a": "."}}',
 }
+
+
+@both_parts
+def test_json_that_is_not_what_it_should_be(count, seed, good, tmp_path):
+    """Any JSON, any text and any bytes in place of a config or an index of shards."""
+    folders, originals = {}, {}
+    for which, name in FILES:
+        folders[which] = tmp_path / which
+        shutil.copytree(good[which][0], folders[which], dirs_exist_ok=True)
+        originals[which, name] = (folders[which] / name).read_bytes()
+
+    def check(drawn):
+        (which, name), content = drawn
+        file = folders[which] / name
+        file.write_bytes(HOSTILE[content] if isinstance(content, str) else content)
+        try:
+            checkpoint = read(folders[which])
+        finally:
+            file.write_bytes(originals[which, name])
+        if checkpoint is not None:
+            check_params(checkpoint, good[which][1])
+
+    contents = (
+        json_values.map(lambda value: json.dumps(value).encode())
+        | st.dictionaries(st.sampled_from(["weight_map", "metadata"]), json_values).map(
+            lambda value: json.dumps(value).encode()
+        )
+        | st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
+        | st.binary()
+        | st.sampled_from(sorted(HOSTILE))
+    )
+    run(check, st.tuples(st.sampled_from(FILES), contents), examples=count, seed=seed)

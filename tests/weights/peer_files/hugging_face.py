@@ -133,8 +133,12 @@ def saved(
     preprocessor: Mapping[str, Any] | None = PREPROCESSOR,
     then: Callable[[str, Any], None] | None = None,
     runs: bool = True,
+    given: str = "",
 ) -> Built:
-    """Saves a model of class `cls`; `then` changes the folder, and perhaps the live model."""
+    """Saves a model of class `cls`; `then` changes the folder, and perhaps the live model.
+
+    Commands get the folder, or the file `given` in it.
+    """
     model = model_of(cls, bare=bare, **(config or {}))
     path = f"{folder}/model"
     model.save_pretrained(path)
@@ -144,7 +148,7 @@ def saved(
         then(path, model)
     size, patch = model.config.image_size, model.config.patch_size
     return Built(
-        path=path,
+        path=f"{path}/{given}" if given else path,
         kind=KINDS.get(cls, "encoder"),
         model=model,
         forward=forward_of(model) if runs and KINDS.get(cls, "encoder") else None,

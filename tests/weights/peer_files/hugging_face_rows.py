@@ -357,8 +357,9 @@ CONTAINERS = (
     _container("pytorch_model.bin", hf.as_bin),
     _container("sharded pytorch_model.bin", hf.in_bin_shards),
     _container("model.fp16.safetensors", hf.variant),
+    _container("the file in its folder", hf.as_saved, given="model.safetensors"),
     _container(
-        "a training folder",
+        "a Trainer's checkpoint-500",
         hf.beside_an_optimizer,
         cls=MASKED,
         config={"use_mask_token": True, **hf.SHARED},

@@ -189,6 +189,22 @@ def _deepspeed(state: State, folder: str) -> str:
     return f"{folder}/run"
 
 
+def _accelerate(state: State, folder: str) -> str:
+    """A folder as Accelerate's `save_state` leaves it."""
+    path = f"{folder}/checkpoint_0"
+    files.write_pth(f"{path}/optimizer.bin", {"state": {}, "param_groups": []})
+    files.write_pth(f"{path}/scheduler.bin", {"last_epoch": 3})
+    files.write_pth(f"{path}/random_states_0.pkl", {"step": 3})
+    files.write_safetensors(f"{path}/model.safetensors", state)
+    return path
+
+
+def _alone_in_a_folder(state: State, folder: str) -> str:
+    files.write_pth(f"{folder}/download/beit.pth", {"model": state})
+    pathlib.Path(folder, "download", "README.md").write_text("# BEiT")
+    return f"{folder}/download"
+
+
 def _renamed_zip(state: State, folder: str) -> str:
     """What `torch.save` wrote, under the name that a browser gave the download."""
     return files.write_pth(f"{folder}/beit_base_patch16_224_pt22k.zip", {"model": state})
@@ -257,7 +273,9 @@ CONTAINERS = (
     _container("model", saved("beit.pth", lambda s: {"model": s}), fast=True),
     _container("module", saved("beit.pth", lambda s: {"module": s})),
     _container("model in a module", saved("beit.pth", lambda s: {"model": {"module": s}})),
-    _container("model_state_dict", saved("beit.pt", lambda s: {"model_state_dict": s, "epoch": 3})),
+    _container(
+        "model_state_dict, .pt", saved("beit.pt", lambda s: {"model_state_dict": s, "epoch": 3})
+    ),
     _container(
         "training checkpoint with args",
         saved("checkpoint-29.pth", _official),
@@ -284,7 +302,9 @@ CONTAINERS = (
         outcome=dataclasses.replace(NAMED, says=("state_dict_ema",)),
     ),
     _container(".pth.tar", saved("beit.pth.tar", lambda s: {"state_dict": s})),
-    _container("Lightning", saved("last.ckpt", _lightning), outcome=_note(r"model\."), fast=True),
+    _container(
+        "Lightning's .ckpt", saved("last.ckpt", _lightning), outcome=_note(r"model\."), fast=True
+    ),
     _container("DeepSpeed's folder", _deepspeed),
     _container(
         "compiled",
@@ -308,7 +328,17 @@ CONTAINERS = (
         ),
         outcome=Accepted(guessed=SILENT, says=("_orig_mod",)),
     ),
-    _container("download with another name", _renamed_zip),
+    _container(
+        "FSDP",
+        saved("beit.pth", lambda s: {"model": files.prefixed(s, "_fsdp_wrapped_module.")}),
+        outcome=_note("_fsdp_wrapped_module"),
+    ),
+    _container(
+        "under a name of its own", saved("beit.pth", lambda s: {"epoch": 3, "weights_of_mine": s})
+    ),
+    _container("Accelerate's folder", _accelerate),
+    _container("alone in a folder", _alone_in_a_folder),
+    _container("a .pth renamed to .zip", _renamed_zip),
     _container("zip with a checkpoint inside", _zipped),
     _container("ordered dict of a module", saved("beit.pth", _as_state_dict)),
     _container("views of storages", saved("beit.pth", lambda s: {"model": _views(s)})),

@@ -87,5 +87,6 @@ def test_every_kind_of_container_is_run():
         "compiled",
         ".pth.tar",
         "timm: a folder",
+        "Accelerate",
     ):
         assert any(kind in name for name in names), kind

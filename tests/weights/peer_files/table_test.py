@@ -153,7 +153,7 @@ def round_trip(row, peer, tmp_path, capsys, *, native, built) -> None:
     for name in outcome.data:
         assert answer["data"]["export"].get(name) == answer["data"]["peer"].get(name), name
     if outcome.format == "hugging_face":
-        same_preprocessor(pathlib.Path(built["path"]), again)
+        same_preprocessor(tmp_path / "model", again)
 
 
 def unexplained(differences, outcome, *, kind: str) -> list:
@@ -216,6 +216,24 @@ def test_refused(row, peer, tmp_path, capsys):
         with pytest.raises(ConfigError, match=outcome.line) as error:
             beit_jax.load_encoder(path)
         assert "\n" not in str(error.value)
+
+
+def test_the_files_of_the_page_are_in_the_table():
+    """Every class, suffix and file that docs/weights.md calls taken is in an accepted row."""
+    page = pathlib.Path(__file__).parents[3] / "docs/weights.md"
+    [section] = re.findall(r"### Which files are taken\n(.*?)\n###", page.read_text(), re.DOTALL)
+    lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) >= 3
+    # Names of rows, and the classes and names of models that they are built of.
+    rows = [
+        f"{row.name} {getattr(row.build, 'keywords', {})}"
+        for row in ROWS.values()
+        if isinstance(row.outcome, Accepted)
+    ]
+    for line in lines:
+        for named in re.findall(r"`([^`]+)`", line.split("|")[1]):
+            stem = named.strip("_*…").removeprefix(".")
+            assert any(stem in row for row in rows), named
 
 
 def test_the_table_is_whole():
