@@ -143,7 +143,7 @@ ROWS = (
     _broken(
         "a tensor", "tensor|ndarray|array", _wrong(saved("beit.pth", lambda s: s["cls_token"]))
     ),
-    _broken("a whole module of timm", r"timm\.models", _whole_module),
+    _broken("a whole module of timm", r"it names timm\.", _whole_module),
     _broken("a TorchScript module", "(?i)torchscript|torch.jit", _torchscript),
     _broken(
         "weights of Flax",
