@@ -12,7 +12,7 @@ import re
 from etils import epath
 
 from beit_jax.types import JsonObject
-from beit_jax.weights import containers, folders, hub, shards, unwrapping
+from beit_jax.weights import containers, folders, hub, native, shards, unwrapping
 from beit_jax.weights.formats import FORMATS
 from beit_jax.weights.formats.format import Opened
 from beit_jax.weights.report import WeightsError
@@ -58,6 +58,8 @@ def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
     choice = folders.Choice(file="")
     configs: list[JsonObject] = [{}, {}]
     if file.is_dir():
+        if native.is_checkpoint(path):
+            raise WeightsError(f"{path} is a checkpoint of this project; use it as it is")
         folder = file
         choice = folders.find(folder, source=path)
         file = folder / choice.file

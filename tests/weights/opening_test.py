@@ -9,7 +9,7 @@ import pytest
 from beit_jax.weights import folders, native, opening
 from beit_jax.weights.__main__ import main
 from beit_jax.weights.report import WeightsError
-from tests.weights import saved_files
+from tests.weights import examples, saved_files
 from tests.weights.saved_files import (
     deepspeed,
     deepspeed_folder,
@@ -247,6 +247,12 @@ def test_sources_that_are_no_paths_are_told_what_to_give(source, message, capsys
         output = [] if command == "inspect" else ["--output=/nowhere/x.safetensors"]
         assert main([command, source, *arguments, *output]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_checkpoint_of_this_project_needs_no_import(tmp_path):
+    examples.saved(tmp_path / "native", examples.PRETRAINED["plain"])
+    with pytest.raises(WeightsError, match="is a checkpoint of this project; use it as it is"):
+        opening.open_file(str(tmp_path / "native"))
 
 
 def test_a_folder_is_not_ours_for_the_names_in_it(torch, state, tmp_path):
