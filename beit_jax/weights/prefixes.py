@@ -33,6 +33,12 @@ _BEIT = (
     ("embeddings.cls_token", "encoder.layer."),
     ("cls_token", "blocks.0."),
 )
+# How the names of a BEiT begin, in every kind of names.
+_OWN = {
+    *("cls_token", "mask_token", "pos_embed", "patch_embed", "blocks", "rel_pos_bias", "norm"),
+    *("fc_norm", "head", "lm_head", "beit", "data2vec_vision", "embeddings", "encoder", "layers"),
+    *("layernorm", "pooler", "classifier"),
+}
 
 
 def plain_names(state: State, *, source: str) -> tuple[State, tuple[str, ...]]:
@@ -60,11 +66,15 @@ def plain_names(state: State, *, source: str) -> tuple[State, tuple[str, ...]]:
         if not begin:
             break
         prefix += begin
+    if not prefix:
+        prefix = _before_most(inside)
     if apart and (prefix or apart == ["n_averaged"]):
         notes.append(f"left aside, beside the model: {compact(apart)}")
         state = {key: state[key] for key in inside}
     if prefix:
-        notes.append(f"names: {prefix} is left off all {len(inside)} of them")
+        under = sum(key.startswith(prefix) for key in inside)
+        some = "all" if under == len(inside) else f"{under} of the"
+        notes.append(f"names: {prefix} is left off {some} {len(inside)} of them")
     names = {key: _without_transparent(key.removeprefix(prefix)) for key in state}
     within = [key for key, name in names.items() if name != key.removeprefix(prefix)]
     if within:
@@ -86,6 +96,24 @@ def _before_beit(keys: list[str]) -> str:
         prefix = first.removesuffix(token)
         is_beit = any(key.startswith(prefix + block) for key in keys)
         return prefix if is_beit and all(_under(prefix, key) for key in keys) else ""
+    return ""
+
+
+def _before_most(keys: list[str]) -> str:
+    """What stands before a whole BEiT that shares its state dict with something else's tensors.
+
+    Those keep their names, so that they are named as left over; with names of a BEiT's own, such
+    as a head of somebody else's making, nobody can tell what they are, and "" is returned.
+    """
+    for token, block in _BEIT:
+        if token in keys:
+            return ""
+        first = next((key for key in keys if key.endswith(f".{token}")), None)
+        if first is None or f"{first.removesuffix(token)}{block}" not in "\n".join(keys):
+            continue
+        prefix = first.removesuffix(token)
+        beside = {key.split(".")[0] for key in keys if not key.startswith(prefix)}
+        return "" if beside & _OWN or any(f"{name}." == prefix for name in beside) else prefix
     return ""
 
 

@@ -87,6 +87,7 @@ class _Sets:
     def __init__(self, whole: Mapping, *, source: str):
         self._source = source
         self._seen: dict[int, State] = {}
+        self._aside: list[str] = []
         self._whole = _with_average_apart(whole)
         whole = self._whole
         self.average = next((key for key in _AVERAGES if self._under(whole.get(key))), None)
@@ -130,7 +131,12 @@ class _Sets:
         ]
         if nameless:
             notes.append(f"weights: {nameless[0]} left aside: its tensors have no names")
-        return model, notes
+        if not self.is_bare:
+            for key, value in self._whole.items():
+                is_other = isinstance(key, str) and key != self.model and key not in others
+                if is_other and not _is_training(key) and _is_bare_dict(value):
+                    self._aside.append(key)
+        return model, [*notes, *self._left_aside()]
 
     def _check_whole(self, state: State, model: State, *, average: str, name: str) -> None:
         """Raises WeightsError where an average is one of a part of the model."""
@@ -159,7 +165,7 @@ class _Sets:
         found = {
             key: self._under(value) for key, value in self._whole.items() if isinstance(key, str)
         }
-        found = _likely({key: state for key, state in found.items() if state})
+        found = self._likely({key: state for key, state in found.items() if state})
         if len(found) > 1:
             raise WeightsError(
                 f"{self._source} holds several sets of tensors, {', '.join(found)}, and which is"
@@ -171,7 +177,7 @@ class _Sets:
                 f"{self._source} holds no tensors of a model; its keys are {_some(self._whole)}"
             )
         ((key, state),) = found.items()
-        return state, [f"weights: {key} taken, the only tensors there"]
+        return state, [f"weights: {key} taken, the only ones there", *self._left_aside()]
 
     def _beside(self, model: State) -> dict[str, State]:
         """Other sets of the same weights, by their place: "model_ema", "callbacks.EMA"."""
@@ -196,6 +202,17 @@ class _Sets:
                     ]
             level = inner
         return found
+
+    def _likely(self, found: dict[str, State]) -> dict[str, State]:
+        """Those with names like a model's, if any: a generator's state and a head have no dots."""
+        dotted = {key: state for key, state in found.items() if any("." in name for name in state)}
+        if dotted:
+            self._aside += [key for key in found if key not in dotted and not _is_training(key)]
+        return dotted or found
+
+    def _left_aside(self) -> list[str]:
+        names = list(dict.fromkeys(self._aside))
+        return [f"left aside: the tensors of {', '.join(names[:5])}"] if names else []
 
     def _only_average(self, others: Mapping[str, State]) -> str | None:
         averages = [place for place in others if any(map(_is_average, place.split(".")))]
@@ -223,7 +240,7 @@ class _Sets:
                     for key, item in value.items()
                     if isinstance(key, str)
                 }
-                found = _likely({key: state for key, state in inner.items() if state})
+                found = self._likely({key: state for key, state in inner.items() if state})
                 state = next(iter(found.values())) if len(found) == 1 else {}
             self._seen[id(value)] = state
         return self._seen[id(value)]
@@ -238,8 +255,14 @@ def _with_average_apart(whole: Mapping) -> Mapping:
     if not inside or len(inside) == len(names) or any(name in whole for name in _AVERAGES):
         return whole
     rest = {name: item for name, item in state.items() if name not in inside}
-    average = {name.partition(".")[2]: state[name] for name in sorted(inside)}
-    return {**({} if key is None else whole), key or "state_dict": rest, "model_ema": average}
+    own = _names({name: item for name, item in rest.items() if isinstance(item, np.ndarray)})
+    average = {}
+    for name in sorted(inside):
+        inner = name.partition(".")[2]
+        if "." in inner or inner in own:  # not the average's own step and decay
+            average[inner] = state[name]
+    averages = {"model_ema": average} if _alike(average, _tensors(rest)) else {}
+    return {**({} if key is None else whole), key or "state_dict": rest, **averages}
 
 
 def _alike(state: State, model: State) -> bool:
@@ -266,10 +289,14 @@ def _is_bare(whole: Mapping) -> bool:
     )
 
 
-def _likely(found: dict[str, State]) -> dict[str, State]:
-    """Those with names like a model's, if any: the states of a generator have no dots."""
-    dotted = {key: state for key, state in found.items() if any("." in name for name in state)}
-    return dotted or found
+def _is_bare_dict(value: PyTree) -> bool:
+    return isinstance(value, Mapping) and _is_bare(value)
+
+
+def _is_training(key: str) -> bool:
+    """Whether a name is that of what training needs beside a model: no part of it is lost."""
+    words = ("optim", "sched", "scaler", "rng", "random", "generator", "state", "amp", "ema")
+    return any(word in key.lower() for word in words)
 
 
 def _is_average(key: object) -> bool:

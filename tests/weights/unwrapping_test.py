@@ -252,6 +252,48 @@ def test_prefixes_that_belong_to_the_names_stay(torch, tmp_path, names):
     assert set(opening.open_file(str(tmp_path / "x.pth")).state) == set(names)
 
 
+def test_a_head_beside_the_model_is_told(torch, state, tmp_path):
+    head = torch.nn.Linear(8, 5).state_dict()
+    rng = {"cpu": torch.get_rng_state()}
+    one = tensors(torch, state)
+    for whole, name in (
+        ({"backbone": one, "head": head, "rng": rng}, "head"),
+        ({"model": one, "classifier": head, "rng_state": rng}, "classifier"),
+        ({"model": {"encoder": one, "head": head}, "epoch": 3}, "head"),
+    ):
+        torch.save(whole, tmp_path / "x.pth")
+        opened = opening.open_file(str(tmp_path / "x.pth"))
+        assert set(opened.state) == set(state)
+        assert opened.notes[-1] == f"left aside: the tensors of {name}"
+
+
+def test_tensors_beside_a_beit_keep_their_names(torch, state, tmp_path):
+    """Its prefix goes, so that the others are what is left over, and are named as that."""
+    beside = {"class_weights": torch.ones(5), "val_auc.preds": torch.ones(3)}
+    torch.save({"state_dict": tensors(torch, state, "model.") | beside}, tmp_path / "x.ckpt")
+    opened = opening.open_file(str(tmp_path / "x.ckpt"))
+    assert set(opened.state) == set(state) | set(beside)
+    assert opened.notes == ("names: model. is left off 5 of the 7 of them",)
+    beside = {"head.weight": torch.ones(5, 8)}  # it could be anybody's
+    torch.save({"state_dict": tensors(torch, state, "backbone.") | beside}, tmp_path / "x.ckpt")
+    opened = opening.open_file(str(tmp_path / "x.ckpt"))
+    assert "backbone.cls_token" in opened.state
+
+
+@pytest.mark.parametrize("counters", [("ema.decay", "ema.n"), ("ema_model.initted",)])
+def test_counters_of_an_average_are_no_average(torch, state, tmp_path, counters):
+    whole = tensors(torch, state, "model.") | {name: torch.ones(()) for name in counters}
+    torch.save({"state_dict": whole}, tmp_path / "x.ckpt")
+    opened = opening.open_file(str(tmp_path / "x.ckpt"))
+    np.testing.assert_array_equal(opened.state["cls_token"], state["cls_token"])
+    whole |= tensors(torch, other(state), "ema_model.ma_model.")
+    torch.save({"state_dict": whole}, tmp_path / "x.ckpt")
+    for weights, expected in (("", other(state)), ("model", state)):
+        opened = opening.open_file(str(tmp_path / "x.ckpt"), weights=weights)
+        assert set(opened.state) == set(state)
+        np.testing.assert_array_equal(opened.state["cls_token"], expected["cls_token"])
+
+
 def test_a_doubled_prefix_of_transformers_goes(torch, tmp_path):
     names = ("beit.embeddings.cls_token", "beit.encoder.layer.0.lambda_1", "classifier.weight")
     torch.save({f"beit.{name}": torch.ones(2) for name in names}, tmp_path / "x.pth")
