@@ -8,7 +8,9 @@ Which format the keys are in is for `foreign` to find out.
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
+import numpy as np
 from etils import epath
 
 from beit_jax.types import JsonObject
@@ -69,8 +71,12 @@ def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
     elif folders.is_shard(file.name) and file.exists():
         raise WeightsError(f"{file} is one of several files of weights; give their folder")
     found = _read(file, sha256=sha256, weights=weights)
+    own_note = ""
+    if configs[0] and _is_nobodys(configs[0], found.state):
+        configs[0] = {}
+        own_note = "left aside: config.json, which is neither transformers' nor timm's"
     is_half = any(array.dtype.itemsize == 2 for array in found.state.values())
-    notes = (choice.note, choice.half_note if is_half else "", *found.notes)
+    notes = (choice.note, choice.half_note if is_half else "", own_note, *found.notes)
     return Opened(
         path=found.source,
         state=found.state,
@@ -81,6 +87,13 @@ def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
         notes=tuple(note for note in notes if note),
         extras=found.extras,
     )
+
+
+def _is_nobodys(config: JsonObject, state: Mapping[str, np.ndarray]) -> bool:
+    """Whether a config beside official names says no model, as `PyTorchModelHubMixin`'s does."""
+    names = (config.get(key) for key in ("model_type", "architecture"))
+    is_named = any(isinstance(name, str) for name in names) or "architectures" in config
+    return not is_named and any(key.startswith("blocks.0.") for key in state)
 
 
 def _is_elsewhere(path: str) -> bool:

@@ -115,3 +115,13 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(state, tmp_path, chang
     with pytest.raises(WeightsError, match=message) as error:
         opening.open_file(str(folder))
     assert str(index.name) in one_line(error)
+
+
+@pytest.mark.parametrize("config", [{"lr": 0.1}, {"architecture": None}])
+def test_a_config_that_is_nobodys_is_told_and_left_aside(torch, state, tmp_path, config):
+    """As huggingface_hub's `PyTorchModelHubMixin` writes it."""
+    folder = saved_files.save_hf(tmp_path, torch, state)
+    (folder / "config.json").write_text(json.dumps(config))
+    opened = opening.open_file(str(folder))
+    assert opened.config == {}
+    assert opened.notes == ("left aside: config.json, which is neither transformers' nor timm's",)
