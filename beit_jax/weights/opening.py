@@ -92,7 +92,9 @@ def open_file(path: str, *, sha256: str = "", weights: str = "") -> Opened:
 def _is_nobodys(config: JsonObject, state: Mapping[str, np.ndarray]) -> bool:
     """Whether a config beside official names says no model, as `PyTorchModelHubMixin`'s does."""
     names = (config.get(key) for key in ("model_type", "architecture"))
-    is_named = any(isinstance(name, str) for name in names) or "architectures" in config
+    is_named = any(isinstance(name, str) for name in names)
+    # A damaged one of theirs is not nobody's.
+    is_named |= not config.keys().isdisjoint(("architectures", "model_args", "pretrained_cfg"))
     return not is_named and any(key.startswith("blocks.0.") for key in state)
 
 

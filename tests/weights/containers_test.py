@@ -125,3 +125,5 @@ def test_a_config_that_is_nobodys_is_told_and_left_aside(torch, state, tmp_path,
     opened = opening.open_file(str(folder))
     assert opened.config == {}
     assert opened.notes == ("left aside: config.json, which is neither transformers' nor timm's",)
+    (folder / "config.json").write_text(json.dumps({**config, "model_args": {}}))
+    assert opening.open_file(str(folder)).config, "a damaged one of timm's"
