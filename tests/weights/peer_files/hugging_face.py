@@ -273,6 +273,11 @@ def as_saved(path: str, model: Any) -> None:
     pass
 
 
+def compiled(path: str, model: Any) -> None:
+    """As a Trainer saved a model that torch.compile had wrapped."""
+    _state(path, lambda state: files.prefixed(state, "_orig_mod."))
+
+
 def as_the_hub_caches(path: str, model: Any) -> None:
     """Links to files whose names are hashes."""
     blobs = f"{os.path.dirname(path)}/blobs"

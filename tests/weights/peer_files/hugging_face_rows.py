@@ -227,6 +227,12 @@ FACTS = (
     _row(
         "pruned heads", Refused(line="pruned_heads"), then=hf.with_config(pruned_heads={"0": [1]})
     ),
+    _row("no classes", Refused(line="classifier"), config={"num_labels": 0}),
+    _row(
+        "the encoder of a captioning model",
+        Refused(line="vision-encoder-decoder"),
+        then=hf.with_config(model_type="vision-encoder-decoder"),
+    ),
     _row("another model type", Refused(line="vit"), then=hf.with_config(model_type="vit")),
     _row(
         "labels as a list",
@@ -357,6 +363,7 @@ CONTAINERS = (
     _container("pytorch_model.bin", hf.as_bin),
     _container("sharded pytorch_model.bin", hf.in_bin_shards),
     _container("model.fp16.safetensors", hf.variant),
+    _container("compiled", hf.compiled),
     _container("the file in its folder", hf.as_saved, given="model.safetensors"),
     _container(
         "a Trainer's checkpoint-500",

@@ -129,6 +129,15 @@ def training_arguments() -> argparse.Namespace:
     )
 
 
+def _class_token_layers(state: State) -> State:
+    """The blocks that BEiT v2 pre-trains its class token with, and then throws away."""
+    return {
+        f"cls_pt_layers.{k.removeprefix('blocks.')}": v
+        for k, v in state.items()
+        if k.startswith("blocks.0")
+    }
+
+
 def _official(state: State) -> dict[str, Any]:
     return {
         "model": state,
@@ -464,6 +473,28 @@ KINDS = (
         what="masked",
         intermediate_size=320,
         **hugging_face.ABSOLUTE,
+    ),
+    _flagged(
+        "version 2, layers of its class token",
+        saved("beitv2.pth", lambda s: {"model": s | _class_token_layers(s)}),
+        Refused(line=r"unused cls_pt_layers", hint=True),
+        what="masked",
+        **hugging_face.SHARED,
+    ),
+    _flagged(
+        "version 2, layers of its class token allowed",
+        saved("beitv2.pth", lambda s: {"model": s | _class_token_layers(s)}),
+        _note("cls_pt_layers", flags=("--allow-unused", "cls_pt_layers")),
+        what="masked",
+        **hugging_face.SHARED,
+    ),
+    _flagged(
+        "a block left out",
+        saved(
+            "beit.pth",
+            lambda s: {"model": {k.replace("blocks.1", "blocks.2"): v for k, v in s.items()}},
+        ),
+        Refused(line="block"),
     ),
     _flagged(
         "a block missing",
