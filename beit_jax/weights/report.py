@@ -53,7 +53,9 @@ class Report:
 
 def compact(names: Iterable[str]) -> str:
     """Joins names by commas, those that differ only in the block's number as one."""
-    counts = collections.Counter(re.sub(r"\b(blocks|layers?)\.\d+\.", r"\1.*.", n) for n in names)
+    counts = collections.Counter(
+        re.sub(r"\b(\w*(?:blocks|layers?))\.\d+\.", r"\1.*.", n) for n in names
+    )
     return ", ".join(f"{n} (×{count})" if count > 1 else n for n, count in counts.items())
 
 

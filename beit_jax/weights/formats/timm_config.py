@@ -121,6 +121,11 @@ def _check_arguments(
     pool = arguments.get("global_pool", config.get("global_pool", "avg"))
     if pool not in ("avg", "token", ""):
         raise WeightsError(f"{source}: global_pool is {quoted(pool)}, none of avg, token")
+    if "head.weight" in state and pool == "":
+        raise WeightsError(
+            f"{source}: global_pool is '': its classifier gives logits of every token, which this"
+            " project's do not"
+        )
     mean_of_patches = "fc_norm.weight" in state
     if "head.weight" in state and (pool == "avg") != mean_of_patches:
         norm = "fc_norm" if mean_of_patches else "norm"
