@@ -199,7 +199,7 @@ def test_batches_and_held_out_images(finished):
     """Shared between hosts like any source with random access; held-out images are disjoint."""
     output, _ = finished
     source = _open(output)
-    config = DataConfig(source="", workers=1)
+    config = DataConfig(source="embedded", workers=1)
     views = Views(
         training=lambda element, key: {"label": element["label"]},
         evaluation=lambda element: {"label": element["label"]},

@@ -132,7 +132,7 @@ def test_a_service_that_lost_its_position_ends_the_run():
 def test_errors_name_what_cannot_be_served(folder):
     with pytest.raises(ConfigError, match=r"config\.data\.service: no answer from 'localhost:1'"):
         _read(folder, addresses=["localhost:1"])
-    config = DataConfig(source="", workers=0, service=("localhost:1",))
+    config = DataConfig(source="embedded", workers=0, service=("localhost:1",))
     given = {"config": config, "views": None, "seed": 0, "batch_size": 2}
     given["views"] = pipeline.Views(training=lambda e, k: {}, evaluation=lambda e: {})
     source = sources.Source(size=4, name=str, load=lambda i: {"image": tf.zeros([], tf.uint8)})
