@@ -71,14 +71,16 @@ def decode_by_pillow(
         formats = readable_formats()
     with Image.open(file, formats=formats) as opened:
         check_pixels(*opened.size, max_pixels=max_pixels)
-        opened.load()
-        image = _upright(opened) if exif_orientation else opened
+        image: Image.Image = opened
+        image.load()
+        if exif_orientation:
+            _turn_upright(image)
         # 16 bits, grey: "I;16" and, of a PPM, "I".
         if image.mode.startswith("I;16") or (image.mode == "I" and opened.format == "PPM"):
             image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
         # Pillow would warn that converting a palette loses its transparency.
         image.info.pop("transparency", None)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def check_pixels(width: int, height: int, *, max_pixels: int) -> None:
@@ -140,12 +142,12 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return width & 0x3FFF, height & 0x3FFF
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says; as it is stored where the EXIF data is damaged."""
+def _turn_upright(image: Image.Image) -> None:
+    """Turns an image as its EXIF orientation says; leaves it where the EXIF data is damaged."""
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would be a large one
     except Exception:  # anything, for damaged EXIF data; the pixels are decoded already
-        return image
+        return
 
 
 @functools.cache
