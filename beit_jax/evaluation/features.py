@@ -125,8 +125,8 @@ def load_frozen_encoder(
     except ConfigError as error:
         raise ConfigError(f"{name}: {source}: {error}") from None
     logging.info("probing %s (%s)", source, description.task)
-    for line in report.guessed:
-        logging.warning("%s: guessed %s", source, line)
+    for line in (*(f"guessed {guess}" for guess in report.guessed), *report.notes):
+        logging.warning("%s: %s", source, line)
     for line in reshaped:
         logging.info("resized %s", line)
     functions, encoder_params = frozen_encoder(

@@ -49,6 +49,8 @@ class FeaturesConfig:
       threads: that decode images.
       normalization: of the pixels, where the format doesn't say; "": what the checkpoint says.
       heads: attention heads, where the format doesn't say; 0: what it says, or width / 64.
+      epsilon: of the LayerNorms, in place of what the checkpoint says.
+      which: of a training checkpoint's weights, "ema" or "model"; "": see `load_encoder`.
     """
 
     images: str
@@ -63,6 +65,8 @@ class FeaturesConfig:
     threads: int = 0
     normalization: str = ""
     heads: int = 0
+    epsilon: float | None = None
+    which: str = ""
 
     def __post_init__(self) -> None:
         check(self.block >= 0, "--block", f"{self.block}; blocks are numbered from 1")
@@ -158,6 +162,19 @@ def _input_options(command: argparse.ArgumentParser) -> None:
         default=0,
         help="attention heads, where the format doesn't say (default: width / 64)",
     )
+    option(
+        "--epsilon",
+        type=float,
+        default=None,
+        help="of the LayerNorms, in place of what the checkpoint says",
+    )
+    option(
+        "--which",
+        choices=("ema", "model"),
+        default="",
+        help="of a training checkpoint with an average beside the model (default: a foreign file's"
+        " average, a run's model)",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -201,6 +218,8 @@ def embed_folder(config: FeaturesConfig) -> Embedded:
         image_size=config.image_size or None,
         normalization=config.normalization,
         heads=config.heads,
+        layer_norm_epsilon=config.epsilon,
+        weights=config.which,
     )
     layers = encoder.config.layers
     check(config.block <= layers, "--block", f"{config.block}; the encoder has {layers} blocks")

@@ -163,8 +163,8 @@ def _read(
     whole = isinstance(image_size, int) and not isinstance(image_size, bool)
     check(image_size is None or whole, "image_size", f"must be whole pixels, got {image_size!r}")
     params, description, _, report = convert.read_any(source, stated=stated)
-    for line in report.guessed:
-        logging.warning("%s: guessed %s", source, line)
+    for line in (*(f"guessed {guess}" for guess in report.guessed), *report.notes):
+        logging.warning("%s: %s", source, line)
     check_names(
         {name: leaf.shape for name, leaf in description.shapes().items()},
         {name: array.shape for name, array in params.items()},

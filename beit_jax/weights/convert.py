@@ -81,7 +81,7 @@ def export_checkpoint(
     read = read_any(
         source, sha256=sha256, stated=stated, allow_missing=allow_missing, allow_unused=left
     )
-    params, unused = _fitting(read.params, read.description, source=source, allow_unused=left)
+    params, unused = _fitting(read, source=source, allow_unused=left)
     params, description, copied = _with_tables(params, read.description, per_block=per_block)
     params, description, reshaped = resized(params, description, image_size=image_size)
     written = target.write(
@@ -117,16 +117,21 @@ def _target(format: str, *, output: str, push: str, private: bool) -> Format:
 
 
 def _fitting(
-    params: FlatParams, description: Description, *, source: str, allow_unused: Iterable[str]
+    read: "Read", *, source: str, allow_unused: Iterable[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The parameters that the description names, all of them, and the names of allowed others."""
+    if read.report.missing:
+        raise WeightsError(
+            f"{source} lacks {', '.join(read.report.missing)}, without which nothing can be"
+            " exported; import can go on without"
+        )
     _, unused = check_names(
-        {name: leaf.shape for name, leaf in description.shapes().items()},
-        {name: array.shape for name, array in params.items()},
+        {name: leaf.shape for name, leaf in read.description.shapes().items()},
+        {name: array.shape for name, array in read.params.items()},
         source=source,
         allow_unused=allow_unused,
     )
-    return {name: array for name, array in params.items() if name not in unused}, unused
+    return {name: array for name, array in read.params.items() if name not in unused}, unused
 
 
 def _push(written: Written, output: str, *, repository: str, private: bool, format: str) -> str:
@@ -319,7 +324,9 @@ def read_any(
         raise WeightsError(f"{source} has no average of its weights: --weights model")
     params = flatten(native.read_params(source, part=part))
     params = {name: np.asarray(array, np.float32) for name, array in params.items()}
-    return Read(params, stated.over(description), config, Report())
+    guessed = config.get("imported_from", {}).get("guessed", {})
+    report = Report(guessed=tuple(f"{name} {text}" for name, text in guessed.items()))
+    return Read(params, stated.over(description), config, report)
 
 
 def _imported_from(source: str, checkpoint: foreign.Checkpoint) -> JsonObject:

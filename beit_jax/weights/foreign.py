@@ -126,7 +126,8 @@ def _convert(
         allow_missing=allow_missing,
         allow_unused=allow_unused,
         fixed=reader.in_encoder,
-        hint=" (allow what is meant by name: --allow-missing, --allow-unused)",
+        hint=" (import and export allow what is left over by name, --allow-unused; import alone"
+        " also what is missing, --allow-missing, for a warm start that draws it anew)",
     )
     used = {key: opened.state[key] for key in wanted if key in opened.state}
     _check_numbers(used, source=opened.path)

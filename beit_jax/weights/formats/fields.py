@@ -8,7 +8,7 @@ change nothing; a field in none of the lists is refused.
     width = integer(config, "hidden_size", default=768, source="beit/config.json")
 """
 
-import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 
 from beit_jax.types import Json, JsonObject
@@ -33,10 +33,12 @@ def check_fields(
       config: the JSON object.
       used: names that the caller reads.
       only: name → the values that leave this project's function as it is.
-      kept: names that change nothing in evaluation.
+      kept: names that change nothing in evaluation. Of any other name only null is.
       source: for messages.
     """
     for name, value in config.items():
+        if value is None:  # not set
+            continue
         if name in only:
             if not any(_same(value, good) for good in only[name]):
                 raise WeightsError(
@@ -46,7 +48,7 @@ def check_fields(
         elif name not in used and name not in kept:
             raise WeightsError(
                 f"{source}: {quoted(name)} is not known here, and a setting that is ignored may"
-                " change what the model computes; delete it there if it does not"
+                " change what the model computes; delete it there, in a copy, if it does not"
             )
 
 
@@ -62,8 +64,8 @@ def quoted(value: Json) -> str:
 
 
 def integer(config: JsonObject, name: str, *, default: int, source: str, least: int = 1) -> int:
-    """A whole number from `least` on; `default` where the field is missing."""
-    value = config.get(name, default)
+    """A whole number from `least` on; `default` where the field is missing or null."""
+    value = _set(config, name, default)
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or not least <= value <= _LARGEST:
         raise WeightsError(f"{source}: {name} is {quoted(value)}, not a whole number from {least}")
@@ -73,10 +75,9 @@ def integer(config: JsonObject, name: str, *, default: int, source: str, least: 
 def number(
     config: JsonObject, name: str, *, default: float, source: str, least: float, most: float
 ) -> float:
-    """A finite number between `least` and `most`; `default` where the field is missing."""
-    value = config.get(name, default)
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not least <= value <= most or not math.isfinite(value):
+    """A number between `least` and `most`; `default` where the field is missing or null."""
+    value = _set(config, name, default)
+    if not _is_finite(value) or not least <= value <= most:
         raise WeightsError(
             f"{source}: {name} is {quoted(value)}, not a number from {least:g} to {most:g}"
         )
@@ -85,8 +86,7 @@ def number(
 
 def flag(config: JsonObject, name: str, *, default: bool, source: str) -> bool:
     """True or false; `default` where the field is missing or null."""
-    value = config.get(name, default)
-    value = default if value is None else value
+    value = _set(config, name, default)
     if not isinstance(value, bool):
         raise WeightsError(f"{source}: {name} is {quoted(value)}, neither true nor false")
     return value
@@ -94,7 +94,7 @@ def flag(config: JsonObject, name: str, *, default: bool, source: str) -> bool:
 
 def side(config: JsonObject, name: str, *, default: int, source: str) -> int:
     """The side of a square: a whole number, or two equal ones."""
-    value = config.get(name, default)
+    value = _set(config, name, default)
     if isinstance(value, list | tuple) and len(value) == 2:
         if value[0] != value[1]:
             raise WeightsError(
@@ -108,11 +108,30 @@ def numbers(config: JsonObject, name: str, *, count: int, source: str) -> tuple[
     """A list of `count` finite numbers, or one number for all of them."""
     value = config[name]
     values = value if isinstance(value, list | tuple) else [value] * count
-    if len(values) != count or not all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    ):
+    if len(values) != count or not all(map(_is_finite, values)):
         raise WeightsError(f"{source}: {name} is {quoted(value)}, not {count} numbers")
     return tuple(float(v) for v in values)
+
+
+def _set(config: JsonObject, name: str, default: Json) -> Json:
+    value = config.get(name)
+    return default if value is None else value
+
+
+def _is_finite(value: Json) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < sys.float_info.max  # of an int without bounds, too; false for NaN
+
+
+def numbered(names: JsonObject, *, count: int) -> tuple[str, ...]:
+    """The names of classes 0, 1, ... of an object by class number; () where they are others."""
+    if not all(str(key).isascii() and str(key).isdecimal() for key in names):
+        return ()
+    found = {int(key): str(name) for key, name in names.items()}
+    if len(names) != count or sorted(found) != list(range(count)):
+        return ()
+    return tuple(found[i] for i in range(count))
 
 
 def section(config: JsonObject, name: str, *, source: str) -> JsonObject:

@@ -37,6 +37,8 @@ from beit_jax.weights.report import WeightsError
 _BLOCK = "encoder/blocks"
 _ATTENTION = f"{_BLOCK}/attention"
 _LAYER = "beit.encoder.layer.{}"
+_TABLES = "attention.relative_position_bias."
+_LIVE = r"beit.encoder.layer.\1.attention"
 
 _ENCODER: Table = (
     row("beit.embeddings.cls_token", "encoder/cls_token"),
@@ -155,10 +157,38 @@ def canonical(state: State) -> State:
     BEiT under another name, has its own.
     """
     if "embeddings.cls_token" in state:
-        return {f"beit.{key}": array for key, array in state.items()}
+        state = {f"beit.{key}": array for key, array in state.items()}
+    if any(key.startswith("beit.layers.") for key in state):
+        return {_version_4(key): array for key, array in state.items()}
     if "data2vec_vision.embeddings.cls_token" in state:
         return {re.sub("^data2vec_vision", "beit", key): array for key, array in state.items()}
     return state
+
+
+# Names that parameters have in a model of transformers 5, which `save_pretrained` translates to
+# those of version 4 and `state_dict` does not.
+_VERSION_5 = (
+    (
+        r"^beit\.layers\.(\d+)\.relative_position_bias\.",
+        rf"{_LIVE}.{_TABLES}",
+    ),
+    (r"^beit\.layers\.(\d+)\.attention\.q_proj\.", rf"{_LIVE}.attention.query."),
+    (r"^beit\.layers\.(\d+)\.attention\.k_proj\.", rf"{_LIVE}.attention.key."),
+    (r"^beit\.layers\.(\d+)\.attention\.v_proj\.", rf"{_LIVE}.attention.value."),
+    (r"^beit\.layers\.(\d+)\.attention\.o_proj\.", rf"{_LIVE}.output.dense."),
+    (r"^beit\.layers\.(\d+)\.mlp\.fc1\.", r"beit.encoder.layer.\1.intermediate.dense."),
+    (r"^beit\.layers\.(\d+)\.mlp\.fc2\.", r"beit.encoder.layer.\1.output.dense."),
+    (r"^beit\.layers\.", "beit.encoder.layer."),
+    (r"^beit\.shared_position_bias\.", "beit.encoder.relative_position_bias."),
+)
+
+
+def _version_4(key: str) -> str:
+    for pattern, name in _VERSION_5:
+        renamed = re.sub(pattern, name, key)
+        if renamed != key:
+            return renamed
+    return key
 
 
 def describe(opened: Opened, *, stated: Stated) -> Described:
@@ -182,21 +212,19 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
     config = hugging_face_config.read_config(opened.config, stated=stated, source=source)
     _check_sizes(config.model, state, source=source)
     task = config.task or _task_of_keys(state)
-    if task == "pretrain" and not config.mean_pooling:
-        raise WeightsError(
-            f"{source}: config.json: a masked image model with use_mean_pooling false applies two"
-            " final norms, which this project's models do not"
-        )
-    pooling, norms_left = _pooling(config, task, state)
+    pooling, norms_left = _pooling(config, task, opened)
     outputs, labels, notes = _outputs(config, task, opened)
     guessed = {}
-    name, view = stated.normalization or "half", View(squash=True)
+    if config.epsilon_guess and stated.layer_norm_epsilon is None:
+        guessed["layer_norm_epsilon"] = config.epsilon_guess
+    said, view = "", View(squash=True)
     if opened.preprocessor:
-        name, view = hugging_face_config.read_preprocessor(
+        said, view = hugging_face_config.read_preprocessor(
             opened.preprocessor, stated=stated, image_size=config.model.image_size, source=source
         )
     elif not stated.normalization:
         guessed["normalization"] = "half: there is no preprocessor_config.json; --normalization"
+    name = stated.normalization or said or "half"
     return Described(
         description=Description(
             task=task,
@@ -215,9 +243,9 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
             "preprocessor": opened.preprocessor,
             "view": dataclasses.asdict(view),
             "image_size": config.model.image_size,
-            "normalization": name,
+            "normalization": said,
         },
-        notes=(*config.notes, *notes),
+        notes=notes,
     )
 
 
@@ -227,15 +255,20 @@ def _task_of_keys(state: State) -> str:
     return "pretrain" if "lm_head.weight" in state else "encoder"
 
 
-def _pooling(config: Config, task: str, state: State) -> tuple[str, tuple[str, ...]]:
+def _pooling(config: Config, task: str, opened: Opened) -> tuple[str, tuple[str, ...]]:
     """How the tokens are pooled, and the final norm that this leaves without a use."""
     if task == "pretrain":
+        if not config.mean_pooling:
+            raise WeightsError(
+                f"{opened.path}: config.json: a masked image model with use_mean_pooling false"
+                " applies two final norms, which this project's models do not"
+            )
         return "mean", ()
     if config.backbone:
         return "none", ()
     if not config.mean_pooling:
         return "cls", ("beit.pooler",)
-    if task == "encoder" and "beit.pooler.layernorm.weight" not in state:
+    if task == "encoder" and "beit.pooler.layernorm.weight" not in opened.state:
         return "none", ("beit.layernorm",)
     return "mean", ("beit.layernorm",)
 
@@ -249,7 +282,7 @@ def _outputs(
     if task == "pretrain":
         return config.vocabulary, (), ()
     head = opened.state.get("classifier.weight")
-    if head is None or head.ndim != 2:
+    if head is None or head.ndim != 2 or not head.shape[0]:
         raise WeightsError(f"{opened.path}: no classifier.weight [classes, width]")
     classes = head.shape[0]
     labels = hugging_face_config.read_labels(opened.config, classes=classes, source=opened.path)

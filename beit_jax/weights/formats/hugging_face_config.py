@@ -10,7 +10,7 @@ import numpy as np
 
 from beit_jax.config import ModelConfig
 from beit_jax.preprocessing import NORMALIZATIONS
-from beit_jax.types import JsonObject
+from beit_jax.types import Json, JsonObject
 from beit_jax.weights.description import Description
 from beit_jax.weights.formats import fields
 from beit_jax.weights.formats.fields import quoted
@@ -51,7 +51,7 @@ class Config:
       backbone: whether it is a BeitBackbone, whose tokens no norm ends.
       mean_pooling: whether the mean of the patches is pooled, not the class token.
       vocabulary: `vocab_size`.
-      notes: lines for the report.
+      epsilon_guess: why the encoder's epsilon is not that of the config; "" where it is.
       kept: fields that an export writes back.
     """
 
@@ -60,7 +60,7 @@ class Config:
     backbone: bool
     mean_pooling: bool
     vocabulary: int
-    notes: tuple[str, ...]
+    epsilon_guess: str
     kept: JsonObject
 
 
@@ -80,7 +80,7 @@ def read_config(config: JsonObject, *, stated: Stated, source: str) -> Config:
     fields.check_fields(config, used=USED, only=ONLY, kept=KEPT, source=source)
     task = _task(config, source=source)
     mean_pooling = fields.flag(config, "use_mean_pooling", default=True, source=source)
-    epsilon, notes = _epsilon(config, stated=stated, source=source)
+    epsilon, guess = _epsilon(config, stated=stated, source=source)
     written = {name: value for name, value in config.items() if name in WRITTEN_BACK}
     if "layer_norm_eps" in config and not stated.layer_norm_epsilon:
         written["layer_norm_eps"] = config["layer_norm_eps"]
@@ -90,7 +90,7 @@ def read_config(config: JsonObject, *, stated: Stated, source: str) -> Config:
         backbone=config.get("architectures") == ["BeitBackbone"],
         mean_pooling=mean_pooling,
         vocabulary=fields.integer(config, "vocab_size", default=8192, source=source),
-        notes=notes,
+        epsilon_guess=guess,
         kept=written,
     )
 
@@ -131,18 +131,18 @@ def _positions(config: JsonObject, *, source: str) -> str:
     return found[0]
 
 
-def _epsilon(config: JsonObject, *, stated: Stated, source: str) -> tuple[float, tuple[str, ...]]:
-    """The LayerNorms' epsilon, and what to say of it."""
+def _epsilon(config: JsonObject, *, stated: Stated, source: str) -> tuple[float, str]:
+    """The LayerNorms' epsilon, and why it is not the config's, where it is not."""
     found = fields.number(
         config, "layer_norm_eps", default=_PUBLISHED_EPSILON, source=source, least=0, most=1
     )
     if stated.layer_norm_epsilon is not None:
-        return stated.layer_norm_epsilon, ()
+        return stated.layer_norm_epsilon, ""
     if found != _PUBLISHED_EPSILON:
-        return found, ()
+        return found, ""
     return _OFFICIAL_EPSILON, (
-        f"layer_norm_epsilon {_OFFICIAL_EPSILON:g}, which the official models have, in place of"
-        f" config.json's {found:g}; --epsilon {found:g} keeps that",
+        f"{_OFFICIAL_EPSILON:g} in place of config.json's {found:g}, which published BEiTs have"
+        f" there although they were trained with the former; --epsilon {found:g} keeps it"
     )
 
 
@@ -196,10 +196,7 @@ def read_labels(config: JsonObject, *, classes: int, source: str) -> tuple[str, 
     wrong = next((key for key in names if not str(key).isdecimal() or not str(key).isascii()), None)
     if wrong is not None:
         raise WeightsError(f"{source}: id2label has the key {quoted(wrong)}, not a class number")
-    numbered = {int(key): str(name) for key, name in names.items()}
-    if len(names) != classes or sorted(numbered) != list(range(classes)):
-        return ()
-    return tuple(numbered[i] for i in range(classes))
+    return fields.numbered(names, count=classes)
 
 
 def read_preprocessor(
@@ -208,23 +205,38 @@ def read_preprocessor(
     """The normalisation and the view that `preprocessor_config.json` asks for.
 
     Returns:
-      A key of `NORMALIZATIONS`, and the view.
+      A key of `NORMALIZATIONS`, and the view. The key is "" where the file has another
+      normalisation and `stated` names one in its place.
 
     Raises:
       WeightsError: a wrong value, or another normalisation and `stated` names none.
     """
     source = f"{source}: preprocessor_config.json"
-    name = stated.normalization or _normalization(preprocessor, source=source)
-    resample = preprocessor.get("resample", 3)
+    if fields.flag(preprocessor, "do_flip_channel_order", default=False, source=source):
+        raise WeightsError(
+            f"{source}: do_flip_channel_order is true; this project's images are RGB"
+        )
+    try:
+        name = _normalization(preprocessor, source=source)
+    except WeightsError:
+        if not stated.normalization:
+            raise
+        name = ""
+    kind = str(preprocessor.get("image_processor_type", preprocessor.get("feature_extractor_type")))
+    resample = preprocessor.get("resample")
+    if resample is None:
+        resample = 2 if kind.startswith("ViT") else 3  # their defaults
     known = isinstance(resample, int) and not isinstance(resample, bool) and resample in _RESAMPLE
     if not known:
         raise WeightsError(f"{source}: resample is {quoted(resample)}, none of Pillow's filters")
-    crop, squash = 1.0, True
     size = _lengths(preprocessor, "size", default=image_size, source=source)
-    squash = "shortest_edge" not in size
+    crop = 1.0
     if fields.flag(preprocessor, "do_center_crop", default=False, source=source):
         window = _lengths(preprocessor, "crop_size", default=image_size, source=source)
         crop = min(1.0, min(window.values()) / min(size.values()))
+    elif preprocessor.get("crop_pct") is not None:  # ConvNextImageProcessor
+        crop = fields.number(preprocessor, "crop_pct", default=1, source=source, least=0.01, most=1)
+    squash = "shortest_edge" not in size
     return name, View(interpolation=_RESAMPLE[resample], crop=crop, squash=squash)
 
 
@@ -237,6 +249,7 @@ def _lengths(preprocessor: JsonObject, name: str, *, default: int, source: str) 
         value = dict(zip(("height", "width"), value, strict=False))
     if not isinstance(value, dict):
         value = {"height": value, "width": value}
+    value = {key: length for key, length in value.items() if length is not None}
     if not value:
         raise WeightsError(f"{source}: {name} is empty")
     return {key: fields.integer(value, key, default=default, source=source) for key in value}
@@ -252,10 +265,10 @@ def _normalization(preprocessor: JsonObject, *, source: str) -> str:
     std: tuple[float, ...]
     if not fields.flag(preprocessor, "do_normalize", default=True, source=source):
         mean, std = (0.0,) * 3, (1.0,) * 3
-    elif "image_mean" in preprocessor and "image_std" in preprocessor:
+    elif None not in (preprocessor.get("image_mean"), preprocessor.get("image_std")):
         mean = fields.numbers(preprocessor, "image_mean", count=3, source=source)
         std = fields.numbers(preprocessor, "image_std", count=3, source=source)
-    elif "image_mean" not in preprocessor and "image_std" not in preprocessor:
+    elif preprocessor.get("image_mean") is preprocessor.get("image_std") is None:
         mean, std = NORMALIZATIONS["half"]  # BeitImageProcessor's default
     else:
         raise WeightsError(f"{source}: has image_mean or image_std, but not both")
@@ -355,17 +368,30 @@ def preprocessor_json(description: Description, *, config: JsonObject) -> JsonOb
     view = view_of(config, image_size=side)
     result["resample"] = INTERPOLATION_NUMBERS[view.interpolation]
     if view.crop < 1:
-        larger = round(side / view.crop)
+        larger = int(side / view.crop + 1e-6)  # timm rounds down
         result |= {"do_center_crop": True, "size": {"height": larger, "width": larger}}
     same_size = kept.get("image_size") == side
     same_pixels = kept.get("normalization") == description.normalization
     original = dict(kept.get("preprocessor", {}))
     if not same_size:
-        original = {k: v for k, v in original.items() if k not in ("size", "crop_size")}
+        original |= _scaled(original, side=side, before=kept.get("image_size", side))
     if not same_pixels:
         pixels = ("image_mean", "image_std", "rescale_factor", "do_rescale", "do_normalize")
         original = {k: v for k, v in original.items() if k not in pixels}
     return result | original
+
+
+def _scaled(original: JsonObject, *, side: int, before: int) -> JsonObject:
+    """`size` and `crop_size` for another size of the model's input, in their own form."""
+
+    def scale(value: Json) -> Json:
+        if isinstance(value, dict):
+            return {key: scale(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [scale(item) for item in value]
+        return round(value * side / before) if isinstance(value, int) else value
+
+    return {name: scale(original[name]) for name in ("size", "crop_size") if name in original}
 
 
 INTERPOLATION_NUMBERS: Mapping[str, int] = {name: number for number, name in _RESAMPLE.items()}

@@ -34,7 +34,8 @@ ONLY: dict[str, tuple[Json, ...]] = {
 KEPT = frozenset((
     "add_fpn", "attention_probs_dropout_prob", "auxiliary_channels", "auxiliary_concat_input",
     "auxiliary_loss_weight", "auxiliary_num_convs", "drop_path_rate", "hidden_dropout_prob",
-    "initializer_range", "label2id", "num_labels", "out_features", "out_indices",
+    "initializer_range", "label2id", "num_labels", "_num_labels", "padding",
+    "truncation", "out_features", "out_indices",
     "_out_features", "_out_indices", "pool_scales", "problem_type", "reshape_hidden_states",
     "segmentation_indices", "semantic_loss_ignore_index", "stage_names", "use_auxiliary_head",
     "use_mask_token", "_attn_implementation", "_attn_implementation_autoset",

@@ -9,22 +9,23 @@ is left is a guess, which is reported as one.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
 
-from beit_jax.config import ConfigError, ModelConfig
+from beit_jax.config import ModelConfig
 from beit_jax.types import JsonObject
 from beit_jax.weights import description as descriptions
 from beit_jax.weights import resize
 from beit_jax.weights.description import Description
-from beit_jax.weights.formats.fields import quoted
 from beit_jax.weights.formats.format import Described, Opened, State, Stated
-from beit_jax.weights.formats.view import View, view_of
+from beit_jax.weights.formats.view import View, kept_of, view_of
 from beit_jax.weights.report import WeightsError
 
 # The entry of a file that this project wrote: JSON of `description.to_config`.
 OWN = "beit_jax"
 OFFICIAL_EPSILON = 1e-6
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+# The shallow head that aggregates patches in BEiT v2's pre-training, beside which the encoder and
+# its token head are v1's.
+_AGGREGATION = ("cls_pt_layers", "cls_pt_norm", "cls_pt_lm_head")
 _TABLE = "relative_position_bias_table"
 _ENCODER = re.compile(
     r"(cls_token|mask_token|pos_embed|dist_token|reg_token|register_tokens|rope|norm_pre|pos_drop|patch_drop"
@@ -41,7 +42,11 @@ class Known:
       heads: attention heads; 0 where it doesn't say.
       layer_norm_epsilon: None where it doesn't say.
       normalization: a key of `NORMALIZATIONS`; "" where it doesn't say.
-      labels: names of the classes, as many as the file has.
+      labels: names of the classes.
+      arguments: of the model, by the names of its library; the tensors must agree with them.
+      source: where these stand, for messages.
+      pooling: whether it says how a classifier pools, in agreement with the tensors.
+      notes: lines for the report.
       kept: for `Described.kept`.
     """
 
@@ -50,6 +55,10 @@ class Known:
     layer_norm_epsilon: float | None = None
     normalization: str = ""
     labels: tuple[str, ...] = ()
+    arguments: JsonObject = dataclasses.field(default_factory=dict)
+    source: str = ""
+    pooling: bool = False
+    notes: tuple[str, ...] = ()
     kept: JsonObject = dataclasses.field(default_factory=dict)
 
 
@@ -77,7 +86,6 @@ def describe(opened: Opened, *, stated: Stated, known: Known) -> Described:
     own = opened.extras.get(OWN) or opened.metadata.get(OWN)
     if own:
         return _described_by_itself(own, opened, stated=stated)
-    known = _with_arguments(known, opened)
     guessed: dict[str, str] = {}
     try:
         model = _model_config(opened.state, stated=stated, known=known, guessed=guessed)
@@ -88,11 +96,15 @@ def describe(opened: Opened, *, stated: Stated, known: Known) -> Described:
     except ValueError as error:
         raise WeightsError(f"{opened.path}: {error}") from None
     task, outputs, pooling, left_out = _head(opened.state, source=opened.path)
-    if task == "classify" and pooling == "cls" and not known.beit:
+    if task == "classify" and pooling == "cls" and not known.pooling:
         guessed["pooling"] = (
             "of the class token: there is norm and no fc_norm; a model that pools the mean behind"
             " its norm has the same names, but is none of this project's"
         )
+    labels = known.labels if len(known.labels) == outputs else ()
+    notes = known.notes
+    if known.labels and not labels and task == "classify":
+        notes = (f"labels left out: there are {len(known.labels)} for {outputs} classes",)
     normalization = stated.normalization or known.normalization
     if not normalization:
         normalization = "half"
@@ -105,11 +117,12 @@ def describe(opened: Opened, *, stated: Stated, known: Known) -> Described:
             pooling=pooling,
             mask_token=task == "encoder" and "mask_token" in opened.state,
             normalization=normalization,
-            labels=known.labels if len(known.labels) == outputs else (),
+            labels=labels,
         ),
         guessed=guessed,
         left_out=left_out,
         kept=known.kept,
+        notes=notes,
     )
 
 
@@ -121,17 +134,17 @@ def own_entry(description: Description, *, config: JsonObject) -> str:
       config: saved with the checkpoint; of it, how images are made.
     """
     view = view_of(config, image_size=description.model.image_size)
-    kept = {"view": dataclasses.asdict(view)}
-    return json.dumps(descriptions.to_config(description) | {"kept": kept})
+    kept = {"view": dataclasses.asdict(view), "format": kept_of(config).get("format", "")}
+    guessed = config.get("imported_from", {}).get("guessed", {})
+    return json.dumps(
+        descriptions.to_config(description) | {"kept": kept, "guessed": dict(guessed)}
+    )
 
 
 def check_epsilon(description: Description, *, format: str) -> None:
-    """Raises WeightsError where a format whose models have epsilon 1e-6 is to hold another one.
-
-    1e-12, as in published Hugging Face configs, passes: it is the same to float32's precision.
-    """
+    """Raises WeightsError where a format whose models have epsilon 1e-6 is to hold another one."""
     found = description.model.layer_norm_epsilon
-    if found not in (OFFICIAL_EPSILON, 1e-12):
+    if found != OFFICIAL_EPSILON:
         raise WeightsError(
             f"{format} have layer_norm_epsilon {OFFICIAL_EPSILON:g}, this checkpoint {found:g}, so"
             f" that other numbers would come out; --epsilon {OFFICIAL_EPSILON:g} exports it anyway"
@@ -142,14 +155,30 @@ def _described_by_itself(own: object, opened: Opened, *, stated: Stated) -> Desc
     try:
         config = json.loads(str(own))
         description = descriptions.describe(config)
-        kept = {"view": dataclasses.asdict(View(**config.get("kept", {}).get("view", {})))}
-    except (ConfigError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        _check_types(description)
+        said = config.get("kept", {})
+        kept = {
+            "view": dataclasses.asdict(View(**said.get("view", {}))),
+            "format": str(said.get("format", "")),
+        }
+        guessed = {str(name): str(text) for name, text in config.get("guessed", {}).items()}
+    except Exception as error:  # JSON that was changed can raise anything
         text = " ".join(str(error).split())[:200]
         raise WeightsError(
             f"{opened.path}: its entry {OWN!r} is damaged: {type(error).__name__}: {text}"
         ) from None
     _check_grid(description.model, opened)
-    return Described(description=stated.over(description), kept=kept)
+    return Described(description=stated.over(description), guessed=guessed, kept=kept)
+
+
+def _check_types(description: Description) -> None:
+    """Raises ValueError for what `describe` takes as it stands in a config."""
+    largest = 1 << 20
+    sizes = (description.outputs, *(description.model.sizes.values()), description.model.image_size)
+    if not all(type(size) is int and 0 <= size <= largest for size in sizes):
+        raise ValueError("a size is no whole number, or absurd")
+    if not isinstance(description.mask_token, bool):
+        raise ValueError(f"mask_token is {description.mask_token!r}")
 
 
 def _check_grid(model: ModelConfig, opened: Opened) -> None:
@@ -162,40 +191,15 @@ def _check_grid(model: ModelConfig, opened: Opened) -> None:
         raise WeightsError(f"{opened.path}: its tensors do not fit its entry {OWN!r}")
 
 
-def _with_arguments(known: Known, opened: Opened) -> Known:
-    """Adds what a training script saved beside the weights: the model's name, the pixels' norm.
-
-    Raises:
-      WeightsError: the name is not a BEiT's.
-    """
-    arguments = opened.extras.get("args")
-    arguments = arguments if isinstance(arguments, Mapping) else {}
-    name = opened.extras.get("arch") or arguments.get("model")
-    if not isinstance(name, str) or not name:
-        return known
-    check_architecture(name, source=opened.path)
-    imagenet = arguments.get("imagenet_default_mean_and_std")
-    normalization = known.normalization
-    if not normalization and isinstance(imagenet, bool):
-        normalization = "imagenet" if imagenet else "half"  # datasets.py:29-33
-    return dataclasses.replace(known, beit=True, normalization=normalization)
-
-
-def check_architecture(name: str, *, source: str) -> None:
-    """Raises WeightsError where a model's name in timm or the official scripts is no BEiT's."""
-    if not re.search(r"beit(?![-_ ]?3)", name.lower()):
-        raise WeightsError(f"{source}: its architecture is {quoted(name)}, not a BEiT")
-
-
 def _head(state: State, *, source: str) -> tuple[str, int, str, tuple[str, ...]]:
     """Task, outputs, pooling, and what the task leaves without a use."""
     if "head.weight" in state:
         task, outputs = "classify", _outputs(state, "head.weight", source=source)
     elif "lm_head.weight" in state:
-        return "pretrain", _outputs(state, "lm_head.weight", source=source), "mean", ()
+        return "pretrain", _outputs(state, "lm_head.weight", source=source), "mean", _AGGREGATION
     else:
         task, outputs = "encoder", 0
-    left_out = ("lm_head", "mask_token") if task == "classify" else ()
+    left_out = (*_AGGREGATION, "lm_head", "mask_token") if task == "classify" else _AGGREGATION
     if "fc_norm.weight" in state:
         # A pre-trained model's last norm, which a fine-tuned one that pools the mean has not.
         return task, outputs, "mean", (*left_out, "norm")
@@ -207,7 +211,7 @@ def _head(state: State, *, source: str) -> tuple[str, int, str, tuple[str, ...]]
 
 
 def _outputs(state: State, key: str, *, source: str) -> int:
-    if state[key].ndim != 2:
+    if state[key].ndim != 2 or not state[key].shape[0]:
         raise WeightsError(f"{source}: {key} is {state[key].shape}, not [outputs, width]")
     return state[key].shape[0]
 
@@ -219,6 +223,7 @@ def _model_config(
     patch = state["patch_embed.proj.weight"].shape[-1]
     width = state["cls_token"].shape[-1]
     mlp_width = state["blocks.0.mlp.fc1.weight"].shape[0]
+    _check_width(state, width=width)
     positions = _positions(state)
     grid = resize.grid_of_state(state)
     if positions == "absolute" and not known.beit:
@@ -249,6 +254,18 @@ def _model_config(
         layer_scale_init=scale,
         layer_norm_epsilon=epsilon,
     )
+
+
+def _check_width(state: State, *, width: int) -> None:
+    """ValueError where tensors disagree about the width: an absurd one must not be worked with."""
+    found = {
+        "patch_embed.proj.weight": state["patch_embed.proj.weight"].shape[0],
+        "blocks.0.norm1.weight": state["blocks.0.norm1.weight"].shape[0],
+        "blocks.0.attn.qkv.weight": state["blocks.0.attn.qkv.weight"].shape[-1],
+    }
+    for key, value in found.items():
+        if value != width:
+            raise ValueError(f"cls_token is {width} wide, {key} {value}")
 
 
 def _positions(state: State) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from beit_jax.types import FlatParams, JsonObject
 from beit_jax.weights import adapt, containers, keys
 from beit_jax.weights.description import Description
-from beit_jax.weights.formats import official, timm_config, unilm
+from beit_jax.weights.formats import official, timm_arguments, timm_config, unilm
 from beit_jax.weights.formats.format import (
     Described,
     Export,
@@ -130,11 +130,8 @@ def detect(opened: Opened) -> bool:
 
 def describe(opened: Opened, *, stated: Stated) -> Described:
     """Describes a file by timm's `config.json` or its own header, and by names and shapes."""
-    described = official.describe(
-        opened, stated=stated, known=timm_config.known(opened, stated=stated)
-    )
-    timm_config.check_sizes(opened, described.description)
-    return described
+    said = timm_config.known(opened, stated=stated)
+    return timm_arguments.describe(opened, stated=stated, said=said)
 
 
 FORMAT = Format(

@@ -1,7 +1,6 @@
 """timm's facts: architecture, `model_args` and `pretrained_cfg`, read from a folder and written.
 
-As for Hugging Face, every argument of a model is in one of three tables: read (`USED`), refused
-unless it leaves the function as it is (`ONLY`), or known to act in training alone (`KEPT`).
+What the arguments mean is in `timm_arguments`.
 """
 
 import dataclasses
@@ -11,9 +10,9 @@ from collections.abc import Mapping
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.types import Json, JsonObject
 from beit_jax.weights.description import Description, normalization_of
-from beit_jax.weights.formats import fields, official
+from beit_jax.weights.formats import fields, official, timm_arguments
 from beit_jax.weights.formats.fields import quoted
-from beit_jax.weights.formats.format import Opened, State, Stated
+from beit_jax.weights.formats.format import Opened, Stated
 from beit_jax.weights.formats.official import Known
 from beit_jax.weights.formats.view import INTERPOLATIONS, View, kept_of, view_of
 from beit_jax.weights.report import WeightsError
@@ -29,32 +28,9 @@ _NAMES = {
 }
 # BEiT v2 has v1's architecture; its names stand for ImageNet's mean and deviation.
 _NAMES_V2 = {("base", 224): "beitv2_base_patch16_224", ("large", 224): "beitv2_large_patch16_224"}
-_HEADS = {"base": 12, "large": 16}
 # What create_model gives a model of these names unless it is told otherwise (models/beit.py).
 _DEFAULT_CROP = {224: 0.9, 384: 1.0, 512: 1.0}
 _LARGE_V2_CROP = 0.95
-
-# fmt: off
-USED = frozenset((
-    "num_heads", "global_pool", "use_fc_norm", "img_size", "patch_size", "embed_dim", "depth",
-    "mlp_ratio", "num_classes", "use_abs_pos_emb", "use_rel_pos_bias",
-    "use_shared_rel_pos_bias", "init_values",
-))
-# fmt: on
-ONLY: dict[str, tuple[Json, ...]] = {
-    "in_chans": (3, None),
-    "qkv_bias": (True, None),
-    "swiglu_mlp": (False, None),
-    "scale_mlp": (False, None),
-    "norm_layer": (None,),
-    "act_layer": (None,),
-}
-# fmt: off
-KEPT = frozenset((
-    "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
-    "head_init_scale", "drop_block_rate",
-))
-# fmt: on
 
 
 def known(opened: Opened, *, stated: Stated) -> Known:
@@ -75,24 +51,41 @@ def known(opened: Opened, *, stated: Stated) -> Known:
     name = config.get("architecture")
     if not isinstance(name, str):
         raise WeightsError(f"{source} names no architecture")
-    official.check_architecture(name, source=source)
+    if not timm_arguments.is_beit(name, source=source):
+        raise WeightsError(f"{source}: its architecture is {quoted(name)}, not a BEiT")
     arguments = fields.section(config, "model_args", source=source)
-    _check_arguments(arguments, config, opened.state, source=source)
     settings = fields.section(config, "pretrained_cfg", source=source) or config
-    view = _view(settings, source=source)
-    return Known(
-        beit=True,
-        heads=_stated_heads(arguments, opened.state, name=name, source=source),
+    if arguments.get("img_size") is None:
+        _check_square(settings, source=source)
+    said = timm_arguments.known(
+        arguments,
+        name=name,
+        pool=config.get("global_pool"),
+        state=opened.state,
+        source=f"{source}: model_args",
+    )
+    labels, notes = _labels(config, source=source)
+    return dataclasses.replace(
+        said,
         layer_norm_epsilon=official.OFFICIAL_EPSILON,
         normalization=stated.normalization or _normalization(settings, source=source),
-        labels=_labels(config, source=source),
+        labels=labels,
+        notes=notes,
         kept={
             "format": "timm",
             "architecture": name,
             "pretrained_cfg": settings if settings is not config else {},
-            "view": dataclasses.asdict(view),
+            "view": dataclasses.asdict(_view(settings, source=source)),
         },
     )
+
+
+def _check_square(settings: JsonObject, *, source: str) -> None:
+    size = settings.get("input_size")
+    if isinstance(size, list) and len(size) == 3 and size[1] != size[2]:
+        raise WeightsError(
+            f"{source}: input_size is {quoted(size)}; this project's models take squares"
+        )
 
 
 def _known_by_header(opened: Opened) -> Known:
@@ -114,108 +107,41 @@ def _known_by_header(opened: Opened) -> Known:
     return Known(beit=True, heads=heads, normalization=name)
 
 
-def _check_arguments(
-    arguments: JsonObject, config: JsonObject, state: State, *, source: str
-) -> None:
-    fields.check_fields(arguments, used=USED, only=ONLY, kept=KEPT, source=f"{source}: model_args")
-    pool = arguments.get("global_pool", config.get("global_pool", "avg"))
-    if pool not in ("avg", "token", ""):
-        raise WeightsError(f"{source}: global_pool is {quoted(pool)}, none of avg, token")
-    if "head.weight" in state and pool == "":
-        raise WeightsError(
-            f"{source}: global_pool is '': its classifier gives logits of every token, which this"
-            " project's do not"
-        )
-    mean_of_patches = "fc_norm.weight" in state
-    if "head.weight" in state and (pool == "avg") != mean_of_patches:
-        norm = "fc_norm" if mean_of_patches else "norm"
-        raise WeightsError(
-            f"{source}: global_pool {quoted(pool)} with the norm {norm!r}: this project's"
-            " classifiers pool the mean before their norm, or the class token after it"
-        )
-
-
-def check_sizes(opened: Opened, description: Description) -> None:
-    """Raises WeightsError where `model_args` are of another model than the tensors make."""
-    source = f"{opened.path}: config.json"
-    arguments = fields.section(opened.config, "model_args", source=source)
-    source = f"{source}: model_args"
-    model = description.model
-    for name, ours in (
-        ("img_size", model.image_size),
-        ("patch_size", model.patch_size),
-        ("embed_dim", model.width),
-        ("depth", model.layers),
-        ("num_heads", model.heads),
-    ):
-        if arguments.get(name) is not None:
-            _same(name, fields.side(arguments, name, default=ours, source=source), ours, source)
-    if arguments.get("mlp_ratio") is not None:
-        ratio = fields.number(
-            arguments, "mlp_ratio", default=4, source=source, least=0.001, most=1000
-        )
-        _same("embed_dim * mlp_ratio", int(model.width * ratio), model.mlp_width, source)
-    if "init_values" in arguments:
-        scaled = bool(arguments["init_values"])
-        _same("init_values", scaled, model.layer_scale_init is not None, source)
-    for name, holds in (
-        ("use_abs_pos_emb", model.positions == "absolute"),
-        ("use_rel_pos_bias", model.positions == "relative_per_block"),
-        ("use_shared_rel_pos_bias", model.positions == "relative_shared"),
-        ("use_fc_norm", description.pooling == "mean"),
-    ):
-        _same(name, fields.flag(arguments, name, default=holds, source=source), holds, source)
-
-
-def _same(name: str, stated: int, ours: int, source: str) -> None:
-    if stated != ours:
-        raise WeightsError(f"{source}: {name} is {stated}, but by the tensors it is {ours}")
-
-
-def _stated_heads(arguments: JsonObject, state: State, *, name: str, source: str) -> int:
-    if "num_heads" in arguments:
-        return fields.integer(arguments, "num_heads", default=0, source=f"{source}: model_args")
-    token = state["cls_token"]
-    for size, heads in _HEADS.items():
-        if size in name and token.ndim and token.shape[-1] == 64 * heads:
-            return heads
-    return 0
-
-
 def _normalization(settings: JsonObject, *, source: str) -> str:
-    if "mean" not in settings and "std" not in settings:
+    mean, std = settings.get("mean"), settings.get("std")
+    if mean is std is None:
         return ""
-    if "mean" not in settings or "std" not in settings:
+    if mean is None or std is None:
         raise WeightsError(f"{source}: has a mean or a std, but not both")
     mean, std = (fields.numbers(settings, name, count=3, source=source) for name in ("mean", "std"))
     return normalization_of(mean, std, source=source)
 
 
 def _view(settings: JsonObject, *, source: str) -> View:
-    interpolation = settings.get("interpolation", "bicubic")
+    interpolation = settings.get("interpolation") or "bicubic"
     if interpolation not in INTERPOLATIONS:
         raise WeightsError(f"{source}: interpolation is {quoted(interpolation)}, not known")
     mode = settings.get("crop_mode", "center")
     if mode not in ("center", "squash", "border", None):
         raise WeightsError(f"{source}: crop_mode is {quoted(mode)}, not known")
-    crop = fields.number(settings, "crop_pct", default=0.9, source=source, least=0.01, most=1)
+    crop = fields.number(settings, "crop_pct", default=0.875, source=source, least=0.01, most=1)
     return View(interpolation=interpolation, crop=crop, squash=mode == "squash")
 
 
-def _labels(config: JsonObject, *, source: str) -> tuple[str, ...]:
-    """`label_names`, a list or an object by number, in a folder's config or its pretrained_cfg."""
+def _labels(config: JsonObject, *, source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`label_names`, a list or an object by class number; and what to say of them."""
     settings = fields.section(config, "pretrained_cfg", source=source)
-    names = config.get("label_names", settings.get("label_names"))
+    names = config.get("label_names")
+    names = settings.get("label_names") if names is None else names
     if names is None:
-        return ()
+        return (), ()
     if isinstance(names, dict):
-        try:
-            return tuple(str(names[key]) for key in sorted(names, key=int))
-        except ValueError:
-            names = None
+        labels = fields.numbered(names, count=len(names))
+        notes = () if labels else ("labels left out: label_names has gaps, or no class numbers",)
+        return labels, notes
     if not isinstance(names, list | tuple):
         raise WeightsError(f"{source}: label_names is no list and no object by class number")
-    return tuple(str(name) for name in names)
+    return tuple(str(name) for name in names), ()
 
 
 def pretrained_cfg(description: Description, *, config: JsonObject) -> JsonObject:

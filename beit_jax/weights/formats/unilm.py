@@ -13,7 +13,7 @@ from beit_jax.files import write_whole
 from beit_jax.models.relative_positions import relative_position_index
 from beit_jax.types import FlatParams
 from beit_jax.weights import keys
-from beit_jax.weights.formats import official
+from beit_jax.weights.formats import official, timm_arguments
 from beit_jax.weights.formats.format import (
     Described,
     Export,
@@ -109,7 +109,7 @@ def write(export: Export) -> Written:
 
 def describe(opened: Opened, *, stated: Stated) -> Described:
     """Describes a `.pth` by what its training script saved beside it, and by names and shapes."""
-    return official.describe(opened, stated=stated, known=official.Known())
+    return timm_arguments.describe(opened, stated=stated, said=official.Known())
 
 
 FORMAT = Format(

@@ -1,5 +1,6 @@
 """Folders as transformers saves them, of every class and setting."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -141,7 +142,11 @@ FACTS = (
     _act("relu", Refused(line="hidden_act.*relu")),
     _act("silu", Refused(line="hidden_act.*silu")),
     _act("gelu_pytorch_tanh", Refused(line="hidden_act.*gelu_pytorch_tanh")),
-    _row("epsilon as published", KEPT, config={"layer_norm_eps": 1e-12}),
+    _row(
+        "epsilon as published",
+        dataclasses.replace(KEPT, guessed=("layer_norm_epsilon",)),
+        config={"layer_norm_eps": 1e-12},
+    ),
     _row("epsilon 1e-5", KEPT, config={"layer_norm_eps": 1e-5}),
     _row("epsilon 1e-3", KEPT, config={"layer_norm_eps": 1e-3}, fast=True),
     _row(

@@ -308,7 +308,8 @@ CONTAINERS = (
     _container(
         "state_dict_ema of timm's training",
         saved("model_best.pth.tar", _of_timm_training),
-        outcome=dataclasses.replace(NAMED, says=("state_dict_ema",)),
+        # timm's name of the model stands for its mean and deviation, too.
+        outcome=dataclasses.replace(NAMED, guessed=(), says=("state_dict_ema",)),
     ),
     _container(".pth.tar", saved("beit.pth.tar", lambda s: {"state_dict": s})),
     _container(
