@@ -9,7 +9,7 @@ compared: the model's own is taken, and the log says so.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from absl import logging
 
@@ -97,14 +97,22 @@ def stated(
         config = _complete(native.saved_config(source, name=name)) if folder.exists() else {}
         # Guessed by the import, and saved as if it were known.
         guessed = value_of(config, "imported_from.guessed") or {}
-        return SourceFacts(config=config, guessed=frozenset(guessed) - _SHOWN)
+        kept = value_of(config, "imported_from.kept") or {}
+        return SourceFacts(config=config, guessed=_unsaid(guessed, kept=kept))
     try:
         checkpoint = foreign.read(source, stated=STATED_ELSEWHERE, allow_unused=allow_unused)
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from None
-    return SourceFacts(
-        config=to_config(checkpoint.description), guessed=frozenset(checkpoint.guessed) - _SHOWN
-    )
+    guessed = _unsaid(checkpoint.guessed, kept=checkpoint.kept)
+    return SourceFacts(config=to_config(checkpoint.description), guessed=guessed)
+
+
+def _unsaid(guessed: Iterable[str], *, kept: JsonObject) -> frozenset[str]:
+    """The guesses that stand for something that the file does not say at all."""
+    names = frozenset(guessed) - _SHOWN
+    if "layer_norm_eps" in kept.get("config", {}):  # said, and read as the official value
+        names -= {"layer_norm_epsilon"}
+    return names
 
 
 def _complete(saved: JsonObject) -> JsonObject:

@@ -224,7 +224,6 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
         )
     elif not stated.normalization:
         guessed["normalization"] = "half: there is no preprocessor_config.json; --normalization"
-    name = stated.normalization or said or "half"
     return Described(
         description=Description(
             task=task,
@@ -232,7 +231,7 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
             outputs=outputs,
             pooling=pooling,
             mask_token=task == "encoder" and "beit.embeddings.mask_token" in state,
-            normalization=name,
+            normalization=stated.normalization or said or "half",
             labels=labels,
         ),
         guessed=guessed,
