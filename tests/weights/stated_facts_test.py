@@ -167,7 +167,7 @@ def timm_folder(folder, path, **config) -> str:
         ({"model_args": {"img_size": 48}}, "img_size is 48, but by the tensors it is 40"),
         ({"model_args": {"depth": 4}}, "depth is 4, but by the tensors it is 3"),
         ({"model_args": {"num_heads": 8}}, "num_heads is 8, but by the tensors it is 4"),
-        ({"global_pool": ""}, "global_pool '' with the norm 'fc_norm'"),
+        ({"global_pool": ""}, "global_pool is '': its classifier"),
         ({"global_pool": "token"}, "global_pool 'token' with the norm 'fc_norm'"),
         ({"model_args": {"global_pool": "avg"}, "global_pool": ""}, ""),
         ({"architecture": "eva_giant_patch14_224"}, "'eva_giant_patch14_224', not a BEiT"),

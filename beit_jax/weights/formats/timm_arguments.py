@@ -76,6 +76,11 @@ def known(
     fields.check_fields(arguments, used=USED, only=ONLY, kept=KEPT, source=source)
     pool = arguments.get("global_pool", pool)
     pool = "avg" if pool is None else pool
+    if "head.weight" in state and pool == "":
+        raise WeightsError(
+            f"{source}: global_pool is '': its classifier gives logits of every token, which this"
+            " project's do not"
+        )
     norm = "fc_norm" if "fc_norm.weight" in state else "norm"
     if "head.weight" in state and (pool, norm) not in (("avg", "fc_norm"), ("token", "norm")):
         raise WeightsError(
