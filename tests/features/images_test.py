@@ -46,6 +46,36 @@ def test_images_are_found_by_suffix_or_header_at_any_depth(tmp_path):
     assert found.others == 2
 
 
+def test_what_is_no_regular_file_is_no_image_whatever_its_name(tmp_path):
+    picture(8, 8).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    found = images.find_images(str(tmp_path))
+    assert (found.names, found.others) == (["a.png"], 2)
+    # Neither does one that comes later hang the command.
+    reasons = dict(
+        images.read_images(
+            str(tmp_path), ["pipe.jpg", "zero.jpg"], size=8, resize="crop", threads=1
+        )
+    )
+    assert reasons == {"pipe.jpg": "not a regular file", "zero.jpg": "not a regular file"}
+
+
+@pytest.mark.parametrize("format", ["TIFF", "PPM", "ICO", "BMP"])
+def test_formats_are_told_by_the_content(tmp_path, format):
+    image = picture(32, 32)
+    image.save(tmp_path / "image.jpg", format=format)
+    read = images.read_image(str(tmp_path / "image.jpg"), size=32, resize="squash")
+    np.testing.assert_array_equal(read, np.asarray(image))
+
+
+def test_an_image_with_too_many_pixels_is_a_bad_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    picture(10, 10).save(tmp_path / "image.png")
+    (item,) = images.read_images(str(tmp_path), ["image.png"], size=8, resize="crop", threads=1)
+    assert item == ("image.png", "10 x 10 pixels are more than 99")
+
+
 @pytest.mark.parametrize(("height", "width"), [(300, 200), (97, 331), (64, 64), (40, 1000)])
 @pytest.mark.parametrize("size", [64, 384])
 def test_a_crop_equals_resizing_the_whole_image_first(tmp_path, height, width, size):
