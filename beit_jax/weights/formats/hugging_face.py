@@ -154,10 +154,10 @@ def canonical(state: State) -> State:
     """Gives every key the prefix "beit.".
 
     The larger models' files have it; those of a bare model don't, and Data2VecVision, which is a
-    BEiT under another name, has its own.
+    BEiT under another name, has its own. BeitBackbone's files have it for a shared table alone.
     """
     if "embeddings.cls_token" in state:
-        state = {f"beit.{key}": array for key, array in state.items()}
+        state = {f"beit.{key.removeprefix('beit.')}": array for key, array in state.items()}
     if any(key.startswith("beit.layers.") for key in state):
         return {_version_4(key): array for key, array in state.items()}
     if "data2vec_vision.embeddings.cls_token" in state:

@@ -100,6 +100,12 @@ CLASSES = (
         config={"out_features": ["stage2"]},
     ),
     _row(
+        "backbone, shared table",
+        Accepted(format="hugging_face", renamed=True),
+        cls="BeitBackbone",
+        config=hf.SHARED,
+    ),
+    _row(
         "data2vec, bare", Accepted(format="hugging_face", renamed=True), cls="Data2VecVisionModel"
     ),
     _row(
