@@ -62,6 +62,13 @@ class Known:
     kept: JsonObject = dataclasses.field(default_factory=dict)
 
 
+# Either may be another model's, which is none of this project's.
+_POOLING = {
+    "cls": "of the class token: by its norm; a mean behind that norm has the same names",
+    "mean": "of the mean: by its fc_norm; a class token before that norm has the same names",
+}
+
+
 def has_official_keys(state: State) -> bool:
     """Whether the keys are those of the official models, which timm has too."""
     return "cls_token" in state and "blocks.0.attn.qkv.weight" in state
@@ -96,11 +103,8 @@ def describe(opened: Opened, *, stated: Stated, known: Known) -> Described:
     except ValueError as error:
         raise WeightsError(f"{opened.path}: {error}") from None
     task, outputs, pooling, left_out = _head(opened.state, source=opened.path)
-    if task == "classify" and pooling == "cls" and not known.pooling:
-        guessed["pooling"] = (
-            "of the class token: there is norm and no fc_norm; a model that pools the mean behind"
-            " its norm has the same names, but is none of this project's"
-        )
+    if task == "classify" and not known.pooling:
+        guessed["pooling"] = _POOLING[pooling]
     labels = known.labels if len(known.labels) == outputs else ()
     notes = known.notes
     if known.labels and not labels and task == "classify":

@@ -393,7 +393,7 @@ KINDS = (
     _flagged(
         "classifier of the class token",
         saved("beit.pth", lambda s: {"model": s}),
-        dataclasses.replace(KEPT, guessed=("pooling", *SILENT)),
+        KEPT,
         global_pool="token",
     ),
     _flagged(

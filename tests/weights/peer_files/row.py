@@ -37,7 +37,8 @@ class Accepted:
 
     Attributes:
       flags: of import.
-      guessed: facts that the report must name as guessed; no other may be.
+      guessed: facts that the report must name as guessed; no other may be, but for the pooling of
+        a classifier, which is guessed wherever the activation is.
       wrong: a guess is wrong, so that the numbers are the peer's only with `right_flags`.
       right_flags: the flags that replace the wrong guess.
       says: regular expressions for lines of the report.

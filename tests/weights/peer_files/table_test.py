@@ -112,7 +112,10 @@ def test_accepted(row, peer, tmp_path, capsys, record_property):
     expected = np.load(built["expected"])
     native = tmp_path / "native"
     report = imported(capsys, built["path"], native, *outcome.flags)
-    assert guessed(report) == set(outcome.guessed), report
+    expected_guesses = {*outcome.guessed}
+    if built["kind"] == "classify" and "activation" in expected_guesses:
+        expected_guesses.add("pooling")
+    assert guessed(report) == expected_guesses, report
     for pattern in outcome.says:
         assert re.search(pattern, report), report
     for name in outcome.lost:

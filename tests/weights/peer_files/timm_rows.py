@@ -127,7 +127,7 @@ BEITS = (
         "shared table", _file(copies=True), use_rel_pos_bias=False, use_shared_rel_pos_bias=True
     ),
     _plain("no LayerScale", _file(), init_values=0.0),
-    _plain("class token", _file(guessed=("pooling", *SILENT)), global_pool="token"),
+    _plain("class token", _file(), global_pool="token"),
     _plain("three heads", _file(), embed_dim=48, num_heads=3),
     _plain("no head", _file(), num_classes=0),
     _plain("no head, final norm", _file(), num_classes=0, global_pool=""),
@@ -178,12 +178,24 @@ REFUSED = (
     # A plain file cannot say that: it looks like the class token's.
     _plain(
         "mean of normalised tokens",
-        _file(guessed=("pooling", *SILENT), wrong=True),
+        _file(wrong=True),
         use_fc_norm=False,
     ),
     _pushed("logits of every token", Refused(line="global_pool"), global_pool=""),
     _plain("patch that is no square", Refused(line="square"), patch_size=(16, 8)),
     _plain("image that is no square", Refused(line="table|grid|square"), img_size=(64, 96)),
+    _plain(
+        "class token before its norm",
+        _file(wrong=True),
+        global_pool="token",
+        use_fc_norm=True,
+    ),
+    _pushed(
+        "class token before its norm",
+        Refused(line="global_pool"),
+        global_pool="token",
+        use_fc_norm=True,
+    ),
     _plain("gated MLP", Refused(line=r"mlp\.fc1"), swiglu_mlp=True),
     _pushed("gated MLP", Refused(line="swiglu"), swiglu_mlp=True),
     _plain("normalised MLP", Refused(line=r"mlp\.norm"), scale_mlp=True),
