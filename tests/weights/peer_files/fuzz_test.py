@@ -330,7 +330,8 @@ def normalizations(processor: dict[str, Any]) -> list[str]:
     flags = {name: processor.get(name) is not False for name in ("do_normalize", "do_rescale")}
     if not flags["do_normalize"]:
         mean, std = np.zeros(3), np.ones(3)
-    factors = [processor.get("rescale_factor", 1 / 255)]
+    factor = processor.get("rescale_factor")
+    factors = [1 / 255 if factor is None else factor]
     if not flags["do_rescale"]:
         factors = [1.0, 1 / 255]
     pixels = np.array([[0.0], [0.3], [1.0]]) * 255

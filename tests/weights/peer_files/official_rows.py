@@ -258,7 +258,7 @@ def _views(state: State) -> State:
 
 KEPT = Accepted(format="unilm", guessed=SILENT)
 # Beside the weights is the name of the architecture, with which epsilon and activation are known.
-NAMED = Accepted(format="unilm", guessed=("normalization",))
+NAMED = Accepted(format="unilm", guessed=("normalization", "pooling"))
 
 
 def _container(
@@ -478,14 +478,7 @@ KINDS = (
     _flagged(
         "version 2, layers of its class token",
         saved("beitv2.pth", lambda s: {"model": s | _class_token_layers(s)}),
-        Refused(line=r"unused cls_pt_layers", hint=True),
-        what="masked",
-        **hugging_face.SHARED,
-    ),
-    _flagged(
-        "version 2, layers of its class token allowed",
-        saved("beitv2.pth", lambda s: {"model": s | _class_token_layers(s)}),
-        _note("cls_pt_layers", flags=("--allow-unused", "cls_pt_layers")),
+        _note("cls_pt_layers"),
         what="masked",
         **hugging_face.SHARED,
     ),
