@@ -135,9 +135,12 @@ script_ops._py_funcs._funcs[_OTHER] = _decode_other
 
 def _check_pixels(height: tf.Tensor, width: tf.Tensor, *, max_pixels: int) -> tf.Operation:
     """An operation that fails where an image has too many pixels; sides are int32 scalars."""
-    pixels = tf.cast(height, tf.int64) * tf.cast(width, tf.int64)
     message = f"more than {max_pixels} pixels:"
-    return tf.debugging.Assert(pixels <= max_pixels, [message, width, "x", height])
+    return tf.debugging.Assert(_pixels(height, width) <= max_pixels, [message, width, "x", height])
+
+
+def _pixels(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+    return tf.cast(height, tf.int64) * tf.cast(width, tf.int64)
 
 
 def decode_window(
@@ -199,8 +202,7 @@ def decode_element(
             )
 
         halvings = sum(tf.cast(shorter >= ratio * window.side, tf.int32) for ratio in (2, 4, 8))
-        checks = [_check_pixels(height, width, max_pixels=max_pixels), _check_whole(data)]
-        with tf.control_dependencies(checks):
+        with tf.control_dependencies([_check(data, height, width, max_pixels=max_pixels)]):
             halvings = tf.identity(halvings)
         image = tf.switch_case(halvings, [lambda r=ratio: at(r) for ratio in (1, 2, 4, 8)])
         return image, tf.constant(False)
@@ -212,15 +214,28 @@ def decode_element(
     return {"image": tf.ensure_shape(image, [None, None, 3]), "by_pillow": by_pillow}
 
 
-def _check_whole(data: tf.Tensor) -> tf.Operation:
-    """An operation that fails for a JPEG that ends too early, wherever the window lies.
+def _check(
+    data: tf.Tensor, height: tf.Tensor, width: tf.Tensor, *, max_pixels: int
+) -> tf.Operation:
+    """An operation that fails for a JPEG that is too large, or ends too early.
 
-    The decoder stops below the window, and would not notice. A file that ends as a JPEG does is
-    complete; with anything behind that end, only decoding tells (at an eighth of the resolution).
+    The decoder of a window stops below it, and would not notice that the rest is missing. A file
+    that ends as a JPEG does is complete; with anything behind that end, only decoding tells (at an
+    eighth of the resolution).
+
+    Args:
+      data: string scalar, the file's content.
+      height, width: int32 scalars.
+      max_pixels: as for `decode_image`.
     """
+
+    def closer() -> tf.Tensor:
+        with tf.control_dependencies([_check_pixels(height, width, max_pixels=max_pixels)]):
+            return tf.size(tf.io.decode_jpeg(data, channels=3, ratio=8))
+
     ends = tf.strings.substr(data, -len(JPEG_END), len(JPEG_END)) == JPEG_END
-    read = tf.cond(ends, lambda: 0, lambda: tf.size(tf.io.decode_jpeg(data, channels=3, ratio=8)))
-    return read.op
+    small = _pixels(height, width) <= max_pixels
+    return tf.cond(ends & small, lambda: tf.constant(0), closer).op
 
 
 def crop_to_window(image: tf.Tensor, *, window: Window | None) -> tf.Tensor:
