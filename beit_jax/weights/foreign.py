@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import ml_dtypes
 import numpy as np
 
+from beit_jax.models.relative_positions import relative_position_index
 from beit_jax.types import JsonObject
 from beit_jax.weights import keys, opening
 from beit_jax.weights.description import Description
@@ -131,6 +132,7 @@ def _convert(
     )
     used = {key: opened.state[key] for key in wanted if key in opened.state}
     _check_numbers(used, source=opened.path)
+    _check_index(opened, rebuilt, grid=description.model.grid)
     params = keys.to_native(used, table, layers=description.model.layers)
     report = Report(
         used=tuple(used),
@@ -143,6 +145,23 @@ def _convert(
         notes=(*opened.notes, *described.notes),
     )
     return params, report
+
+
+def _check_index(opened: Opened, rebuilt: Iterable[str], *, grid: int) -> None:
+    """Raises WeightsError for an index buffer that is not this project's for the grid.
+
+    The buffers are computed anew, which is the same function only where they are the same ones: a
+    model of images that are not square may have a table that fits a square.
+    """
+    expected = None
+    for key in rebuilt:
+        if expected is None:
+            expected = relative_position_index(grid)
+        if not np.array_equal(opened.state[key], expected):
+            raise WeightsError(
+                f"{opened.path}: {key} is not the index of {grid} × {grid} patches, row by row; it"
+                " is of images that are not square, or counts the patches otherwise"
+            )
 
 
 def _check_numbers(state: State, *, source: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from beit_jax.models.functional import flatten
+from beit_jax.models.relative_positions import relative_position_index
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.weights import containers, convert
 from beit_jax.weights.foreign import read
@@ -159,14 +160,16 @@ def test_keys_allowed_by_name_pass_and_are_reported(changed, exported):
         read(folder, allow_unused=["extra"])
 
 
-def test_old_index_buffers_are_not_counted_as_unused(changed):
-    def change(state):
-        key = "beit.encoder.relative_position_bias.relative_position_index"
-        return state | {key: np.zeros((26, 26), np.int64)}
-
-    report = read(changed(change)).report
+def test_index_buffers_are_compared_and_not_counted_as_unused(changed):
+    """Another order of the patches is another function under the same names and shapes."""
+    key = "beit.encoder.relative_position_bias.relative_position_index"
+    index = relative_position_index(5).astype(np.int64)
+    report = read(changed(lambda state: state | {key: index})).report
     assert len(report.rebuilt) == 1
     assert report.unused == ()
+    for wrong in (np.zeros((26, 26), np.int64), index[:-1], index[::-1].copy()):
+        with pytest.raises(WeightsError, match="is not the index of 5 × 5 patches"):
+            read(changed(lambda state, wrong=wrong: state | {key: wrong}))
 
 
 def test_a_config_that_does_not_fit_its_tensors(changed):

@@ -108,7 +108,16 @@ def write(export: Export) -> Written:
 
 
 def describe(opened: Opened, *, stated: Stated) -> Described:
-    """Describes a `.pth` by what its training script saved beside it, and by names and shapes."""
+    """Describes a `.pth` by what its training script saved beside it, and by names and shapes.
+
+    Raises:
+      WeightsError: as `timm_arguments.describe`, or a config of transformers is beside the file.
+    """
+    if "model_type" in opened.config:
+        raise WeightsError(
+            f"{opened.path} has the official names, and the config.json beside it is of"
+            " transformers, which has others; move the file away from it"
+        )
     return timm_arguments.describe(opened, stated=stated, said=official.Known())
 
 
