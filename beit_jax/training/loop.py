@@ -295,7 +295,8 @@ class TrainingRun:
     def log(self) -> None:
         """Writes the newest step's metrics and the speed since the last time."""
         values = {name: float(value) for name, value in self._metrics.items()}
-        values |= _sum_over_hosts(self._job.feed.metrics())
+        counts = _sum_over_hosts(self._job.feed.metrics())
+        values |= {k: v for k, v in counts.items() if v or k not in metrics.WHERE_ANY}
         speed = self._clock.report(step=self.step)
         self.speeds.append(speed["images_per_second"])
         self._log.write(self.step, values | speed)

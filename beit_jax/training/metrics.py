@@ -13,6 +13,9 @@ from etils import epath
 from beit_jax.hardware import peak_flops
 from beit_jax.types import JsonObject
 
+# Counts that are written only where there is something to count: most runs never have any.
+WHERE_ANY = ("images_by_pillow",)
+
 
 class MetricsLog:
     """Writes scalars and pictures, on process 0 only.

@@ -292,13 +292,11 @@ def with_index_buffers(path: str, model: Any) -> None:
     table = "relative_position_bias.relative_position_bias_table"
 
     def change(state: State) -> State:
-        import torch
+        from timm.models import beit
 
+        index = beit.gen_relative_position_index((4, 4))
         found = [key for key in state if key.endswith(table)]
-        return state | {
-            key.replace("bias_table", "index"): torch.zeros(17, 17, dtype=torch.int64)
-            for key in found
-        }
+        return state | {key.replace("bias_table", "index"): index.clone() for key in found}
 
     _state(path, change)
 

@@ -478,7 +478,7 @@ KINDS = (
     _flagged(
         "version 2, layers of its class token",
         saved("beitv2.pth", lambda s: {"model": s | _class_token_layers(s)}),
-        _note("cls_pt_layers"),
+        _note("left out .*cls_pt_layers"),
         what="masked",
         **hugging_face.SHARED,
     ),
