@@ -263,8 +263,8 @@ def _pooling(config: Config, task: str, opened: Opened) -> tuple[str, tuple[str,
                 " applies two final norms, which this project's models do not"
             )
         return "mean", ()
-    if config.backbone:
-        return "none", ()
+    if config.backbone:  # its feature maps are of tokens before the norm
+        return "none", ("beit.layernorm",)
     if not config.mean_pooling:
         return "cls", ("beit.pooler",)
     if task == "encoder" and "beit.pooler.layernorm.weight" not in opened.state:

@@ -100,6 +100,17 @@ CLASSES = (
         config={"out_features": ["stage2"]},
     ),
     _row(
+        "backbone, class-token pooling",
+        Accepted(
+            format="hugging_face",
+            renamed=True,
+            lost=("beit.layernorm.weight", "beit.layernorm.bias"),
+            changed=(("use_mean_pooling", True),),
+        ),
+        cls="BeitBackbone",
+        config={"use_mean_pooling": False},
+    ),
+    _row(
         "backbone, shared table",
         Accepted(format="hugging_face", renamed=True),
         cls="BeitBackbone",
