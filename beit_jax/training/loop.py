@@ -132,9 +132,14 @@ def open_run(
     checkpoints.write_config()
     expected = checkpoints.latest_step() or 0
     first = FirstBatch(job.feed.training, step=expected) if expected < run.steps else None
-    train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
-    step = int(train_state.step)
-    cluster.check_agreement("parameters that are not trained", start.digest(job.task.frozen))
+    try:
+        train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
+        step = int(train_state.step)
+        cluster.check_agreement("parameters that are not trained", start.digest(job.task.frozen))
+    except BaseException:
+        if first:
+            first.leave()
+        raise
     under_way = TrainingRun(
         job,
         train_state,

@@ -148,7 +148,8 @@ def _other_heads(
         if not (allowed(name, allow_missing) and allowed(name, allow_unused)):
             raise WeightsError(
                 f"{source}: {module} is for {params[name].shape[1]} {what}, needed"
-                f" {wanted[name][1]}; to start it anew, allow {module!r} to be missing and unused"
+                f" {wanted[name][1]}; to start it anew: --config.run.init_allow_missing={module}"
+                f" --config.run.init_allow_unused={module}"
             )
         dropped += [other for other in params if other.startswith(f"{module}/")]
     return dropped

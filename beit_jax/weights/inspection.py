@@ -25,7 +25,10 @@ def inspect(source: str) -> str:
     if native.is_checkpoint(source):
         shapes = flatten(native.saved_params_shapes(source))
         lines = ["format: beit_jax", f"checkpoint: {native.state_folder(source, name='').parent}"]
-        lines.append(sentence(describe(native.saved_config(source))))
+        config = native.saved_config(source)
+        lines.append(sentence(describe(config)))
+        guessed = config.get("imported_from", {}).get("guessed", {})
+        lines += [f"guessed: {name} {text}" for name, text in guessed.items()]
         return "\n".join([*lines, *_table(shapes)])
     opened = opening.open_file(source)
     found = foreign.detect(opened)
@@ -41,7 +44,7 @@ def inspect(source: str) -> str:
         lines += [f"guessed: {name} {text}" for name, text in described.guessed.items()]
         lines += described.notes
     except WeightsError as error:  # a file without its config.json still has names and shapes
-        lines.append(f"the architecture is unknown: {error}")
+        lines.append(f"not read: {error}")
     return "\n".join([*lines, *opened.notes, *_table(opened.state)])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import time
 
 import jax
 import jax.numpy as jnp
@@ -283,3 +284,23 @@ def test_a_cut_off_last_line_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
     assert metrics.read(str(path)) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_run_that_cannot_start_waits_for_its_first_batch(tmp_path):
+    """TensorFlow aborts a process that ends while a thread reads."""
+    read = []
+
+    def training(start):
+        time.sleep(0.5)
+        read.append(start)
+        yield {}
+
+    with pytest.raises(ConfigError, match="nothing_there"):
+        loop.train(
+            loop.Job(task=regression(), feed=dataclasses.replace(feed(), training=training)),
+            run=dataclasses.replace(RUN, init_from=str(tmp_path / "nothing_there")),
+            optimizer_config=OPTIMIZER,
+            config={},
+            workdir=str(tmp_path / "run"),
+        )
+    assert read == [0]

@@ -198,7 +198,7 @@ def test_what_a_training_script_saved_is_read(torch, folder, tmp_path):
         checkpoint = read(saved(torch, folder, tmp_path / "x.pth", **beside))
         return checkpoint.description.normalization, set(checkpoint.guessed)
 
-    unsaid = {"activation", "layer_norm_epsilon", "normalization"}
+    unsaid = {"activation", "layer_norm_epsilon", "normalization", "pooling"}
     assert facts() == ("half", unsaid)
     assert facts(arch="base") == ("half", unsaid)  # of a script of one's own
     mean, std = NORMALIZATIONS["imagenet"]

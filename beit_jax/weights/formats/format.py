@@ -114,7 +114,8 @@ class Stated:
     def __post_init__(self) -> None:
         if self.normalization:
             one_of(self.normalization, "--normalization", *NORMALIZATIONS)
-        one_of(self.weights, "--weights", "", "ema", "model")
+        known = self.weights in ("", "ema", "model")
+        check(known, "--weights", f"must be ema or model, got {self.weights!r}")
         check(self.heads >= 0, "--heads", f"must be positive, got {self.heads}")
         epsilon = self.layer_norm_epsilon
         check(

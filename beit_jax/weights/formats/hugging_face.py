@@ -223,7 +223,9 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
             opened.preprocessor, stated=stated, image_size=config.model.image_size, source=source
         )
     elif not stated.normalization:
-        guessed["normalization"] = "half: there is no preprocessor_config.json; --normalization"
+        guessed["normalization"] = (
+            "half: there is no preprocessor_config.json (--normalization says otherwise)"
+        )
     return Described(
         description=Description(
             task=task,

@@ -1,6 +1,7 @@
 """The model card of a Hugging Face folder: what the model is, how it was made, how to load it."""
 
 import json
+import os
 
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.types import Json, JsonObject
@@ -9,6 +10,11 @@ from beit_jax.weights.description import Description
 _KINDS = {
     "pretrain": "pre-trained by masked image modelling",
     "classify": "fine-tuned to tell {outputs} classes apart",
+    "encoder": "an encoder without a head",
+}
+_ORIGINS = {
+    "pretrain": "a masked image model",
+    "classify": "a classifier of {outputs} classes",
     "encoder": "an encoder without a head",
 }
 _TAGS = {
@@ -45,24 +51,41 @@ def model_card(
       name: the folder's name.
     """
     lines = [
-        *_architecture(description, class_name=class_name, name=name),
+        *_architecture(description, config=config, class_name=class_name, name=name),
         *_recipe(config),
         *_metrics(metrics),
         "",
-        f"Exported from `{source}`. The whole config:",
+        # A card is published: no paths of the machine that wrote it.
+        f"Exported from `{os.path.basename(source.rstrip('/'))}`. The whole config:",
         "",
         "```json",
-        json.dumps(config, indent=2),
+        json.dumps(_published(config), indent=2),
         "```",
         "",
     ]
     return "\n".join(lines)
 
 
-def _architecture(description: Description, *, class_name: str, name: str) -> list[str]:
+def _published(config: JsonObject) -> JsonObject:
+    """The config without the place that a file was imported from."""
+    origin = config.get("imported_from")
+    if not isinstance(origin, dict) or not isinstance(origin.get("source"), str):
+        return config
+    name = origin["source"]
+    if not name.startswith("hf:"):
+        name = os.path.basename(name.rstrip("/"))
+    return config | {"imported_from": origin | {"source": name}}
+
+
+def _architecture(
+    description: Description, *, config: JsonObject, class_name: str, name: str
+) -> list[str]:
     model = description.model
     mean, std = NORMALIZATIONS[description.normalization]
-    kind = _KINDS[description.task].format(outputs=description.outputs)
+    made = _KINDS[description.task].format(outputs=description.outputs) + " with beit_jax"
+    if "imported_from" in config:  # somebody else's, who may have trained it with anything
+        what = _ORIGINS[description.task].format(outputs=description.outputs)
+        made = f"{what}, converted by beit_jax"
     return [
         "---",
         "library_name: transformers",
@@ -72,7 +95,7 @@ def _architecture(description: Description, *, class_name: str, name: str) -> li
         "",
         f"# {name}",
         "",
-        f"BEiT (arXiv 2106.08254), {kind} with beit_jax.",
+        f"BEiT (arXiv 2106.08254), {made}.",
         "",
         f"- {model.layers} layers, width {model.width}, {model.heads} heads, MLP {model.mlp_width}",
         f"- images {model.image_size} × {model.image_size}, patches of {model.patch_size} pixels",

@@ -112,7 +112,7 @@ def describe(opened: Opened, *, stated: Stated, known: Known) -> Described:
     normalization = stated.normalization or known.normalization
     if not normalization:
         normalization = "half"
-        guessed["normalization"] = "half: the file does not say; --normalization"
+        guessed["normalization"] = "half: the file does not say (--normalization says otherwise)"
     return Described(
         description=Description(
             task=task,
@@ -241,11 +241,13 @@ def _model_config(
     if epsilon is None:
         epsilon = OFFICIAL_EPSILON
         if not known.beit:
-            guessed["layer_norm_epsilon"] = "1e-06: as the official models; --epsilon"
+            guessed["layer_norm_epsilon"] = (
+                "1e-06: as in the official models (--epsilon sets another)"
+            )
     if not known.beit:
         guessed["activation"] = (
-            "exact GELU, before which blocks normalise: as the official models; this project's"
-            " models have no other"
+            "exact GELU in blocks that normalise first, as in the official models (there are no"
+            " others here)"
         )
     return ModelConfig(
         layers=layers,
@@ -317,7 +319,9 @@ def _heads(state: State, *, stated: Stated, known: Known, guessed: dict[str, str
         return 1
     if width % 64:
         raise ValueError(f"the file does not say how many heads its {width} channels make: --heads")
-    guessed["heads"] = f"{width // 64}: width {width} / 64, as all published models; --heads"
+    guessed["heads"] = (
+        f"{width // 64}: width {width} / 64, as in all published models (--heads says otherwise)"
+    )
     return width // 64
 
 

@@ -193,6 +193,9 @@ def trained(known_: Known, opened: Opened, *, stated: Stated) -> Known:
         )
     elif arguments.get("use_mean_pooling") is False or arguments.get("use_cls") is True:
         result = dataclasses.replace(result, pooling=True)
+    elif arch is None and "fc_norm.weight" in opened.state:
+        # The official models have this norm where they pool the mean, and only there.
+        result = dataclasses.replace(result, pooling=True)
     if not result.normalization and not stated.normalization:
         found = _normalization(arguments, name=name, by_timm=by_timm, source=opened.path)
         result = dataclasses.replace(result, normalization=found)
