@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from beit_jax.data.decode import Window, crop_to_window
-from beit_jax.data.source_kinds import EMBEDDED_EVAL_START
+from beit_jax.data.source_kinds import EMBEDDED_EVAL_START as EVAL_START
 from beit_jax.data.sources.source import Element, Request, Source, check_holdout
 
 # The shape: a segmentation map is 0 on the background and 1 + the index here on the shape.
@@ -42,7 +42,7 @@ def open_embedded(request: Request) -> Source:
     value, config = request.value, request.config
     number, start = int(value) if value else IMAGES, 0
     if not request.training:
-        start = EMBEDDED_EVAL_START
+        start = EVAL_START
         if request.withholds:
             check_holdout(config)
             number = config.holdout
