@@ -131,6 +131,7 @@ def test_arrays_that_do_not_fit_are_errors_with_their_names(changes, message):
         knn.knn_accuracy(**arguments)
 
 
+@pytest.mark.slow
 def test_accuracy_of_blocks_equals_brute_force_on_one_device_and_eight(frozen):
     """From images to accuracy; padding and unlabelled images neither vote nor count."""
     rng = np.random.default_rng(2)

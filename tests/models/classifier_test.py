@@ -69,6 +69,7 @@ def test_initialisation_is_the_fine_tuning_one():
             assert np.abs(value).max() > 0.06, "not cut at one standard deviation"
 
 
+@pytest.mark.slow
 def test_mean_pooling_leaves_out_the_class_token_and_cls_is_the_class_token():
     """Pooling by hand from the encoder's tokens; the 'cls' encoder ends in its norm."""
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 24, 3)), jnp.float32)

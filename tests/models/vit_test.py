@@ -37,7 +37,12 @@ def batch():
 
 
 @pytest.mark.parametrize(
-    "implementation", ["xla", "fused", pytest.param("cudnn", marks=pytest.mark.slow)]
+    "implementation",
+    [
+        "xla",
+        pytest.param("fused", marks=pytest.mark.slow),
+        pytest.param("cudnn", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_loss_and_every_gradient_equal_transformers(
@@ -134,6 +139,7 @@ def test_pixels_of_masked_patches_have_no_influence(batch):
     assert np.abs(base - apply(np.where(pixels, images, images + 1.0))).min(axis=-1).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_unrolling_and_remat_do_not_change_the_numbers(unroll, batch):
     images, mask, _ = batch
@@ -168,6 +174,7 @@ def test_the_last_hidden_state_is_the_final_norms_input(batch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll", [1, 2])
 def test_chosen_block_outputs_equal_hidden_states(batch, unroll):
     """In any order, with repeats; 0 is the embeddings."""

@@ -230,6 +230,7 @@ def test_bfloat16_moves_logits_little(params):
     assert 0 < error < 0.03  # bfloat16 rounds to 1 in 256; ten layers of residuals
 
 
+@pytest.mark.slow
 def test_some_positions_have_the_ids_that_all_have(params):
     rng = np.random.default_rng(3)
     colours = rng.integers(0, 256, (6, 6, 6, 3), dtype=np.uint8)

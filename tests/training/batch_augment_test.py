@@ -365,6 +365,7 @@ def on_devices(count, function, *arrays):
     return jax.tree.map(np.asarray, compiled(*arrays)), hlo.read(compiled.as_text()).collectives
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_erase_the_same():
     images = normal_images(batch=32, size=16)
 
@@ -378,6 +379,7 @@ def test_one_and_eight_devices_erase_the_same():
     assert not [move for move in moved if move.bytes > images[0].nbytes], "no image travels"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 8])
 def test_one_and_eight_devices_mix_the_same(groups):
     """Also: the partner is in the same group, and a group on one device stays there."""

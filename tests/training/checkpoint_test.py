@@ -238,6 +238,7 @@ def test_settings_newer_than_the_run_are_at_their_defaults(tmp_path, made, caplo
     assert "changed since" not in caplog.text
 
 
+@pytest.mark.slow
 def test_another_width_of_a_trained_tokenizer_is_one_clear_line(tmp_path):
     """It used to pass and to end in a traceback."""
     first = jobs.parse_job(tiny.tokenizer().to_dict())

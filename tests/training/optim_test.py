@@ -96,6 +96,7 @@ def test_probe_heads_are_decayed_whole():
     assert not optim.decay_mask(shapes)["head"]["bias"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["relative_shared", "relative_per_block"])
 def test_tables_can_be_taken_out_of_decay(positions):
     """Only the tables' flag changes, and a step with a zero gradient leaves them where they are."""

@@ -153,6 +153,7 @@ def flava_names(state: dict) -> dict:
     return renamed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["flava", "flava safetensors", "openmmlab", "wrapped"])
 def test_the_encoder_as_other_projects_publish_it(torch, modules, source, tmp_path):
     state = dict(modules["encoder"].state_dict())

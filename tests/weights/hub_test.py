@@ -109,6 +109,7 @@ def test_download_revision_and_cache(server, run, tmp_path):
     assert not [request for request in server.requests if "/resolve/" in request]
 
 
+@pytest.mark.slow
 def test_the_cache_serves_without_the_server(server, run):
     server.add("owner/name", FILES)
     folder = resolved(run, "hf:owner/name")
@@ -136,6 +137,7 @@ def test_what_does_not_exist_is_named(server, run):
     assert "hf:owner/data holds no weights: no model.safetensors" in resolved(run, "hf:owner/data")
 
 
+@pytest.mark.slow
 def test_a_pickle_is_taken_only_without_safetensors(server, run):
     server.add("owner/both", FILES | {"pytorch_model.bin": b"pickle"})
     server.add("owner/old", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
@@ -191,6 +193,7 @@ def test_variants_other_names_and_what_is_refused(server, run):
     assert "is refused: a is in '../../../etc/passwd'" in refused
 
 
+@pytest.mark.slow
 def test_every_command_and_init_from_take_a_repository(server, run, tmp_path):
     description = examples.PRETRAINED["beit+"]
     params = examples.saved(tmp_path / "native", description)
@@ -233,6 +236,7 @@ except convert.WeightsError as error:
         np.testing.assert_array_equal(again["encoder/cls_token"], params["encoder/cls_token"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["hugging_face", "timm"])
 def test_an_export_is_pushed_and_read_back(format, server, run, tmp_path):
     """A timm export is stored under the hub's names, so that its repository can be read."""

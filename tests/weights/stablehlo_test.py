@@ -67,6 +67,7 @@ def pixels(description) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", examples.FINE_TUNED)
 def test_a_classifier_gives_its_logits(kind, run, tmp_path):
     description = examples.FINE_TUNED[kind]
