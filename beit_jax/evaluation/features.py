@@ -28,6 +28,7 @@ from beit_jax.training.batch_augment import erase
 from beit_jax.types import HostBatch, Params
 from beit_jax.weights import convert
 from beit_jax.weights.formats.format import Stated
+from beit_jax.weights.report import log_remarks
 
 # Images per device whose block outputs are all held at once: 0.5 GB for base, 1.3 GB for large.
 IMAGES_AT_ONCE = 64
@@ -125,8 +126,7 @@ def load_frozen_encoder(
     except ConfigError as error:
         raise ConfigError(f"{name}: {source}: {error}") from None
     logging.info("probing %s (%s)", source, description.task)
-    for line in (*(f"guessed {guess}" for guess in report.guessed), *report.notes):
-        logging.warning("%s: %s", source, line)
+    log_remarks(report, source=source)
     for line in reshaped:
         logging.info("resized %s", line)
     functions, encoder_params = frozen_encoder(

@@ -7,7 +7,6 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from beit_jax.config import ModelConfig, check
 from beit_jax.models.functional import Functional, unflatten
@@ -18,7 +17,7 @@ from beit_jax.types import Params
 from beit_jax.weights import convert, native, opening
 from beit_jax.weights.description import Description
 from beit_jax.weights.formats.format import Stated
-from beit_jax.weights.report import WeightsError, check_names
+from beit_jax.weights.report import WeightsError, check_names, log_remarks
 
 Source: TypeAlias = str | os.PathLike[str]
 
@@ -163,8 +162,7 @@ def _read(
     whole = isinstance(image_size, int) and not isinstance(image_size, bool)
     check(image_size is None or whole, "image_size", f"must be whole pixels, got {image_size!r}")
     params, description, _, report = convert.read_any(source, stated=stated)
-    for line in (*(f"guessed {guess}" for guess in report.guessed), *report.notes):
-        logging.warning("%s: %s", source, line)
+    log_remarks(report, source=source)
     check_names(
         {name: leaf.shape for name, leaf in description.shapes().items()},
         {name: array.shape for name, array in params.items()},

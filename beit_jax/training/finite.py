@@ -35,9 +35,8 @@ def check_state(state: TrainState, *, mesh: Mesh, saved: int | None) -> None:
       mesh: of their shardings.
       saved: the newest checkpoint's step, for the message; None where there is none.
     """
-    tree = {"params": state.params, "variables": state.variables, "ema": state.ema}
-    tree["opt_state"] = state.opt_state
-    bad = not_finite(tree, mesh=mesh)
+    parts = ("params", "variables", "ema", "opt_state")
+    bad = not_finite({name: getattr(state, name) for name in parts}, mesh=mesh)
     if not bad:
         return
     rest = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""

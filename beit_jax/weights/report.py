@@ -6,6 +6,8 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+from absl import logging
+
 from beit_jax.config import ConfigError
 
 
@@ -49,6 +51,12 @@ class Report:
             lines.append(f"{name.replace('_', ' ')} ({len(values)}): {compact(values) or 'none'}")
         lines += [f"guessed: {text}" for text in self.guessed]
         return "\n".join([*lines, *self.notes])
+
+
+def log_remarks(report: Report, *, source: str) -> None:
+    """Warns of what was guessed and chosen, where no report is printed."""
+    for line in (*(f"guessed {guess}" for guess in report.guessed), *report.notes):
+        logging.warning("%s: %s", source, line)
 
 
 def compact(names: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from beit_jax.weights.formats import fields
 from beit_jax.weights.formats.fields import quoted
 from beit_jax.weights.formats.format import Stated
 from beit_jax.weights.formats.hugging_face_fields import KEPT, ONLY, USED, WRITTEN_BACK
+from beit_jax.weights.formats.official import OFFICIAL_EPSILON
 from beit_jax.weights.formats.view import INTERPOLATIONS, View, kept_of, view_of
 from beit_jax.weights.report import WeightsError
 
@@ -36,7 +37,7 @@ CLASSES = {
 MODEL_TYPES = ("beit", "data2vec-vision")
 
 # Published configs have 1e-12; the official models were trained with 1e-6.
-_PUBLISHED_EPSILON, _OFFICIAL_EPSILON = 1e-12, 1e-6
+_PUBLISHED_EPSILON = 1e-12
 # Pillow's numbers of its filters.
 _RESAMPLE = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
 
@@ -140,8 +141,8 @@ def _epsilon(config: JsonObject, *, stated: Stated, source: str) -> tuple[float,
         return stated.layer_norm_epsilon, ""
     if found != _PUBLISHED_EPSILON:
         return found, ""
-    return _OFFICIAL_EPSILON, (
-        f"{_OFFICIAL_EPSILON:g} in place of config.json's {found:g}, which published BEiTs have"
+    return OFFICIAL_EPSILON, (
+        f"{OFFICIAL_EPSILON:g} in place of config.json's {found:g}, which published BEiTs have"
         f" there although they were trained with the former; --epsilon {found:g} keeps it"
     )
 
@@ -333,7 +334,7 @@ def config_json(description: Description, *, kept: JsonObject) -> JsonObject:
 def _written_back(description: Description, kept: JsonObject) -> JsonObject:
     fields_ = {name: value for name, value in kept.items() if name in WRITTEN_BACK}
     published = kept.get("layer_norm_eps") == _PUBLISHED_EPSILON
-    if published and description.model.layer_norm_epsilon == _OFFICIAL_EPSILON:
+    if published and description.model.layer_norm_epsilon == OFFICIAL_EPSILON:
         fields_["layer_norm_eps"] = _PUBLISHED_EPSILON
     return fields_
 
