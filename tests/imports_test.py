@@ -25,7 +25,10 @@ ORDER = [
     ("data",),
     ("tokenizers",),
     ("models",),
-    ("config", "files", "hardware", "preprocessing", "text_table", "types", "verbosity"),
+    (
+        *("config", "files", "hardware", "json_text", "preprocessing", "text_table", "types"),
+        "verbosity",
+    ),
 ]
 
 
