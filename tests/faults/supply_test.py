@@ -1,0 +1,40 @@
+"""An environment that can't be made, or whose tests fail, is a failure with a reason."""
+
+import subprocess
+
+import pytest
+
+from tests.faults import supply
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What would be run; the first step whose words hold `fails` ends with 1."""
+    taken = []
+
+    def run(step, **_):
+        taken.append(step)
+        failed = run.fails and run.fails in " ".join(step)
+        return subprocess.CompletedProcess(step, int(bool(failed)), "one\ntwo failed\n", "")
+
+    run.fails, run.taken = "", taken
+    monkeypatch.setattr(supply.subprocess, "run", run)
+    return run
+
+
+def test_both_environments_are_installed_and_tested(steps, tmp_path):
+    row = supply.soak(count=2, seed=0, folder=tmp_path)
+    assert (row.tried, row.survived, row.failures) == (2, 2, ())
+    commands = [" ".join(step) for step in steps.taken]
+    assert sum("-m venv" in command for command in commands) == 2
+    assert sum("-m pytest" in command for command in commands) == 2
+    assert sum("--require-hashes" in command for command in commands) == 1
+    assert "jax==0.10.2" in (tmp_path / "lowest.txt").read_text()
+
+
+def test_a_failure_is_named(steps, tmp_path):
+    steps.fails = "-m pytest"
+    row = supply.soak(count=1, seed=0, folder=tmp_path)
+    assert (row.tried, row.survived) == (1, 0)
+    assert row.failures[0].startswith("lowest: ")
+    assert row.failures[0].endswith("ended with 1: one | two failed")
