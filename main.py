@@ -100,8 +100,10 @@ def _plan(values: dict, *, workdir: str) -> int:
     from beit_jax import jobs
     from beit_jax.config import ConfigError, RunError
     from beit_jax.planning import plan, slices
+    from beit_jax.training import run_directory
 
     try:
+        run_directory.check_path(workdir)
         wanted = slices.parse_slices(_PLAN.value)
         config = jobs.parse_job(values)
         plan.run(config, slices=wanted, program=_PLAN_PROGRAM.value, workdir=workdir)

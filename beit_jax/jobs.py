@@ -12,7 +12,7 @@ from beit_jax.distributed import cluster
 from beit_jax.models.attention import PLATFORMS
 from beit_jax.tasks import classify, pretrain, probe, quickstart, tokenizer
 from beit_jax.tokenizers.loading import TokenizerFileError
-from beit_jax.training import startup
+from beit_jax.training import run_directory, startup
 from beit_jax.types import Json, JsonObject
 
 
@@ -79,6 +79,7 @@ def check_platform(config: Json, *, platform: str, path: str = "config") -> None
 
 def run(values: Mapping[str, Json], *, workdir: str) -> JsonObject:
     """Runs the job and returns its summary."""
+    run_directory.check_path(workdir)
     config = parse_job(values)
     check_platform(config, platform=jax.default_backend())
     startup.keep_compiled(config.run.compilation_cache, workdir=workdir)
@@ -94,6 +95,7 @@ def run_on_cluster(
     Exit codes are those of `distributed/cluster.py`; an error of the user's is one line on stderr.
     """
     try:
+        run_directory.check_path(workdir)
         settings = cluster.Settings(**cluster_settings)
         cluster.start(settings, config=to_dict(parse_job(values)), workdir=workdir)
         run(values, workdir=workdir)

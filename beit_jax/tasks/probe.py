@@ -43,7 +43,7 @@ from beit_jax.evaluation.linear_probe import feature_function, probe_task, store
 from beit_jax.tasks.feed import check_class_count, feed_of, labelled_sources
 from beit_jax.tasks.summary import write_summary
 from beit_jax.text_table import text_table
-from beit_jax.training import loop, metrics, start
+from beit_jax.training import loop, metrics, run_directory, start
 from beit_jax.types import HostBatch, JsonObject
 from beit_jax.weights import native
 
@@ -137,6 +137,11 @@ class Images:
 
 def run(config: ProbeConfig, *, workdir: str) -> JsonObject:
     """Probes the checkpoint; writes `summary.json`, prints a table and returns the summary."""
+    with run_directory.opened(workdir):
+        return _run(config, workdir=workdir)
+
+
+def _run(config: ProbeConfig, *, workdir: str) -> JsonObject:
     began = time.perf_counter()
     mesh = loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
     start.source_facts(config, run=config.run, workdir=workdir)

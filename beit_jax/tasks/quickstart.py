@@ -25,6 +25,7 @@ from beit_jax.models.heads import masked_image_model
 from beit_jax.tasks import classify, pretrain, probe, tokenizer
 from beit_jax.tasks.summary import read_summary, write_summary
 from beit_jax.text_table import text_table
+from beit_jax.training import run_directory
 from beit_jax.types import Json, JsonObject
 from beit_jax.weights.native import write_params
 
@@ -100,6 +101,11 @@ class QuickstartConfig:
 
 def run(config: QuickstartConfig, *, workdir: str) -> JsonObject:
     """Runs all jobs, or what is left of them; writes `summary.json` and `reconstruction.png`."""
+    with run_directory.opened(workdir):
+        return _run(config, workdir=workdir)
+
+
+def _run(config: QuickstartConfig, *, workdir: str) -> JsonObject:
     began = time.perf_counter()
     logging.info("1 of 4: train a tokenizer")
     first = tokenizer.run(config.tokenizer, workdir=f"{workdir}/tokenizer")

@@ -15,7 +15,7 @@ from beit_jax import pictures
 from beit_jax.config import OptimizerConfig, RunConfig
 from beit_jax.distributed import cluster
 from beit_jax.tasks.summary import summarize
-from beit_jax.training import loop, start
+from beit_jax.training import loop, run_directory, start
 from beit_jax.training.job import Job, RunContext
 from beit_jax.training.startup import Startup
 from beit_jax.types import ConfigDataclass, JsonObject
@@ -48,7 +48,8 @@ def run_job(config: C, *, build: Callable[[C, RunContext], Job], workdir: str) -
       The summary.
 
     Raises:
-      ConfigError: settings that do not fit together, before anything is compiled.
+      ConfigError: settings that do not fit together, before anything is compiled; another run is
+        in the directory, or somebody else's files (`training/run_directory.py`).
       Preempted: SIGTERM arrived (see `cluster`); the checkpoint is complete.
       RunError: the run cannot go on.
     """
@@ -56,6 +57,9 @@ def run_job(config: C, *, build: Callable[[C, RunContext], Job], workdir: str) -
     mesh = loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
     source = start.source_facts(config, run=config.run, workdir=workdir)
     with contextlib.ExitStack() as resources:
+        # What only evaluates leaves alone what a run is writing at the same time.
+        if not getattr(config, "evaluate_only", False):
+            resources.enter_context(run_directory.opened(workdir))
         context = RunContext(workdir=workdir, mesh=mesh, timer=timer, resources=resources)
         job = build(config, context)
         timer.done("data")
@@ -79,10 +83,10 @@ def run_job(config: C, *, build: Callable[[C, RunContext], Job], workdir: str) -
             mesh=mesh,
             timer=timer,
         )
-    summary = summarize(job.finish(trained), trained=trained, workdir=workdir, began=began)
-    for name, picture in job.pictures.items():
-        drawn = picture(trained.state)
-        if drawn is not None:
-            pictures.save_png(f"{workdir}/{name}.png", drawn)
-    cluster.barrier("to have the results")  # another job may read them next
-    return summary
+        summary = summarize(job.finish(trained), trained=trained, workdir=workdir, began=began)
+        for name, picture in job.pictures.items():
+            drawn = picture(trained.state)
+            if drawn is not None:
+                pictures.save_png(f"{workdir}/{name}.png", drawn)
+        cluster.barrier("to have the results")  # another job may read them next
+        return summary

@@ -20,7 +20,7 @@ from beit_jax.config import ConfigError
 from beit_jax.types import JsonObject, Params
 
 # Names in a checkpoint's folder, Orbax' marks included.
-_CONTENT = ("state", "config", "_CHECKPOINT_METADATA", "commit_success.txt")
+CONTENT = ("state", "config", "_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def _orbax() -> ModuleType:
@@ -181,7 +181,7 @@ def write_params(path: str, params: Params, *, config: JsonObject) -> None:
     ocp = _orbax()
     target = epath.Path(path) if "://" in path else epath.Path(path).absolute()
     if target.exists():
-        others = [entry.name for entry in target.iterdir() if entry.name not in _CONTENT]
+        others = [entry.name for entry in target.iterdir() if entry.name not in CONTENT]
         if others:
             raise ConfigError(f"{path}: holds other files ({others[0]}, ...); choose a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
