@@ -20,6 +20,7 @@ from machine import processor_name, save  # beside this file
 
 # Faults of the full version, by the module in tests/faults.
 PARTS = {
+    "hosts": 40,
     "data": 5_000,
     "supply": 2,
 }

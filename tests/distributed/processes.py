@@ -56,37 +56,49 @@ def values(**changes) -> dict:
 
 
 class Run:
-    """`count` processes of one run; `only` starts some of them."""
+    """`count` processes of one run.
 
-    def __init__(self, workdir, config, *, count, only=None, change=None, **cluster):
-        port = free_port()
+    `only` starts some of them; `change` gives a process its own config, `clocks` its own time, in
+    seconds ahead.
+    """
+
+    def __init__(self, workdir, config, *, count, only=None, change=None, clocks=None, **cluster):
         self.workdir = Path(workdir)
         self.processes = {}
         self.outputs = {}
+        self._config, self._count, self._change = config, count, change
+        self._clocks = clocks or {}
+        self._cluster = {"start_timeout": PATIENCE, "heartbeat_timeout": 60.0} | cluster
+        self._port = free_port()
         for index in range(count) if only is None else only:
-            settings = {"start_timeout": PATIENCE, "heartbeat_timeout": 60.0} | cluster
-            if count > 1:
-                settings |= {
-                    "coordinator_address": f"127.0.0.1:{port}",
-                    "num_processes": count,
-                    "process_id": index,
-                }
-            asked = {
-                "values": change(index) if change else config,
-                "workdir": str(workdir),
-                "cluster": settings,
+            self.start(index)
+
+    def start(self, index: int) -> None:
+        """Starts a process that `only` left out."""
+        settings = dict(self._cluster)
+        if self._count > 1:
+            settings |= {
+                "coordinator_address": f"127.0.0.1:{self._port}",
+                "num_processes": self._count,
+                "process_id": index,
             }
-            log = Path(f"{workdir}.{index}.log")
-            self.outputs[index] = log
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("w") as file:
-                self.processes[index] = subprocess.Popen(
-                    [sys.executable, "-u", "-m", "tests.distributed.worker", json.dumps(asked)],
-                    cwd=ROOT,
-                    env=os.environ | ENVIRONMENT,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                )
+        asked = {
+            "values": self._change(index) if self._change else self._config,
+            "workdir": str(self.workdir),
+            "cluster": settings,
+            "clock": self._clocks.get(index, 0.0),
+        }
+        log = Path(f"{self.workdir}.{index}.log")
+        self.outputs[index] = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            self.processes[index] = subprocess.Popen(
+                [sys.executable, "-u", "-m", "tests.distributed.worker", json.dumps(asked)],
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
 
     def __enter__(self):
         return self

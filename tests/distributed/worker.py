@@ -4,7 +4,8 @@
 
 Regression compiles in a second and its steps last as long as the test wants. Beside the run's
 directory each process leaves `<workdir>.<process>.writes`, the paths it opened for writing, and
-`<workdir>.<process>.indices`, which images each of its batches had.
+`<workdir>.<process>.indices`, which images each of its batches had. A key "clock" of what it is
+asked sets the process' clocks forward by so many seconds.
 """
 
 import dataclasses
@@ -132,6 +133,13 @@ def record(workdir: str, process: int) -> None:
     pipeline.training_batches = noted
 
 
+def skew(seconds: float) -> None:
+    """Sets this process' clocks forward."""
+    wall, monotonic = time.time, time.monotonic
+    time.time = lambda: wall() + seconds
+    time.monotonic = lambda: monotonic() + seconds
+
+
 def main() -> int:
     """Runs what the command line describes."""
     from absl import logging
@@ -141,6 +149,7 @@ def main() -> int:
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     asked = json.loads(sys.argv[1])
+    skew(asked.get("clock", 0.0))
     jobs.JOBS["regression"] = (RegressionConfig, run)
     if asked["values"]["task"] != "regression":
         record(asked["workdir"], max(asked["cluster"].get("process_id", 0), 0))
