@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from etils import epath
 
+from beit_jax import storage
 from beit_jax.types import Json
 
 
@@ -18,15 +19,19 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     Args:
       path: local or gs://; missing folders are created.
       content: the whole file.
+
+    Raises:
+      StorageError: the disk is full or can't be written to; an old file is as it was.
     """
     target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f"{target.name}.{os.getpid()}.tmp"
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with storage.writing(path, needed=len(content)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f"{target.name}.{os.getpid()}.tmp"
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def visible_files(

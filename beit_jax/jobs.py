@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import jax
 
+from beit_jax import storage
 from beit_jax.config import ConfigError, ModelConfig, RunError, check, one_of, parse, to_dict
 from beit_jax.config.unused import check_unused
 from beit_jax.distributed import cluster
 from beit_jax.models.attention import PLATFORMS
 from beit_jax.tasks import classify, pretrain, probe, quickstart, tokenizer
 from beit_jax.tokenizers.loading import TokenizerFileError
-from beit_jax.training import run_directory, startup
+from beit_jax.training import room, run_directory, startup
 from beit_jax.types import Json, JsonObject
 
 
@@ -95,18 +96,26 @@ def run_on_cluster(
     Exit codes are those of `distributed/cluster.py`; an error of the user's is one line on stderr.
     """
     try:
-        run_directory.check_path(workdir)
-        settings = cluster.Settings(**cluster_settings)
-        cluster.start(settings, config=to_dict(parse_job(values)), workdir=workdir)
-        run(values, workdir=workdir)
+        with storage.said_once():
+            run_directory.check_path(workdir)
+            settings = cluster.Settings(**cluster_settings)
+            cluster.start(settings, config=to_dict(parse_job(values)), workdir=workdir)
+            run(values, workdir=workdir)
     except cluster.Preempted as stop:
         return cluster.end(code=cluster.EXIT_PREEMPTED, error=stop, message=str(stop))
     except cluster.ClusterError as error:
         return cluster.end(code=cluster.EXIT_LOST, error=error, message=str(error))
+    except storage.StorageError as error:
+        message = room.line(error, workdir=workdir)
+        return cluster.end(code=storage.EXIT_STORAGE, error=error, message=message)
     except (ConfigError, TokenizerFileError, FileNotFoundError, RunError) as error:
         return cluster.end(code=cluster.EXIT_SETTINGS, error=error, message=str(error))
     except KeyboardInterrupt as error:
         return cluster.end(code=130, error=error, message="interrupted")
     except Exception as error:
+        fault = storage.explain(error)
+        if fault is not None:
+            message = room.line(fault, workdir=workdir)
+            return cluster.end(code=storage.EXIT_STORAGE, error=error, message=message)
         return cluster.end(code=1, error=error)
     return cluster.end(code=0)

@@ -1,10 +1,12 @@
 """Pictures for people to look at: what a tokenizer keeps, and what a model fills in."""
 
+import io
 from collections.abc import Mapping
 
 import numpy as np
-from etils import epath
 from PIL import Image, ImageDraw
+
+from beit_jax.files import write_whole
 
 _GAP = 4
 _CAPTION = 14
@@ -65,8 +67,7 @@ def to_uint8(images: np.ndarray, *, side: int | None = None) -> np.ndarray:
 
 
 def save_png(path: str, image: np.ndarray) -> None:
-    """Writes uint8 `[h, w, 3]`, local or gs://."""
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as file:
-        Image.fromarray(image).save(file, format="PNG")
+    """Writes uint8 `[h, w, 3]`, local or gs://, whole or not at all."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG")
+    write_whole(path, content.getvalue())

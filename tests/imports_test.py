@@ -26,7 +26,16 @@ ORDER = [
     ("tokenizers",),
     ("models",),
     (
-        *("config", "files", "hardware", "json_text", "preprocessing", "text_table", "types"),
+        *(
+            "config",
+            "files",
+            "hardware",
+            "json_text",
+            "preprocessing",
+            "storage",
+            "text_table",
+            "types",
+        ),
         "verbosity",
     ),
 ]

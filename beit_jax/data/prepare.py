@@ -28,6 +28,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from beit_jax import storage
 from beit_jax.config import ConfigError, RunError, SourceConfig, check
 from beit_jax.data import pipeline, sources
 from beit_jax.data.sources import Element, Source
@@ -38,6 +39,7 @@ from beit_jax.types import JsonObject
 from beit_jax.verbosity import verbosity
 
 SETTINGS = "preparing.json"  # exists while a set is being written
+_SAFE = "complete files are kept"
 NAMED = 100  # how many undecodable images the header names
 
 
@@ -111,8 +113,9 @@ def prepare(config: PrepareConfig) -> JsonObject:
     if source.classes:
         labels = np.asarray([label for note in notes for label in note["labels"]], np.int32)
         temporary = folder / f"{LABELS}.tmp.npy"  # np.save appends .npy to any other name
-        np.save(temporary, labels)
-        temporary.replace(folder / LABELS)
+        with storage.writing(folder / LABELS, needed=labels.nbytes):
+            np.save(temporary, labels)
+            temporary.replace(folder / LABELS)
     write_json(folder / HEADER, header)
     for number in range(len(notes)):
         (folder / shard_name(number, shards=len(notes))).with_suffix(".json").unlink()
@@ -214,15 +217,21 @@ def _write_shard(
     from array_record.python import array_record_module
 
     temporary = path.with_suffix(".tmp")
-    # One record per group, uncompressed: JPEGs don't get smaller, and reads are of single images.
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
     stored, labels = [], []
-    for record in _encoded(source, first=first, last=last, config=config):
-        writer.write(record["jpeg"])
-        stored.append(int(record["index"]))
-        labels.append(int(record.get("label", -1)))
-    writer.close()
-    temporary.replace(path)
+    try:
+        with storage.writing(path):
+            # One record per group, uncompressed: JPEGs don't get smaller, and reads are of single
+            # images.
+            options = "group_size:1,uncompressed"
+            writer = array_record_module.ArrayRecordWriter(str(temporary), options)
+            for record in _encoded(source, first=first, last=last, config=config):
+                writer.write(record["jpeg"])
+                stored.append(int(record["index"]))
+                labels.append(int(record.get("label", -1)))
+            writer.close()
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # half a file takes room that the next try needs
     return {
         "images": len(stored),
         "bad": sorted(set(range(first, last)) - set(stored)),
@@ -295,7 +304,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 2, with one line on stderr, for an error.
+    """Runs the command and returns its exit code; an error is one line on stderr.
+
+    2 for a wrong option or bad images; 74 for a disk that is full or can't be used, after which the
+    same command goes on with the first file that is missing.
 
     Args:
       arguments: of the command line; None for the process's own.
@@ -305,8 +317,15 @@ def main(arguments: list[str] | None = None) -> int:
         with verbosity(logging.INFO):
             header = prepare(PrepareConfig(**vars(options)))
     except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code = storage.failed(error, safe=_SAFE)
+        if code is None:
+            print(f"error: {error}", file=sys.stderr)
+        return code or 2
+    except Exception as error:
+        code = storage.failed(error, safe=_SAFE)
+        if code is None:
+            raise
+        return code
     size = sum(shard["bytes"] for shard in header["shards"])
     print(
         f"{header['images']} images, {len(header['classes'])} classes,"

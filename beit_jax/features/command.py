@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 
 import beit_jax
+from beit_jax import storage
 from beit_jax.config import ConfigError, check, to_dict
 from beit_jax.evaluation.features import on_host
 from beit_jax.features.images import RESIZES, SUFFIXES, find_images, read_images
@@ -184,18 +185,26 @@ def main(arguments: list[str] | None = None) -> int:
       arguments: of the command line; None: the process's own.
 
     Returns:
-      0; 2 where something does not fit or no image could be read, with one line on stderr.
+      0; 2 where something does not fit or no image could be read, 74 where a disk is full or can't
+      be used, with one line on stderr.
     """
     options = parser().parse_args(arguments)
     try:
         with _few_warnings():
             embed_folder(FeaturesConfig(**vars(options)))
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    except Exception as error:
+        code = storage.failed(error)
+        if code is None and not isinstance(error, OSError):
+            raise
+        if code is None:
+            print(f"error: {error}", file=sys.stderr)
+        return code or 2
     return 0
 
 
@@ -241,6 +250,7 @@ def embed_folder(config: FeaturesConfig) -> Embedded:
     began = time.perf_counter()
     with (
         contextlib.closing(images),  # stops the threads where something goes wrong
+        storage.writing(config.output),
         open_output(
             config.output, shape=shape.get(config.pool, (encoder.width,)), dtype=config.dtype
         ) as output,

@@ -81,7 +81,8 @@ class NpzOutput:
 
     def close(self) -> None:
         """As `Output.close`."""
-        self._rows.close()
+        with contextlib.suppress(OSError):  # rows that a full disk did not take, and said so
+            self._rows.close()
         for kind in ("rows", "tmp"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(_temporary(self._path, kind))
@@ -120,7 +121,8 @@ class ParquetOutput:
 
     def close(self) -> None:
         """As `Output.close`."""
-        self._writer.close()
+        with contextlib.suppress(OSError):  # as above
+            self._writer.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(_temporary(self._path, "tmp"))
 

@@ -271,10 +271,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until the last save is complete."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-        if self._best is not None:
-            self._best.close()
+        try:
+            self._manager.wait_until_finished()
+        finally:  # a failed save must not keep the threads of others
+            self._manager.close()
+            if self._best is not None:
+                self._best.close()
 
 
 def restore_variables(

@@ -10,6 +10,7 @@ trained = train(
 """
 
 import collections
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,17 @@ from jax.sharding import Mesh
 from beit_jax.config import OptimizerConfig, RunConfig, check
 from beit_jax.distributed import cluster
 from beit_jax.files import write_json
-from beit_jax.training import checkpoint, finite, metrics, optim, sharding, start, startup, state
+from beit_jax.training import (
+    checkpoint,
+    finite,
+    metrics,
+    optim,
+    room,
+    sharding,
+    start,
+    startup,
+    state,
+)
 from beit_jax.training.evaluation_pass import Evaluator, evaluator
 from beit_jax.training.evaluation_pass import run_evaluation as run_evaluation
 from beit_jax.training.finite import NonFiniteError as NonFiniteError
@@ -76,6 +87,7 @@ def train(
       Preempted: SIGTERM arrived (see `cluster`); the checkpoint is complete.
       NonFiniteError: `optimizer_config.max_bad_steps` updates in a row were not finite, or what is
         to be saved or reported is not.
+      StorageError: a disk is full or fails; no half checkpoint is left.
     """
     began = time.perf_counter()
     under_way = open_run(
@@ -87,15 +99,13 @@ def train(
         mesh=mesh or open_mesh(run=run, accumulate=optimizer_config.accumulate),
         timer=timer or startup.Startup(),
     )
-    try:
+    with room.reported(workdir, state=under_way.state), contextlib.closing(under_way):
         if under_way.step < run.steps:
             under_way.do_steps()
             under_way.save()
         evaluation = under_way.evaluate()
         finite.check_updates(under_way.state, limit=optimizer_config.max_bad_steps)
         finite.check_evaluation(evaluation, step=under_way.step)
-    finally:
-        under_way.close()
     cluster.barrier("to have the last checkpoint")
     cluster.set_running(False)
     return Trained(
@@ -131,6 +141,7 @@ def open_run(
     checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
     checkpoints.write_config()
     expected = checkpoints.latest_step() or 0
+    room.check(shapes, run=run, workdir=workdir, step=expected, keeps_best=bool(job.task.best))
     first = FirstBatch(job.feed.training, step=expected) if expected < run.steps else None
     try:
         train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)

@@ -3,14 +3,14 @@
 import json
 import time
 from collections.abc import Mapping
-from typing import Any, SupportsFloat
+from typing import SupportsFloat
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 
 from beit_jax.hardware import peak_flops
+from beit_jax.training import tensorboard
 from beit_jax.types import JsonObject
 
 # Counts that are written only where there is something to count: most runs never have any.
@@ -37,7 +37,7 @@ class MetricsLog:
         if self._path.exists():
             kept = [line for line in read(str(self._path)) if line["step"] <= start_step]
             self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._writer = _summary_writer(workdir)
+        self._writer = tensorboard.open_writer(workdir)
 
     def write(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
         """Writes the numbers of a step; those that are not finite become null in the JSON."""
@@ -59,17 +59,6 @@ class MetricsLog:
         """Flushes everything."""
         if self._writer is not None:
             self._writer.close()
-
-
-def _summary_writer(workdir: str) -> Any:
-    """A TensorBoard writer; None, with a warning, where clu or TensorFlow is not installed."""
-    try:
-        # Imported here because clu imports TensorFlow, which this package must do without.
-        from clu import metric_writers
-    except ImportError as error:
-        logging.warning("no TensorBoard files, only metrics.jsonl: %s", error)
-        return None
-    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(workdir))
 
 
 def read(path: str) -> list[JsonObject]:

@@ -294,7 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
       arguments: without the program's name; None takes the process'.
 
     Returns:
-      The exit code: 2 where something went wrong, said in one line on stderr.
+      The exit code: 2 where something went wrong, 74 where a disk is full or can't be used; one
+      line on stderr says what.
     """
     # Converting needs no accelerator and must not take one from a running job. JAX reads this when
     # it is first imported, which the parser's formats do.
@@ -302,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     from absl import logging
 
+    from beit_jax import storage
     from beit_jax.config import ConfigError
     from beit_jax.tokenizers.loading import TokenizerFileError
     from beit_jax.verbosity import verbosity
@@ -309,14 +311,22 @@ def main(arguments: list[str] | None = None) -> int:
     run = {command.name: command.run for command in _COMMANDS}[options.command]
     try:
         # Orbax warns of missing metadata even where it finds it in another file.
-        with verbosity(logging.ERROR):
+        with verbosity(logging.ERROR), storage.said_once():
             run(options)
+            storage.flush_output()
     except BrokenPipeError:  # the reader has seen enough: `inspect x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ConfigError, TokenizerFileError, OSError) as error:
+    except (ConfigError, TokenizerFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        code = storage.failed(error, safe="what was there before is as it was")
+        if code is None and not isinstance(error, OSError):
+            raise
+        if code is None:
+            print(f"error: {error}", file=sys.stderr)
+        return code or 2
     return 0
 
 

@@ -107,6 +107,12 @@ def write(export: Export) -> Written:
         raise WeightsError(f"{export.output} is a file; a Hugging Face export is a folder")
     kept = _kept_config(export)
     class_name = hugging_face_config.CLASSES[description.task]
+    state = keys.to_foreign(export.params, TABLES[description.task])
+    # First, because a disk that becomes full does so here: an older export then stays as it was.
+    # "format" is what transformers looks for first.
+    containers.write_safetensors(
+        str(folder / "model.safetensors"), state, metadata={"format": "pt"}
+    )
     for name, value in (
         ("config.json", hugging_face_config.config_json(description, kept=kept)),
         (
@@ -124,11 +130,6 @@ def write(export: Export) -> Written:
         name=folder.name,
     )
     write_whole(folder / "README.md", card.encode())
-    state = keys.to_foreign(export.params, TABLES[description.task])
-    # "format" is what transformers looks for first.
-    containers.write_safetensors(
-        str(folder / "model.safetensors"), state, metadata={"format": "pt"}
-    )
     # BeitModel adds a pooler unless told not to; its norm would be random.
     no_pooler = description.task == "encoder" and description.pooling == "none"
     options = ", add_pooling_layer=False" if no_pooler else ""
