@@ -6,7 +6,7 @@
 
 The same command again continues the run in `--workdir` (default: runs/<config name>). On several
 hosts, start it on each of them; on a Cloud TPU they find each other. Exit code 75 means stopped by
-SIGTERM, with a checkpoint saved.
+SIGTERM, with a checkpoint saved; 74, that a disk is full or can't be used.
 """
 
 import importlib.metadata
@@ -97,7 +97,7 @@ def _only_cpu() -> bool:
 
 
 def _plan(values: dict, *, workdir: str) -> int:
-    from beit_jax import jobs
+    from beit_jax import jobs, storage
     from beit_jax.config import ConfigError, RunError
     from beit_jax.planning import plan, slices
     from beit_jax.training import run_directory
@@ -107,8 +107,12 @@ def _plan(values: dict, *, workdir: str) -> int:
         wanted = slices.parse_slices(_PLAN.value)
         config = jobs.parse_job(values)
         plan.run(config, slices=wanted, program=_PLAN_PROGRAM.value, workdir=workdir)
-    except (ConfigError, RunError) as error:
-        return _fail(str(error))
+        storage.flush_output()
+    except Exception as error:
+        code = storage.failed(error)
+        if code is None and not isinstance(error, ConfigError | RunError):
+            raise
+        return code or _fail(str(error))
     return 0
 
 

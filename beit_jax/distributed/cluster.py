@@ -19,7 +19,8 @@ It adds to `jax.distributed`:
   to save yet leaves at once. A second SIGTERM always ends the process at once.
 
 Exit codes: 0 done; 2 a setting is wrong, or hosts disagree; 69 (EX_UNAVAILABLE) a host is missing
-or lost; 75 (EX_TEMPFAIL) preempted, the same command continues the run; 1 anything else.
+or lost; 74 (EX_IOERR) a disk is full or can't be used; 75 (EX_TEMPFAIL) preempted, the same command
+continues the run; 1 anything else.
 
 Without `start`, and with one process, these functions are no-ops that return at once.
 """

@@ -250,7 +250,6 @@ def embed_folder(config: FeaturesConfig) -> Embedded:
     began = time.perf_counter()
     with (
         contextlib.closing(images),  # stops the threads where something goes wrong
-        storage.writing(config.output),
         open_output(
             config.output, shape=shape.get(config.pool, (encoder.width,)), dtype=config.dtype
         ) as output,

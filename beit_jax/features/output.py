@@ -22,6 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
+from beit_jax import storage
 from beit_jax.config import ConfigError, check
 from beit_jax.types import JsonObject
 
@@ -155,12 +156,16 @@ def open_output(path: str, *, shape: tuple[int, ...], dtype: str) -> Iterator[Ou
       path: ends in `.npz` or `.parquet`.
       shape: of one image's features.
       dtype: "float32" or "float16".
+
+    Raises:
+      StorageError: the disk is full or can't be written to; an older file is as it was.
     """
-    output = FORMATS[os.path.splitext(path)[1]](path, shape=shape, dtype=dtype)
-    try:
-        yield output
-    finally:
-        output.close()
+    with storage.writing(path):
+        output = FORMATS[os.path.splitext(path)[1]](path, shape=shape, dtype=dtype)
+        try:
+            yield output
+        finally:
+            output.close()
 
 
 def _temporary(path: str, kind: str) -> str:

@@ -1,12 +1,28 @@
 """TensorBoard's event files, which may fail without a word less in `metrics.jsonl`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
 
 from beit_jax import storage
+
+
+class Writer(Protocol):
+    """What this package uses of clu's `MetricWriter`."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Numbers by name."""
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Pictures by name, uint8 `[n, h, w, 3]`."""
+
+    def flush(self) -> None:
+        """Waits for everything to be written."""
+
+    def close(self) -> None:
+        """Flushes and ends."""
 
 
 class Careful:
@@ -20,7 +36,7 @@ class Careful:
       workdir: where it writes, for the message.
     """
 
-    def __init__(self, writer: Any, *, workdir: str):
+    def __init__(self, writer: Writer, *, workdir: str):
         self._writer, self._workdir = writer, workdir
         self._failed = False
 
@@ -56,7 +72,7 @@ class Careful:
             )
 
 
-def open_writer(workdir: str) -> Any:
+def open_writer(workdir: str) -> Writer | None:
     """A writer with clu's interface; None, with a warning, where there can be none.
 
     That is where clu or TensorFlow is not installed, or the file can't be made.
