@@ -9,6 +9,7 @@ anything else is refused by name.
 """
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -19,6 +20,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from beit_jax import storage
 from beit_jax.config import ConfigError
 from beit_jax.config.parse import shown
 from beit_jax.distributed import cluster
@@ -62,6 +64,7 @@ def check_path(workdir: str) -> None:
 
     Raises:
       ConfigError: `--workdir: ...` in one line.
+      StorageError: the file system is read-only.
     """
     _check_name(workdir)
     if "://" in workdir:
@@ -87,6 +90,8 @@ def check_path(workdir: str) -> None:
     if not stat.S_ISDIR(mode):
         what = "it is" if here else f"{_quoted(folder)} is"
         raise _refused(workdir, f"{what} a file, not a folder")
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise storage.StorageError(errno.EROFS, path=workdir)
     if not os.access(folder, os.W_OK | os.X_OK):
         what = "it" if here else _quoted(folder)
         raise _refused(workdir, f"{what} may not be written to")
