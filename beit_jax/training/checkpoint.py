@@ -1,16 +1,17 @@
 """Checkpoints, saved in the background and restored in a fixed order of precedence.
 
-A run's directory holds `checkpoints/<step>/{state, config}` and `config.json`; where a job names a
-metric for it, `best/checkpoints/<step>/` with the parameters that did best on held-out images. A
-run starts from the first of these that exists:
+A run's directory holds `checkpoints/<step>/{state, config, digests}` and `config.json`; where a job
+names a metric for it, `best/checkpoints/<step>/` with the parameters that did best on held-out
+images. A run starts from the first of these that exists:
 
 1. the newest readable checkpoint of its own directory (the same command resumes);
 2. `config.run.init_from`, parameters of another run or format (`restore_params`), with a fresh
    optimizer at step 0; `start.source_facts` has compared what its names and shapes do not show;
 3. fresh parameters from `config.run.seed`.
 
-A checkpoint that cannot be read (truncated by an interrupted copy, say) is set aside under
-`unreadable_checkpoints/` with a loud warning, and the one before it is taken.
+A checkpoint that cannot be read (truncated by an interrupted copy, say) or has another bit than was
+saved (`weights.digests`) is set aside under `unreadable_checkpoints/` with a loud warning, and the
+one before it is taken. So are best parameters, and the next evaluation's are then the best.
 """
 
 import json
@@ -34,7 +35,7 @@ from beit_jax.models.functional import flatten
 from beit_jax.training.optim import path_name
 from beit_jax.training.state import TrainState
 from beit_jax.types import ConfigDataclass, Json, JsonObject, Params, PyTree, Variables
-from beit_jax.weights import native
+from beit_jax.weights import digests, native
 
 # Part of this module's interface: rule 2 above, and how tools read a checkpoint.
 from beit_jax.weights.convert import restore_params as restore_params
@@ -75,7 +76,7 @@ class Checkpoints:
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,  # left by a process killed while saving
             ),
-            item_names=("state", "config"),
+            item_names=("state", "config", digests.ITEM),
         )
 
     def write_config(self) -> None:
@@ -152,11 +153,16 @@ class Checkpoints:
         first_error = None
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state, error = self._read(step, shapes), None
+                (state, stored), error = self._read(step, shapes), None
             except Exception as raised:
-                state, error = None, raised
+                state, stored, error = None, None, raised
             # Hosts read different parts: a checkpoint that one cannot read is used by none.
             failures = [text for text in cluster.gather("restore", _say(error)) if text]
+            if state is not None and not failures:
+                # After all have read, since they compute the digests together.
+                problem = digests.arrays_problem(stored, _as_dict(state))
+                error = ValueError(problem) if problem else None
+                failures = [text for text in cluster.gather("restore", problem) if text]
             if not failures:
                 if first_error is not None:
                     self._set_aside(above=step)
@@ -173,13 +179,15 @@ class Checkpoints:
             ) from first_error
         return None
 
-    def _read(self, step: int, shapes: TrainState) -> TrainState:
+    def _read(self, step: int, shapes: TrainState) -> tuple[TrainState, JsonObject | None]:
+        """A checkpoint's state and the digests saved with it, not yet compared."""
+        stored = digests.read(self._root / "checkpoints" / str(step))
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(shapes)))
         )
         state = TrainState(**({name: {} for name in _OPTIONAL} | restored["state"]))
         _check_shapes(state, shapes)
-        return state
+        return state, stored
 
     def _set_aside(self, *, above: int) -> None:
         """Moves checkpoints newer than `above` away, so that their steps can be saved again."""
@@ -218,21 +226,48 @@ class Checkpoints:
         """Starts saving in the background; does nothing where this step is saved already."""
         if self._manager.latest_step() == step:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(state)),
-                config=ocp.args.JsonSave(self._config),
-            ),
-            force=True,
-        )
+        self._manager.save(step, args=_items(_as_dict(state), config=self._config), force=True)
         self._last_save = time.monotonic()
 
     def best(self) -> JsonObject | None:
-        """The note of the last `save_best`; None before the first."""
-        if not self._best_manager().all_steps():
+        """The note of the last `save_best`; None before the first, and where it is damaged.
+
+        Raises:
+          ConfigError: it is damaged and the config says to fail.
+        """
+        first = self._best is None
+        step = self._best_manager().latest_step()
+        if step is None:
             return None
-        return saved_config(str(self._root / "best"))["best"]
+        source = str(self._root / "best" / "checkpoints" / str(step))
+        try:
+            note = saved_config(source, name="the best parameters")["best"]
+            if first:  # read once by a run that continues, so that damage is not found at its end
+                for part in ("params", "variables"):
+                    if saved_params_shapes(source, part=part):
+                        native.read_params(source, name="the best parameters", part=part)
+            error = None
+        except Exception as raised:
+            note, error = None, raised
+        failures = [text for text in cluster.gather("best", _say(error)) if text]
+        if not failures:
+            return note
+        error = error or ValueError(f"on another host: {failures[0]}")
+        logging.error("%s; the next evaluation's will be the best", error)
+        if self._run.on_corrupt_checkpoint == "fail":
+            raise error
+        self._set_best_aside(step)
+        return None
+
+    def _set_best_aside(self, step: int) -> None:
+        self._best_manager().close()
+        if jax.process_index() == 0:
+            target = self._root / "unreadable_checkpoints" / f"best-{step}-{int(time.time())}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self._root / "best" / "checkpoints" / str(step)).rename(target)
+            logging.error("damaged best parameters of step %d moved to %s", step, target)
+        cluster.barrier("to set the best parameters aside")
+        self._best = self._open(self._root / "best" / "checkpoints", keep=1)
 
     def save_best(
         self, params: Params, *, step: int, note: JsonObject, variables: Variables | None = None
@@ -248,16 +283,9 @@ class Checkpoints:
         manager = self._best_manager()
         if step in manager.all_steps():  # evaluated again after a restart
             return
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(
-                    {"params": params} | ({"variables": variables} if variables else {})
-                ),
-                config=ocp.args.JsonSave(self._config | {"best": note | {"step": step}}),
-            ),
-            force=True,
-        )
+        state = {"params": params} | ({"variables": variables} if variables else {})
+        config = self._config | {"best": note | {"step": step}}
+        manager.save(step, args=_items(state, config=config), force=True)
         manager.wait_until_finished()  # small and rare; `best` must see it
 
     def _best_manager(self) -> ocp.CheckpointManager:
@@ -313,6 +341,14 @@ def _plain(config: JsonObject) -> JsonObject:
 
 def _say(error: Exception | None) -> str:
     return "" if error is None else str(error) or type(error).__name__
+
+
+def _items(state: PyTree, *, config: JsonObject) -> ocp.args.Composite:
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        config=ocp.args.JsonSave(config),
+        digests=ocp.args.JsonSave(digests.item(state, config=config)),
+    )
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

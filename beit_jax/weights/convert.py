@@ -10,7 +10,7 @@ over is an error unless it was allowed.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from absl import logging
 from beit_jax.config import ConfigError, check, one_of
 from beit_jax.config.facts import FACTS
 from beit_jax.models.functional import flatten, unflatten
-from beit_jax.types import FlatParams, JsonObject, Params
+from beit_jax.types import FlatParams, JsonObject, Params, PyTree
 from beit_jax.weights import adapt, foreign, hub, native, opening
 from beit_jax.weights.description import Description, describe, to_config
 from beit_jax.weights.formats import FORMATS, Export, Format, Written
@@ -225,7 +225,7 @@ def restore_params(
     is_native = native.is_checkpoint(source) or not opening.is_foreign(source)
     if is_native:
         stored = flatten(native.saved_params_shapes(source, name=name))
-        if {path: tuple(leaf.shape) for path, leaf in stored.items()} == wanted_shapes:
+        if _shapes_and_dtypes(stored) == _shapes_and_dtypes(wanted):
             return native.read_params(source, shapes=shapes, name=name)
     try:
         if is_native:
@@ -247,6 +247,10 @@ def restore_params(
     drawn = flatten(fresh()) if report.missing and fresh is not None else {}
     placed = {path: to_devices(array, wanted[path]) for path, array in params.items()}
     return unflatten({path: placed.get(path, drawn.get(path)) for path in wanted})
+
+
+def _shapes_and_dtypes(flat: Mapping[str, PyTree]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in flat.items()}
 
 
 def _foreign_params(source: str, *, allow_unused: Iterable[str]) -> dict[str, np.ndarray]:

@@ -1,8 +1,9 @@
 """This project's own ("native") checkpoints: their parameters and saved config.
 
-A checkpoint is a folder `{state, config}` that Orbax wrote: `<workdir>/checkpoints/<step>` of a
-run, with the whole train state; or one written here, with nothing but parameters. Either is read on
-any number of devices, whatever number wrote it.
+A checkpoint is a folder `{state, config, digests}` that Orbax wrote: `<workdir>/checkpoints/<step>`
+of a run, with the whole train state; or one written here, with nothing but parameters. Either is
+read on any number of devices, whatever number wrote it, and compared with its digests, which those
+of older versions lack. What is damaged is refused: only a run falls back to another checkpoint.
 """
 
 import contextlib
@@ -18,9 +19,11 @@ from etils import epath
 
 from beit_jax.config import ConfigError
 from beit_jax.types import JsonObject, Params
+from beit_jax.weights import digests
 
+_REASON = 160  # characters of another library's message
 # Names in a checkpoint's folder, Orbax' marks included.
-CONTENT = ("state", "config", "_CHECKPOINT_METADATA", "commit_success.txt")
+CONTENT = ("state", "config", digests.ITEM, "_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def _orbax() -> ModuleType:
@@ -95,18 +98,63 @@ def saved_params_shapes(source: str, *, name: str = "checkpoint", part: str = "p
     """Names, shapes and dtypes of a checkpoint's parameters; the numbers stay on disk.
 
     With `part="variables"`, those of the state that no gradient trains; {} where there is none.
+
+    Raises:
+      ConfigError: no checkpoint there, or its metadata is damaged.
     """
     folder = state_folder(source, name=name)
-    with _quiet(), _orbax().StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(folder)
-    return metadata.item_metadata.tree.get(part, {})
+    with _refusing_damage(folder.parent, name=name):
+        with _quiet(), _orbax().StandardCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(folder)
+        shapes = metadata.item_metadata.tree.get(part, {})
+        stored = digests.read(folder.parent)
+        _check(digests.shapes_problem(stored, shapes, part=f"{part}/"))
+        return shapes
 
 
 def saved_config(source: str, *, name: str = "checkpoint") -> JsonObject:
-    """The resolved config that a checkpoint was written with."""
-    folder = state_folder(source, name=name).parent / "config"
-    (path,) = [path for path in folder.iterdir() if path.name == "metadata"]
-    return json.loads(path.read_text())
+    """The resolved config that a checkpoint was written with.
+
+    Raises:
+      ConfigError: no checkpoint there, or its config is damaged.
+    """
+    folder = state_folder(source, name=name).parent
+    with _refusing_damage(folder, name=name):
+        config = json.loads((folder / "config" / "metadata").read_text())
+        _check("" if isinstance(config, dict) else "its config is no JSON object")
+        _check(digests.config_problem(digests.read(folder), config))
+        return config
+
+
+def _check(problem: str) -> None:
+    if problem:
+        raise ValueError(problem)
+
+
+@contextlib.contextmanager
+def _refusing_damage(checkpoint: epath.Path, *, name: str) -> Iterator[None]:
+    """Whatever reading a checkpoint raises becomes one line, which names others beside it."""
+    try:
+        yield
+    except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # the last: a device is full
+        raise
+    except Exception as error:  # Orbax and TensorStore raise anything on damaged files
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0] if len(lines[0]) <= _REASON else f"{lines[0][:_REASON]}..."
+        raise ConfigError(
+            f"{name}: {checkpoint} is damaged: {reason}{_others(checkpoint)}"
+        ) from error
+
+
+def _others(checkpoint: epath.Path) -> str:
+    """Where the same run's other checkpoints are; it is for a person to choose one of them."""
+    if checkpoint.parent.name != "checkpoints" or not checkpoint.name.isdigit():
+        return ""
+    steps = [entry.name for entry in checkpoint.parent.iterdir() if entry.name.isdigit()]
+    others = sorted({int(step) for step in steps} - {int(checkpoint.name)})
+    if not others:
+        return "; there is no other checkpoint beside it"
+    return f"; choose another: {checkpoint.parent}/{max(others)}"
 
 
 def saved_metrics(source: str) -> JsonObject:
@@ -143,9 +191,19 @@ def read_params(
       part: "params", or "variables" for the state that no gradient trains.
 
     Raises:
-      ConfigError: no checkpoint there.
+      ConfigError: no checkpoint there, or it is damaged.
     """
     folder = state_folder(source, name=name)
+    with _refusing_damage(folder.parent, name=name):
+        stored = digests.read(folder.parent)
+        params = _restore(folder, source=source, shapes=shapes, name=name, part=part)
+        _check(digests.arrays_problem(stored, params, part=f"{part}/"))
+        return params
+
+
+def _restore(
+    folder: epath.Path, *, source: str, shapes: Params | None, name: str, part: str
+) -> Params:
     ocp = _orbax()
     if shapes is None:
         item = saved_params_shapes(source, name=name, part=part)
@@ -189,7 +247,9 @@ def write_params(path: str, params: Params, *, config: JsonObject) -> None:
         checkpointer.save(
             target,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave({"params": params}), config=ocp.args.JsonSave(config)
+                state=ocp.args.StandardSave({"params": params}),
+                config=ocp.args.JsonSave(config),
+                digests=ocp.args.JsonSave(digests.item({"params": params}, config=config)),
             ),
             force=True,
         )

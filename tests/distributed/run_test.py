@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 import time
 
@@ -127,15 +128,21 @@ def test_sigterm_saves_the_same_step_everywhere_and_resumes_bit_exactly(straight
     assert_same_state(workdir, straight)
 
 
-def test_a_damaged_checkpoint_is_set_aside_by_all_hosts(straight, tmp_path):
-    """The newest is truncated; both hosts take the one before and end in the same state."""
+@pytest.mark.parametrize("damage", ["truncated", "other numbers"])
+def test_a_damaged_checkpoint_is_set_aside_by_all_hosts(straight, tmp_path, damage):
+    """It is the newest; both hosts take the one before and end in the same state."""
     workdir = tmp_path / "run"
     config = values(run__fsdp=2, run__eval_every=10)
     finish(workdir, values(run__fsdp=2, run__eval_every=10, run__checkpoint_every=10), count=2)
     assert saved_steps(workdir) == [10, 20]
-    for path in (workdir / "checkpoints/20/state").rglob("*"):
-        if path.is_file() and "/d/" in str(path):
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    state = workdir / "checkpoints/20/state"
+    if damage == "truncated":
+        for path in state.rglob("*"):
+            if path.is_file() and "/d/" in str(path):
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:  # whole, and Orbax reads it
+        shutil.rmtree(state)
+        shutil.copytree(workdir / "checkpoints/10/state", state)
     run = finish(workdir, config, count=2)
     for i in (0, 1):
         assert "checkpoint 20 in" in run.output(i)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -107,6 +108,78 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path,
     checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
     assert int(checkpoints.restore(shapes).step) == 4
     checkpoints.close()
+
+
+def exchange(workdir: Path, step: int, other: int) -> None:
+    """Gives a checkpoint the state of another: whole files with other numbers."""
+    shutil.rmtree(workdir / "checkpoints" / str(step) / "state")
+    shutil.copytree(
+        workdir / "checkpoints" / str(other) / "state",
+        workdir / "checkpoints" / str(step) / "state",
+    )
+
+
+def test_numbers_that_were_not_saved_are_damage_too(tmp_path, made, caplog):
+    """Every file is whole, and without digests the state would be restored without a word."""
+    shapes, state = made
+    write(tmp_path, state, [2, 4])
+    exchange(tmp_path, 4, 2)
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+    with caplog.at_level(logging.ERROR):
+        restored = checkpoints.restore(shapes)
+    checkpoints.close()
+    assert int(restored.step) == 2
+    assert "do not hold the numbers that were saved" in caplog.text
+    assert [p.name.split("-")[0] for p in (tmp_path / "unreadable_checkpoints").iterdir()] == ["4"]
+
+
+def test_digests_that_were_written_must_be_there(tmp_path, made, caplog):
+    shapes, state = made
+    write(tmp_path, state, [2, 4])
+    shutil.rmtree(tmp_path / "checkpoints/4/digests")
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+    with caplog.at_level(logging.ERROR):
+        assert int(checkpoints.restore(shapes).step) == 2
+    checkpoints.close()
+    assert "its folder digests is missing" in caplog.text
+
+
+def test_damaged_best_parameters_are_set_aside_and_found_again(tmp_path, made, caplog):
+    """By the run that continues; within a run, they are what it has just written."""
+    shapes, state = made
+
+    def opened(run=RUN):
+        return checkpoint.Checkpoints(str(tmp_path), run=run, config=CONFIG)
+
+    checkpoints = opened()
+    checkpoints.save_best(state.params, step=4, note={"value": 0.5})
+    assert checkpoints.best() == {"value": 0.5, "step": 4}
+    checkpoints.close()
+    checkpoints = opened()
+    assert checkpoints.best() == {"value": 0.5, "step": 4}
+    checkpoints.close()
+
+    other = jax.tree.map(lambda x: x + 1, state.params)
+    checkpoint.native.write_params(str(tmp_path / "other"), other, config={})
+    shutil.rmtree(tmp_path / "best/checkpoints/4/state")
+    shutil.copytree(tmp_path / "other/state", tmp_path / "best/checkpoints/4/state")
+    checkpoints = opened(dataclasses.replace(RUN, on_corrupt_checkpoint="fail"))
+    with pytest.raises(ConfigError, match=r"^the best parameters: .*best/checkpoints/4 is damaged"):
+        checkpoints.best()
+    checkpoints.close()
+    with pytest.raises(
+        ConfigError, match=r"init_from: .*/4 is damaged: params/lm_head/kernel does"
+    ):
+        checkpoint.restore_params(str(tmp_path / "best"), shapes=shapes.params)
+    checkpoints = opened()
+    with caplog.at_level(logging.ERROR):
+        assert checkpoints.best() is None
+    assert "moved to" in caplog.text
+    checkpoints.save_best(state.params, step=6, note={"value": 0.4})
+    assert checkpoints.best() == {"value": 0.4, "step": 6}
+    checkpoints.close()
+    (aside,) = (tmp_path / "unreadable_checkpoints").iterdir()
+    assert aside.name.startswith("best-4-")
 
 
 def test_damage_ends_the_run_where_the_config_says_so(tmp_path, made):
@@ -261,6 +334,26 @@ def test_due_by_steps_and_by_minutes(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now + 601)
     assert checkpoints.due(3)
     checkpoints.close()
+
+
+def test_a_warm_start_from_damage_names_another_checkpoint(tmp_path, made):
+    """It is not taken without a word: whose weights a run starts from is for a person to say."""
+    shapes, state = made
+    write(tmp_path, state, [2, 4])
+    exchange(tmp_path, 4, 2)
+    with pytest.raises(
+        ConfigError, match=r"^config\.run\.init_from: .*checkpoints/4 is damaged"
+    ) as e:
+        checkpoint.restore_params(str(tmp_path), shapes=shapes.params)
+    assert str(e.value).endswith(f"choose another: {tmp_path}/checkpoints/2")
+    for part in ("config", "state/_METADATA", "digests"):
+        for file in [p for p in (tmp_path / "checkpoints/2").rglob("*") if part in str(p)]:
+            if file.is_file() and file.name != "commit_success.txt":
+                file.write_bytes(file.read_bytes()[:-3])
+        read = checkpoint.saved_config if part == "config" else checkpoint.saved_params_shapes
+        with pytest.raises(ConfigError, match=r"checkpoints/2 is damaged: .*") as e:
+            read(str(tmp_path / "checkpoints/2"))
+        assert "\n" not in str(e.value)
 
 
 def test_warm_start_takes_parameters_and_reports_what_does_not_fit(tmp_path, made):
