@@ -18,8 +18,9 @@ from typing import Any
 
 from machine import processor_name, save  # beside this file
 
-# Faults of the full version, by the module in tests/faults.
+# How much the full version tries, by the module in tests/faults.
 PARTS = {
+    "memory": 30,  # minutes
     "hosts": 40,
     "data": 5_000,
     "supply": 2,
