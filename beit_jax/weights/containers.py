@@ -7,9 +7,7 @@ loaded.state, loaded.metadata
 
 import dataclasses
 import hashlib
-import io
-import json
-import zipfile
+import math
 from collections.abc import Iterable, Mapping
 
 import ml_dtypes
@@ -17,14 +15,21 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from beit_jax.config.parse import shown
 from beit_jax.files import write_whole
+from beit_jax.json_text import JsonError, json_object
 from beit_jax.types import FlatParams, JsonObject
 from beit_jax.weights import pickles, unwrapping
+from beit_jax.weights.archives import open_zip
 from beit_jax.weights.pickles import read_bytes as read_bytes
 from beit_jax.weights.report import WeightsError
 
 # Of files that `load` reads. What is in them decides how, not the suffix.
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".pt.tar", ".zip")
+_MOST_DIMENSIONS = 8
+_COPIED = 8  # times its file that all tensors may have
+_COPIED_ANYHOW = 256 << 20
+_LONGEST_NAME = 500  # characters of a tensor's name
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -78,6 +83,8 @@ def load(content: bytes, *, source: str, weights: str = "") -> Loaded:
     else:
         whole = pickles.loads(content, source=source)
     found = unwrapping.unwrap(whole, source=source, weights=weights)
+    check_names(found.state, source=source)
+    check_size(found.state, file_size=len(content), source=source)
     return Loaded(
         source=source,
         state=found.state,
@@ -102,7 +109,7 @@ def _unzipped(content: bytes, *, source: str) -> tuple[bytes, str]:
     if content[:4] != b"PK\3\4":
         return content, source
     try:
-        archive = zipfile.ZipFile(io.BytesIO(content))
+        archive = open_zip(content)
         names = [name for name in archive.namelist() if not _is_hidden(name)]
         if any(name.endswith("data.pkl") for name in names):
             return content, source
@@ -125,6 +132,25 @@ def _is_hidden(name: str) -> bool:
     return name.endswith("/") or any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
+def check_names(state: Iterable[str], *, source: str) -> None:
+    """Raises WeightsError for a tensor whose name is no line of text of reasonable length."""
+    for name in state:
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise WeightsError(f"{source} holds a tensor that is called {shown(name)}")
+
+
+def check_size(state: FlatParams, *, file_size: int, source: str) -> None:
+    """Raises WeightsError where tensors share their numbers so often that copies would be absurd.
+
+    Tied weights are there twice; a file of a few bytes may say that it holds any number of them.
+    """
+    found = sum(array.nbytes for array in state.values())
+    if found > _COPIED * file_size + _COPIED_ANYHOW:
+        raise WeightsError(
+            f"{source} has {file_size} bytes, its tensors {found}, all the same ones"
+        )
+
+
 def load_safetensors(
     content: bytes, *, source: str
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -132,8 +158,9 @@ def load_safetensors(
     if not content:
         pickles.refuse_text(content, source=source)
     try:
+        header = _header(content)
         entries = safetensors.deserialize(content)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, JsonError) as error:
         pickles.refuse_text(content, source=source)
         raise WeightsError(
             f"{source} ({len(content)} bytes) is not a whole safetensors file: {error}"
@@ -143,10 +170,21 @@ def load_safetensors(
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise WeightsError(f"{source}: {name} is stored as {entry['dtype']}, which is not read")
         flat = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]])
-        state[name] = flat.reshape(entry["shape"])
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
+        if len(entry["shape"]) > _MOST_DIMENSIONS or math.prod(entry["shape"]) != flat.size:
+            raise WeightsError(f"{source}: {name} has the shape {shown(entry['shape'])}")
+        try:
+            state[name] = flat.reshape(entry["shape"])
+        except ValueError:  # none at all, by a number of rows that no array can have
+            raise WeightsError(f"{source}: {name} has the shape {shown(entry['shape'])}") from None
     return state, header.get("__metadata__") or {}
+
+
+def _header(content: bytes) -> JsonObject:
+    """The JSON that a safetensors file starts with; {} where it is cut off within."""
+    length = int.from_bytes(content[:8], "little")
+    if length > len(content) - 8:  # left to safetensors to say
+        return {}
+    return json_object(content[8 : 8 + length], path="its header")
 
 
 def check_sha256(content: bytes, expected: str, *, source: str) -> str:

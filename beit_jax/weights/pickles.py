@@ -12,24 +12,29 @@ named is imported or called. Tensors become NumPy arrays. Both containers are re
 
 import codecs
 import io
+import os
 import pickle
 import re
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
 
 import numpy as np
 from etils import epath
 
+from beit_jax.files import open_regular
 from beit_jax.types import PyTree
-from beit_jax.weights.placeholders import STORAGES, Names, Refused
+from beit_jax.weights.archives import open_zip
+from beit_jax.weights.placeholders import STORAGES, Refused
 from beit_jax.weights.placeholders import Record as Record
 from beit_jax.weights.report import WeightsError
+from beit_jax.weights.unpickler import Unpickler, check_size
 
 # The first object in a stream of the older container (torch/serialization.py).
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
+_MOST_LOOKS = 200_000
+_LONGEST_PREFIX = 1000
 _LFS_POINTER = "version https://git-lfs.github.com/spec/"
 # What other containers start with: containers that hold weights, but not in a way that is read.
 _OTHERS = {
@@ -39,41 +44,6 @@ _OTHERS = {
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
     b"\x89HDF": "an HDF5 file, as TensorFlow and Keras write; PyTorch's or safetensors are read",
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    """Unpickles with placeholders, made anew for every pickle, which can set their attributes."""
-
-    def __init__(
-        self,
-        file: io.BytesIO,
-        *,
-        storage: Callable[[PyTree], PyTree] | None = None,
-        lenient: bool = False,
-    ):
-        super().__init__(file, encoding="utf-8")
-        self._storage = storage
-        self._names = Names(lenient=lenient)
-
-    def find_class(self, module: str, name: str) -> PyTree:
-        return self._names.find(module, name)
-
-    def persistent_load(self, saved_id: PyTree) -> PyTree:
-        if self._storage is None:
-            raise pickle.UnpicklingError("a reference outside of the tensors' pickle")
-        return self._storage(saved_id)
-
-    def load(self) -> PyTree:
-        """The object; Refused where the pickle names something that has no placeholder."""
-        try:
-            result = super().load()
-        except Refused:
-            raise
-        except Exception:
-            self._names.check()  # the better error, where an unknown name led to this one
-            raise
-        self._names.check()
-        return result
 
 
 def load(path: str) -> PyTree:
@@ -91,13 +61,35 @@ def load(path: str) -> PyTree:
 
 
 def read_bytes(path: str) -> bytes:
-    """A file's bytes, local or gs://; raises WeightsError where there is no file."""
-    file = epath.Path(path)
-    if not file.exists():
-        raise WeightsError(f"{path} does not exist")
-    if file.is_dir():
-        raise WeightsError(f"{path} is a folder")
-    return file.read_bytes()
+    """A file's bytes, local or gs://; raises WeightsError where there is no file to read."""
+    try:
+        file = epath.Path(path)
+        if not file.exists():
+            raise WeightsError(f"{path} does not exist")
+        if file.is_dir():
+            raise WeightsError(f"{path} is a folder")
+        size = file.stat().length
+        if size > _memory():
+            raise WeightsError(f"{path} has {size} bytes, more than this machine has memory")
+        if "://" in path:
+            return file.read_bytes()
+        with open_regular(path) as local:  # a pipe or a device has no end
+            return local.read()
+    except WeightsError:
+        raise
+    except (OSError, ValueError) as error:  # no permission, NUL in a name
+        why = getattr(error, "strerror", None) or error
+        raise WeightsError(f"{path} can't be read: {why}") from None
+    except MemoryError:
+        raise WeightsError(f"{path} does not fit in memory") from None
+
+
+def _memory() -> int:
+    """Bytes of memory that this machine has; beyond any file where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
 
 
 def loads(content: bytes, *, source: str) -> PyTree:
@@ -151,26 +143,44 @@ def _recipe(content: bytes, *, source: str, subclass: bool) -> str:
     return f'torch.save({whole}, "weights.pth")'
 
 
-def _has_tensors(value: PyTree, depth: int = 3) -> bool:
-    """Whether a value is a state dict, has one in it, or is a pickled module."""
+def _has_tensors(value: PyTree, depth: int = 3, budget: list[int] | None = None) -> bool:
+    """Whether a value is a state dict, has one in it, or is a pickled module.
+
+    The budget is for a dict within itself many times over.
+    """
+    budget = [_MOST_LOOKS] if budget is None else budget
+    budget[0] -= 1
     if isinstance(value, Record):
         return "_modules" in value.fields
-    if not isinstance(value, dict) or not depth:
+    if not isinstance(value, dict) or not depth or budget[0] < 0:
         return isinstance(value, np.ndarray) and depth < 3
-    return any(_has_tensors(item, depth - 1) for key, item in value.items() if isinstance(key, str))
+    return any(
+        _has_tensors(item, depth - 1, budget)
+        for key, item in value.items()
+        if isinstance(key, str) and budget[0] > 0
+    )
 
 
-def module_state(module: PyTree, prefix: str = "") -> dict[str, np.ndarray]:
-    """Collects the state dict of a pickled `nn.Module` from its `Record`s."""
+def module_state(
+    module: PyTree, prefix: str = "", *, budget: list[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Collects the state dict of a pickled `nn.Module` from its `Record`s.
+
+    Raises RecursionError for modules within themselves, or the same ones many times over.
+    """
+    budget = [_MOST_LOOKS] if budget is None else budget
+    budget[0] -= 1
     if not isinstance(module, Record) or "_modules" not in module.fields:
         return {}
+    if len(prefix) > _LONGEST_PREFIX or budget[0] < 0:
+        raise RecursionError
     state = {}
     for kind in ("_parameters", "_buffers"):
         for name, value in (module.fields.get(kind) or {}).items():
             if isinstance(value, np.ndarray):
                 state[f"{prefix}{name}"] = value
     for name, child in module.fields["_modules"].items():
-        state |= module_state(child, f"{prefix}{name}.")
+        state |= module_state(child, f"{prefix}{name}.", budget=budget)
     return state
 
 
@@ -223,7 +233,7 @@ def refuse_text(content: bytes, *, source: str) -> None:
 
 def _load_zip(content: bytes, *, source: str, lenient: bool) -> PyTree:
     try:
-        archive = zipfile.ZipFile(io.BytesIO(content))
+        archive = open_zip(content)
     except zipfile.BadZipFile as error:
         raise WeightsError(
             f"{source} ({len(content)} bytes) is damaged or cut off: {_one_line(error)}"
@@ -242,22 +252,24 @@ def _load_zip(content: bytes, *, source: str, lenient: bool) -> PyTree:
 
     def storage(saved_id: PyTree) -> np.ndarray:
         _, kind, key, _, count = saved_id[:5]
-        if key not in storages:
+        if _text(key) not in storages:
             array = np.frombuffer(archive.read(f"{root}data/{key}"), _dtype(kind))
             storages[key] = _native_order(array[:count], order)
         return storages[key]
 
     file = io.BytesIO(archive.read(pickles[0]))
-    return _Unpickler(file, storage=storage, lenient=lenient).load()
+    result = Unpickler(file, storage=storage, lenient=lenient).load()
+    check_size(result)
+    return result
 
 
 def _load_stream(content: bytes, *, source: str, lenient: bool) -> PyTree:
     file = io.BytesIO(content)
-    if _Unpickler(file).load() != _MAGIC:
+    if Unpickler(file).load() != _MAGIC:
         raise WeightsError(f"{source} is a pickle, but not one of torch.save")
-    if _Unpickler(file).load() != _PROTOCOL:
+    if Unpickler(file).load() != _PROTOCOL:
         raise WeightsError(f"{source} was written by an unknown version of torch.save")
-    system = _Unpickler(file).load()
+    system = Unpickler(file).load()
     order = "little" if system.get("little_endian", True) else "big"
     # The numbers follow the pickle, so arrays are allocated here and filled afterwards.
     storages: dict[str, np.ndarray] = {}
@@ -267,9 +279,10 @@ def _load_stream(content: bytes, *, source: str, lenient: bool) -> PyTree:
             return saved_id[1]
         _, kind, key, _, count, view = saved_id
         dtype: np.dtype = np.dtype(_dtype(kind))
-        if key not in storages:
-            if count * dtype.itemsize > len(content):
-                raise EOFError(f"{count} numbers announced")
+        if _text(key) not in storages:
+            announced = sum(array.nbytes for array in storages.values()) + count * dtype.itemsize
+            if announced > len(content):
+                raise EOFError(f"{announced} bytes of numbers announced")
             storages[key] = np.zeros(count, dtype)
         if view is not None:
             _, offset, length = view
@@ -277,8 +290,8 @@ def _load_stream(content: bytes, *, source: str, lenient: bool) -> PyTree:
         return storages[key]
 
     start = file.tell()
-    _Unpickler(file, storage=storage, lenient=lenient).load()
-    for key in _Unpickler(file).load():
+    Unpickler(file, storage=storage, lenient=lenient).load()
+    for key in Unpickler(file).load():
         array = storages[key]
         (count,) = struct.unpack("<q", file.read(8))
         data = file.read(count * array.dtype.itemsize)
@@ -287,7 +300,15 @@ def _load_stream(content: bytes, *, source: str, lenient: bool) -> PyTree:
         array[:] = _native_order(np.frombuffer(data, array.dtype), order)
     # Again, now that there are numbers: a tensor may be the negative of what is stored.
     file.seek(start)
-    return _Unpickler(file, storage=storage, lenient=lenient).load()
+    result = Unpickler(file, storage=storage, lenient=lenient).load()
+    check_size(result)
+    return result
+
+
+def _text(key: object) -> str:
+    if not isinstance(key, str):  # hashing something else may take for ever
+        raise pickle.UnpicklingError(f"a storage is named by a {type(key).__name__}")
+    return key
 
 
 def _dtype(kind: object) -> type[np.generic]:

@@ -141,6 +141,10 @@ _DICTS = frozenset(
 _NEVER = sys.stdlib_module_names | {"__builtin__", "builtins", "torch", "numpy"}
 
 
+_LONGEST_NAME = 300  # characters
+_MOST_NAMES = 5000  # of a pickle; every one makes a class
+
+
 class Refused(Exception):
     """The pickle names something that has no placeholder.
 
@@ -234,16 +238,22 @@ class Names:
 
     Args:
       lenient: makes a `Record` of everything unknown, to see what there is in a refused file.
+      check_key: called with every item of a set before it is hashed.
     """
 
-    def __init__(self, *, lenient: bool = False) -> None:
+    def __init__(
+        self, *, lenient: bool = False, check_key: Callable[[object], None] = lambda key: None
+    ) -> None:
         self._lenient = lenient
+        self._check_key = check_key
         self._found: dict[tuple[str, str], PyTree] = {}
         self._unknown: dict[str, list[_Dict]] = {}
 
     def find(self, module: str, name: str) -> PyTree:
         """What stands for `module.name`. Raises Refused where calling it would mean something."""
         key = (module, name)
+        if len(module) + len(name) > _LONGEST_NAME or len(self._found) > _MOST_NAMES:
+            raise pickle.UnpicklingError("a name too long, or too many of them")
         if key not in self._found:
             self._found[key] = self._make(module, name)
         return self._found[key]
@@ -260,6 +270,8 @@ class Names:
         of = f"{module}.{name}"
         if of == "collections.OrderedDict":
             return OrderedDict
+        if of in ("builtins.set", "builtins.frozenset"):
+            return lambda items=(): self._set(set if name == "set" else frozenset, items)
         if of in _FUNCTIONS:
             function = _FUNCTIONS[of]
             return lambda *args: function(*args)
@@ -280,6 +292,11 @@ class Names:
         if self._lenient:
             return type("Unknown", (Record,), {"of": named, "lenient": True})
         return self._suspect(named)
+
+    def _set(self, kind: Callable[..., PyTree], items: object) -> PyTree:
+        for item in items if isinstance(items, list | tuple) else ():
+            self._check_key(item)
+        return _sequence(kind)(items)
 
     def _suspect(self, of: str) -> type:
         if of.partition(".")[0] in _NEVER:
@@ -311,6 +328,8 @@ def tensor(
     """
     result = _view(storage, offset, size, stride)
     bits = bits if isinstance(bits, dict) else {}
+    if bits and isinstance(storage, np.ndarray) and result.size > storage.size:  # a copy of one number, repeated without end
+        raise pickle.UnpicklingError("a tensor that repeats its numbers, negated")
     if bits.get("conj"):
         result = np.conj(result)
     return -result if bits.get("neg") else result
@@ -428,8 +447,6 @@ _FUNCTIONS: dict[str, Callable[..., PyTree]] = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
     "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
     "torch.Size": _sequence(tuple),
-    "builtins.set": _sequence(set),
-    "builtins.frozenset": _sequence(frozenset),
     "builtins.complex": _numbers(complex),
     "builtins.slice": _numbers(slice),
     "builtins.range": _numbers(range),

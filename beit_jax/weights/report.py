@@ -10,9 +10,23 @@ from absl import logging
 
 from beit_jax.config import ConfigError
 
+# Of a message. Names of tensors are listed in it, however many there are and whatever is in them.
+_LONGEST = 4000
+
 
 class WeightsError(ConfigError):
-    """A file of weights is damaged, dangerous or does not fit. The message is one line."""
+    """A file of weights is damaged, dangerous or does not fit. The message is one line.
+
+    What comes from the file may hold line breaks or steer a terminal, so that whatever can't be
+    printed is written as Python would in a text.
+    """
+
+    def __init__(self, message: object) -> None:
+        text = str(message)
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        super().__init__(text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

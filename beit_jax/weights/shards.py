@@ -7,12 +7,13 @@ An index is `{"weight_map": {"beit.embeddings.cls_token": "model-00001-of-00002.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 
+from beit_jax.config.parse import shown
+from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.types import JsonObject
 from beit_jax.weights import containers, pickles, prefixes
 from beit_jax.weights.containers import Loaded
@@ -22,16 +23,9 @@ from beit_jax.weights.report import WeightsError, compact
 def read_json(path: epath.Path) -> JsonObject:
     """A JSON object; raises WeightsError, in one line, for a file that is anything else."""
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{path} is no JSON: {' '.join(str(error).split())[:200]}") from None
-    except OSError as error:  # a folder of that name, say
-        raise WeightsError(f"{path} can't be read: {error.strerror or error}") from None
-    except RecursionError:
-        raise WeightsError(f"{path} is no JSON that can be read: it is nested too deep") from None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+        return read_json_object(path)
+    except JsonError as error:
+        raise WeightsError(str(error)) from None
 
 
 def weight_map(index: epath.Path) -> dict[str, str]:
@@ -47,7 +41,8 @@ def weight_map(index: epath.Path) -> dict[str, str]:
         # A file from the internet must not decide what is read from this machine.
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
             raise WeightsError(
-                f"{index} is refused: {key} is in {name!r}, which is not a file in its folder"
+                f"{index} is refused: {shown(key)[1:-1]} is in {shown(name)}, which is not a file"
+                " in its folder"
             )
     return found
 
@@ -82,6 +77,7 @@ def load(folder: epath.Path, index: str) -> Loaded:
         content = containers.read_bytes(source)
         digests.append((name, hashlib.sha256(content).hexdigest()))
         shard, header = _tensors(content, source=source)
+        containers.check_size(shard, file_size=len(content), source=source)
         metadata = metadata or header
         expected = {key for key, file in wanted.items() if file == name}
         missing, more = expected - shard.keys(), shard.keys() - expected
@@ -90,6 +86,7 @@ def load(folder: epath.Path, index: str) -> Loaded:
             some = compact(sorted(missing or more)[:20])
             raise WeightsError(f"{source} is not what {index} says: it {what} {some}")
         state |= shard
+    containers.check_names(state, source=str(folder / index))
     state, notes = prefixes.plain_names(state, source=str(folder / index))
     return Loaded(
         source=str(folder / index),

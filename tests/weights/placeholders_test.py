@@ -27,6 +27,7 @@ import pytest
 
 from beit_jax.weights import opening, pickles
 from beit_jax.weights.report import WeightsError
+from beit_jax.weights.unpickler import Unpickler
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +393,7 @@ def test_placeholders_of_one_file_do_not_reach_the_next(torch):
     evil = (
         b"\x80\x02cpathlib\nPosixPath\nN}X\x0c\x00\x00\x00__defaults__X\x01\x00\x00\x00a\x85s\x86b."
     )
-    unpickler = pickles._Unpickler(io.BytesIO(evil))
+    unpickler = Unpickler(io.BytesIO(evil))
     unpickler.load()
     content = saved(torch, {"x": pathlib.PurePosixPath("a/b")})
     assert pickles.loads(content, source="x")["x"] == "a/b"
