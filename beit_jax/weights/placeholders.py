@@ -328,7 +328,8 @@ def tensor(
     """
     result = _view(storage, offset, size, stride)
     bits = bits if isinstance(bits, dict) else {}
-    if bits and isinstance(storage, np.ndarray) and result.size > storage.size:  # a copy of one number, repeated without end
+    # Copied below, unlike a view of one number that is repeated without end.
+    if bits and isinstance(storage, np.ndarray) and result.size > storage.size:
         raise pickle.UnpicklingError("a tensor that repeats its numbers, negated")
     if bits.get("conj"):
         result = np.conj(result)
