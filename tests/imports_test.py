@@ -31,6 +31,7 @@ ORDER = [
             "files",
             "hardware",
             "json_text",
+            "metrics_file",
             "preprocessing",
             "storage",
             "text_table",

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
 from beit_jax.config import RunError
@@ -25,6 +26,30 @@ _NAMED = 3
 
 class NonFiniteError(RunError):
     """Updates, parameters or results are not finite."""
+
+
+def check_step(step: int, step_metrics: Mapping[str, jax.Array], *, limit: int) -> None:
+    """Waits for a step's metrics; raises NonFiniteError after `limit` skipped updates in a row.
+
+    The parameters are those of the last good update, so checkpoints up to here are sound; none is
+    written after this.
+    """
+    in_row = int(step_metrics["skipped_in_row"])
+    if in_row:
+        logging.warning(
+            "step %d: loss %s, gradient norm %s: the update is skipped (%d in a row)",
+            step,
+            float(step_metrics["loss"]),
+            float(step_metrics["grad_norm"]),
+            in_row,
+        )
+    if in_row >= limit:
+        raise NonFiniteError(
+            f"step {step}: {in_row} updates in a row were not finite"
+            f" (config.optimizer.max_bad_steps); loss {float(step_metrics['loss'])},"
+            f" gradient norm {float(step_metrics['grad_norm'])}."
+            " The last checkpoint is from before and sound."
+        )
 
 
 def check_state(state: TrainState, *, mesh: Mesh, saved: int | None) -> None:

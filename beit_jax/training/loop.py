@@ -11,9 +11,8 @@ trained = train(
 
 import collections
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import jax
@@ -100,6 +99,7 @@ def train(
         timer=timer or startup.Startup(),
     )
     with room.reported(workdir, state=under_way.state), contextlib.closing(under_way):
+        under_way.catch_up()
         if under_way.step < run.steps:
             under_way.do_steps()
             under_way.save()
@@ -145,25 +145,24 @@ def open_run(
     first = FirstBatch(job.feed.training, step=expected) if expected < run.steps else None
     try:
         train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
-        step = int(train_state.step)
         cluster.check_agreement("parameters that are not trained", start.digest(job.task.frozen))
+        under_way = TrainingRun(
+            job,
+            train_state,
+            first=first,
+            run=run,
+            optimizer_config=optimizer_config,
+            optimizer=optimizer,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            log=metrics.MetricsLog(workdir, start_step=int(train_state.step)),
+            timer=timer,
+        )
+        timer.done("state")
     except BaseException:
         if first:
             first.leave()
         raise
-    under_way = TrainingRun(
-        job,
-        train_state,
-        batches=functools.partial(first.batches if first else job.feed.training, step),
-        run=run,
-        optimizer_config=optimizer_config,
-        optimizer=optimizer,
-        mesh=mesh,
-        checkpoints=checkpoints,
-        log=metrics.MetricsLog(workdir, start_step=step),
-        timer=timer,
-    )
-    timer.done("state")
     return under_way
 
 
@@ -173,8 +172,8 @@ class TrainingRun:
     Args:
       job: the task, the feed and the pictures.
       train_state: where to start; its buffers are reused.
-      batches: starts this host's part of every global batch from there on; called by `do_steps`,
-        so that a run with no step left reads no images.
+      first: reads the first batch already; None where no step is left, since a run with no step
+        left reads no images.
       run: length, batch, logging, checkpoints.
       optimizer_config: AdamW and its schedule.
       optimizer: made from it.
@@ -196,7 +195,7 @@ class TrainingRun:
         job: Job,
         train_state: TrainState,
         *,
-        batches: Callable[[], Iterator[HostBatch]],
+        first: FirstBatch | None,
         run: RunConfig,
         optimizer_config: OptimizerConfig,
         optimizer: optax.GradientTransformationExtraArgs,
@@ -211,7 +210,7 @@ class TrainingRun:
         self.best: JsonObject | None = None
         self.time_to_first_step: dict[str, float] | None = None
         self._job, self._run, self._mesh = job, run, mesh
-        self._batches = batches
+        self._first = first
         self._optimizer_config, self._optimizer = optimizer_config, optimizer
         self._checkpoints, self._log, self._timer = checkpoints, log, timer
         self._frozen = sharding.replicate(job.task.frozen, mesh)
@@ -225,9 +224,39 @@ class TrainingRun:
         self._in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._metrics: dict[str, jax.Array] = {}  # of the newest step
 
+    def catch_up(self) -> None:
+        """Does what was due at the step that the run starts from, where it was not done.
+
+        A run that is killed, or told to stop in an evaluation, may leave a checkpoint of a step
+        whose evaluation and pictures did not happen; after that step they are never due again. The
+        held-out line is the last thing that an evaluation leaves behind, so it says that all of it
+        was done. Nobody notes whether pictures were drawn: they are drawn again.
+        """
+        step = self.step
+        if self._evaluates(step) and not self._was_evaluated():
+            logging.info("step %d was not evaluated before the run ended; that is done now", step)
+            self.evaluate()
+            self._timer.done("missed evaluation")
+        if step and self._draws(step):
+            self.draw()
+
+    def _was_evaluated(self) -> bool:
+        """Whether the first step's held-out line is there, and the best parameters up to it."""
+        best = self._checkpoints.best() if self._job.task.best else None
+        line = self._log.held_out_at_start
+        done = line is not None
+        if line is not None and self._job.task.best:
+            # An older version wrote the line before it saved the parameters.
+            names = (f"eval_{self._job.task.best}", f"eval_ema_{self._job.task.best}")
+            values = [value for name in names if (value := line.get(name)) is not None]
+            done = not values or (best is not None and best["value"] >= max(values))
+        # Only process 0 has the log, and an evaluation needs all of them.
+        return bool(cluster.gather("held-out results of the first step", done)[0])
+
     def do_steps(self) -> None:
         """Trains until `run.steps`; there is at least one step to do."""
-        batches = self._batches()
+        start_batches = self._first.batches if self._first else self._job.feed.training
+        batches = start_batches(self.step)
         batch = sharding.to_devices(next(batches), self._mesh)
         self._timer.done("first batch")
         compiled = self._compile(batch)
@@ -286,14 +315,13 @@ class TrainingRun:
         """Waits until at most `in_flight` steps are unfinished; checks the finished ones."""
         while len(self._in_flight) > in_flight:
             step, step_metrics = self._in_flight.popleft()
-            _stop_if_bad(step, step_metrics, limit=self._optimizer_config.max_bad_steps)
+            finite.check_step(step, step_metrics, limit=self._optimizer_config.max_bad_steps)
 
     def _do_what_is_due(self) -> None:
         """Logs, evaluates, draws and saves after a step, where it is time to."""
         run, step = self._run, self.step
         logs = step % run.log_every == 0 or step == run.steps
-        evaluates = run.eval_every and step % run.eval_every == 0 and step < run.steps
-        draws = self._job.pictures and run.picture_every and step % run.picture_every == 0
+        evaluates, draws = self._evaluates(step), self._draws(step)
         saves = self._checkpoints.due(step, meeting=logs)
         if not (logs or evaluates or draws or saves):
             return
@@ -308,6 +336,15 @@ class TrainingRun:
             self.save()
         self._clock.restart(step=step)
 
+    def _evaluates(self, step: int) -> bool:
+        """Whether an evaluation between steps is due; the last step's is `train`'s."""
+        every = self._run.eval_every
+        return bool(every) and 0 < step < self._run.steps and step % every == 0
+
+    def _draws(self, step: int) -> bool:
+        every = self._run.picture_every
+        return bool(self._job.pictures) and bool(every) and step % every == 0
+
     def log(self) -> None:
         """Writes the newest step's metrics and the speed since the last time."""
         values = {name: float(value) for name, value in self._metrics.items()}
@@ -321,7 +358,11 @@ class TrainingRun:
         self._checkpoints.check()
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluates on all held-out images, logs the result and keeps the best parameters.
+        """Evaluates on all held-out images, keeps the best parameters and logs the result.
+
+        The log's line comes last: who finds it knows that all was done. A kill before it means
+        that the evaluation is repeated, from this step's checkpoint (`catch_up`) or an earlier
+        one's; the best parameters, where they were saved already, are then found as good as these.
 
         Raises:
           Preempted: SIGTERM arrived meanwhile; the checkpoint is complete.
@@ -329,10 +370,10 @@ class TrainingRun:
         evaluation = self._evaluate(self.state)
         if evaluation is None:
             self.leave()
+        self.best = self._keep_best(evaluation)
         if evaluation:
             self._log.write(self.step, {f"eval_{name}": v for name, v in evaluation.items()})
             logging.info("step %d held-out: %s", self.step, joined(evaluation))
-        self.best = self._keep_best(evaluation)
         return evaluation
 
     def _keep_best(self, evaluation: Mapping[str, float]) -> JsonObject | None:
@@ -371,6 +412,7 @@ class TrainingRun:
         """
         saved = self._checkpoints.latest_step()
         finite.check_state(self.state, mesh=self._mesh, saved=saved)
+        self._log.flush()  # a checkpoint's steps are never logged again
         self._checkpoints.save(self.state, step=self.step)
 
     def leave(self) -> NoReturn:
@@ -384,9 +426,13 @@ class TrainingRun:
         raise cluster.Preempted(self.step)
 
     def close(self) -> None:
-        """Waits for the last checkpoint and closes the log."""
-        self._checkpoints.close()
-        self._log.close()
+        """Waits for the last checkpoint, and for a first batch that nobody took; ends the log."""
+        if self._first is not None:
+            self._first.leave()
+        try:
+            self._checkpoints.close()
+        finally:
+            self._log.close()
 
 
 def evaluate_only(
@@ -431,30 +477,6 @@ def evaluate_only(
         write_json(path, summary)
         print(f"{job.headline(evaluation)}  {path}")
     return summary
-
-
-def _stop_if_bad(step: int, step_metrics: dict[str, jax.Array], *, limit: int) -> None:
-    """Waits for a step's metrics; raises after `limit` skipped updates in a row.
-
-    The parameters are those of the last good update, so checkpoints up to here are sound; none is
-    written after this.
-    """
-    in_row = int(step_metrics["skipped_in_row"])
-    if in_row:
-        logging.warning(
-            "step %d: loss %s, gradient norm %s: the update is skipped (%d in a row)",
-            step,
-            float(step_metrics["loss"]),
-            float(step_metrics["grad_norm"]),
-            in_row,
-        )
-    if in_row >= limit:
-        raise NonFiniteError(
-            f"step {step}: {in_row} updates in a row were not finite"
-            f" (config.optimizer.max_bad_steps); loss {float(step_metrics['loss'])},"
-            f" gradient norm {float(step_metrics['grad_norm'])}."
-            " The last checkpoint is from before and sound."
-        )
 
 
 def _sum_over_hosts(values: dict[str, float]) -> dict[str, float]:

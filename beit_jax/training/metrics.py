@@ -1,6 +1,5 @@
 """Writes metrics to TensorBoard (through clu), to `metrics.jsonl` and to the console."""
 
-import json
 import time
 from collections.abc import Mapping
 from typing import SupportsFloat
@@ -10,8 +9,14 @@ import numpy as np
 from etils import epath
 
 from beit_jax.hardware import peak_flops
+from beit_jax.metrics_file import MetricsFile
+
+# Part of this module's interface: the lines of a run.
+from beit_jax.metrics_file import read as read
 from beit_jax.training import tensorboard
 from beit_jax.types import JsonObject
+
+FILE = "metrics.jsonl"
 
 # Counts that are written only where there is something to count: most runs never have any.
 WHERE_ANY = ("images_by_pillow",)
@@ -20,33 +25,40 @@ WHERE_ANY = ("images_by_pillow",)
 class MetricsLog:
     """Writes scalars and pictures, on process 0 only.
 
+    `metrics.jsonl` has every logged step exactly once (`metrics_file`). TensorBoard's event files
+    can't be changed: a step that was done again is there again.
+
     Args:
       workdir: the run's directory.
       start_step: where the run starts. Lines of later steps were written by a run that was cut off
         after its last checkpoint; they are dropped from `metrics.jsonl`, since those steps are
         repeated.
+
+    Raises:
+      OSError: `metrics.jsonl` can't be read or written.
     """
 
     def __init__(self, workdir: str, *, start_step: int):
-        self._path = epath.Path(workdir) / "metrics.jsonl"
         self._writer = None
-        self._active = jax.process_index() == 0
-        if not self._active:
+        self._file: MetricsFile | None = None
+        if jax.process_index() != 0:
             return
-        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-        if self._path.exists():
-            kept = [line for line in read(str(self._path)) if line["step"] <= start_step]
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        folder = epath.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = MetricsFile(folder / FILE, start_step=start_step)
         self._writer = tensorboard.open_writer(workdir)
+
+    @property
+    def held_out_at_start(self) -> JsonObject | None:
+        """The held-out line of the first step (`MetricsFile`); None on other processes."""
+        return None if self._file is None else self._file.held_out_at_start
 
     def write(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
         """Writes the numbers of a step; those that are not finite become null in the JSON."""
-        if not self._active:
+        if self._file is None:
             return
         values = {name: float(value) for name, value in scalars.items()}
-        plain = {name: v if np.isfinite(v) else None for name, v in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **plain}) + "\n")
+        self._file.write(step, values)
         if self._writer is not None:
             self._writer.write_scalars(step, values)
 
@@ -55,21 +67,19 @@ class MetricsLog:
         if self._writer is not None:
             self._writer.write_images(step, {name: image[None]})
 
+    def flush(self) -> None:
+        """Brings everything to the disk, before a checkpoint says that its steps are done."""
+        if self._file is not None:
+            self._file.flush()
+        if self._writer is not None:
+            self._writer.flush()
+
     def close(self) -> None:
         """Flushes everything."""
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
-
-
-def read(path: str) -> list[JsonObject]:
-    """The lines of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
-    lines = []
-    for line in epath.Path(path).read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 class Clock:

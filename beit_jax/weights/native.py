@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from beit_jax import metrics_file
 from beit_jax.config import ConfigError
 from beit_jax.types import JsonObject, Params
 from beit_jax.weights import digests
@@ -165,11 +166,8 @@ def saved_metrics(source: str) -> JsonObject:
             return json.loads((folder / "summary.json").read_text())
         if (folder / "metrics.jsonl").exists():
             numbers: JsonObject = {}
-            for line in (folder / "metrics.jsonl").read_text().splitlines():
-                try:
-                    numbers |= json.loads(line)
-                except ValueError:  # cut off by a kill
-                    continue
+            for line in metrics_file.read(folder / "metrics.jsonl"):
+                numbers |= line
             return numbers
     return {}
 

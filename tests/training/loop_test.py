@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 import time
 
 import jax
@@ -19,6 +20,7 @@ RUN = RunConfig(
     steps=20, batch_size=8, log_every=1, checkpoint_every=5, checkpoint_minutes=0.0, eval_every=10
 )
 OPTIMIZER = OptimizerConfig(learning_rate=0.3, warmup_steps=3, weight_decay=0.0, max_bad_steps=3)
+SPEEDS = ("seconds_left", "data_wait_share", "mfu")  # and all in images per second
 TRUTH = np.arange(1, WIDTH + 1, dtype=np.float32)
 
 
@@ -138,7 +140,71 @@ def test_a_finished_run_is_not_run_again(straight, tmp_path):
     same(again.state, trained.state)
     assert again.images_per_second is None
     assert again.evaluation == trained.evaluation
-    assert (workdir / "metrics.jsonl").read_text().startswith(before)
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def lines_without_speeds(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in SPEEDS and not k.startswith("image")}
+        for line in lines
+    ]
+
+
+@pytest.mark.parametrize("kind", ["exception", "SIGTERM"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_that_ends_in_an_evaluation_makes_up_for_it(
+    straight, tmp_path, monkeypatch, kind, number
+):
+    """In the one at step 10, whose checkpoint SIGTERM writes first, or in the last, at step 20."""
+    whole, begun = feed(), 0
+
+    def evaluation():
+        nonlocal begun
+        begun += 1
+        for batch in whole.evaluation():
+            if begun == number and kind == "exception":
+                raise Crash
+            if begun == number:
+                monkeypatch.setattr(loop.cluster, "preemption_point", lambda: True)
+            yield batch
+
+    interrupted = dataclasses.replace(whole, evaluation=evaluation)
+    with pytest.raises(Crash if kind == "exception" else loop.cluster.Preempted):
+        loop.train(
+            loop.Job(task=regression(), feed=interrupted),
+            run=RUN,
+            optimizer_config=OPTIMIZER,
+            config={"model": {}},
+            workdir=str(tmp_path),
+        )
+    monkeypatch.undo()
+    train(tmp_path)
+    assert lines_without_speeds(tmp_path) == lines_without_speeds(straight[0])
+
+
+def test_best_parameters_that_an_old_run_did_not_save_are_saved(tmp_path):
+    """Earlier versions logged the result before they saved; a kill between left it at that."""
+    job = loop.Job(task=dataclasses.replace(regression(), best="loss"), feed=feed())
+    settings = {"optimizer_config": OPTIMIZER, "config": {}, "workdir": str(tmp_path)}
+    loop.train(job, run=dataclasses.replace(RUN, steps=10), **settings)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "best")
+    trained = loop.train(job, run=dataclasses.replace(RUN, steps=11), **settings)
+    assert trained.best["step"] == 10  # the loss was larger, which is better here
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(before)
+
+
+def test_what_other_settings_left_in_the_log_is_there_once(straight, tmp_path):
+    """Fewer steps, another interval, more steps again: each logged step once, in order."""
+    shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
+    for changes in ({"steps": 10}, {"steps": 23, "log_every": 5}, {"eval_every": 5, "steps": 25}):
+        train(tmp_path, run=dataclasses.replace(RUN, **changes))
+    lines = metrics.read(str(tmp_path / "metrics.jsonl"))
+    raw = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert raw == lines
+    assert [line["step"] for line in raw if "loss" in line] == [*range(1, 21), 23, 24, 25]
+    assert [line["step"] for line in raw if "eval_loss" in line] == [10, 20, 23, 25]
 
 
 def test_evaluation_does_not_depend_on_the_batch(straight, tmp_path):
