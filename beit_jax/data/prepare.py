@@ -15,7 +15,6 @@ are complete, and `prepared.json`, without which nothing reads the set, is writt
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -30,12 +29,14 @@ from absl import logging
 
 from beit_jax import storage
 from beit_jax.config import ConfigError, RunError, SourceConfig, check
+from beit_jax.config.parse import shown
 from beit_jax.data import pipeline, sources
 from beit_jax.data.sources import Element, Source
 from beit_jax.data.sources.prepared import FORMAT, HEADER, LABELS, shard_name
 from beit_jax.files import write_json
+from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.preprocessing import MAX_PIXELS
-from beit_jax.types import JsonObject
+from beit_jax.types import Json, JsonObject
 from beit_jax.verbosity import verbosity
 
 SETTINGS = "preparing.json"  # exists while a set is being written
@@ -101,8 +102,8 @@ def prepare(config: PrepareConfig) -> JsonObject:
     folder = Path(os.path.expanduser(config.output))
     settings = _settings(config, source)
     if (folder / HEADER).exists():
-        header = json.loads((folder / HEADER).read_text())
-        _check_same(header["settings"], settings, folder=folder)
+        header = read_json_object(folder / HEADER)
+        _check_same(header.get("settings"), settings, folder=folder)
         logging.info("%s: done already", folder)
         return header
     _check_empty_or_same(folder, settings)
@@ -137,8 +138,9 @@ def _write_shards(source: Source, folder: Path, *, config: PrepareConfig) -> lis
         note = path.with_suffix(".json")
         first = number * config.shard_images
         last = min(first + config.shard_images, len(source))
-        if path.exists() and note.exists():  # the note is written second
-            notes.append(json.loads(note.read_text()))
+        kept = _read_note(note, first=first, last=last) if path.is_file() else None
+        if kept is not None:
+            notes.append(kept)
         else:
             notes.append(_write_shard(source, path, first=first, last=last, config=config))
             write_json(note, notes[-1])
@@ -158,6 +160,23 @@ def _write_shards(source: Source, folder: Path, *, config: PrepareConfig) -> lis
                 f" ({config.max_bad_share:.1%}), {source.name(bad[0])} among them"
             )
     return notes
+
+
+def _read_note(path: Path, *, first: int, last: int) -> JsonObject | None:
+    """What is noted of a file, which is written first; None where it is to be written again."""
+    if not path.is_file():
+        return None
+    try:
+        note = read_json_object(path)
+        counts = [len(note["labels"]), len(note["bad"]), note["images"]]
+        whole = all(type(number) is int for number in (*note["labels"], *note["bad"], counts[2]))
+    except (JsonError, LookupError, TypeError):
+        whole, counts = False, [0, 0, 0]
+    labels, bad, images = counts
+    if not whole or images + bad != last - first or labels not in (0, images):
+        logging.warning("%s is damaged; that file of images is written again", path)
+        return None
+    return note
 
 
 def _header(
@@ -191,14 +210,17 @@ def _settings(config: PrepareConfig, source: Source) -> JsonObject:
 
 def _check_empty_or_same(folder: Path, settings: JsonObject) -> None:
     if (folder / SETTINGS).exists():
-        _check_same(json.loads((folder / SETTINGS).read_text()), settings, folder=folder)
+        _check_same(read_json_object(folder / SETTINGS), settings, folder=folder)
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--output: {folder} is not empty and no prepared set")
 
 
-def _check_same(before: JsonObject, now: JsonObject, *, folder: Path) -> None:
+def _check_same(before: Json, now: JsonObject, *, folder: Path) -> None:
+    before = before if isinstance(before, dict) else {}
     before = {"max_pixels": now["max_pixels"], **before}  # older sets do not say it
-    changed = [f"--{name}: was {before[name]!r}" for name in now if before[name] != now[name]]
+    changed = [
+        f"--{name}: was {shown(before.get(name))}" for name in now if before.get(name) != now[name]
+    ]
     if changed:
         listed = ", ".join(changed)
         raise ConfigError(f"--output: {folder} was started with other settings: {listed}")

@@ -17,6 +17,7 @@ from beit_jax.config.differences import differences
 from beit_jax.distributed.discovery import Membership
 from beit_jax.distributed.session import ClusterError, name_processes
 from beit_jax.distributed.versions import code_version, library_versions
+from beit_jax.json_text import JsonError, json_object
 from beit_jax.types import Json, JsonObject
 
 _GREETING = "beit_jax"  # tells a process of this run from a stranger on the port
@@ -207,10 +208,9 @@ def _read_line(connection: socket.socket) -> JsonObject | None:
             if not part:
                 return None
             data += part
-        value = json.loads(data)
-    except (OSError, ValueError):
+        return json_object(data, path="a message")
+    except (OSError, JsonError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def describe_differences(facts: Mapping[int, Mapping[str, Json]], *, hosts: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from beit_jax.config import TokenizerConfig, parse
+from beit_jax.json_text import JsonError, json_object
 from beit_jax.pretrained.model import Array, check_images
 from beit_jax.tokenizers.kinds import BY_KIND
 from beit_jax.tokenizers.loading import (
@@ -133,12 +133,10 @@ def _tokenizer_config(source: str) -> TokenizerConfig:
         return parse(_Named, {"tokenizer": saved["tokenizer"]}, path=source).tokenizer
     _, metadata = containers.load_safetensors(containers.read_bytes(source), source=source)
     try:
-        settings = json.loads(metadata.get(METADATA_KEY, ""))
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
+        settings = json_object(metadata.get(METADATA_KEY, ""), path=source)
+    except JsonError:
         raise TokenizerFileError(
             f"{source} is a safetensors file, but its metadata does not say which tokenizer it"
             " holds; DALL-E's weights are converted with `beit-jax convert-tokenizer`"
-        )
+        ) from None
     return parse(_Named, {"tokenizer": {**settings, "path": source}}, path=source).tokenizer

@@ -1,12 +1,12 @@
 """`summary.json`: what a run achieved and how long it took."""
 
-import json
 import time
 
 import jax
 from etils import epath
 
 from beit_jax.files import write_json
+from beit_jax.json_text import read_json_object
 from beit_jax.training.job import Trained
 from beit_jax.types import JsonObject
 
@@ -14,7 +14,7 @@ from beit_jax.types import JsonObject
 def read_summary(workdir: str) -> JsonObject:
     """The summary of an earlier call in this directory; {} where there is none."""
     path = epath.Path(workdir) / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json_object(path, finite=False) if path.exists() else {}
 
 
 def write_summary(summary: JsonObject, *, workdir: str) -> str:

@@ -15,7 +15,6 @@ A killed run, a lost disk or another number of hosts therefore cost time and not
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -39,6 +38,7 @@ from beit_jax.config import (
 from beit_jax.config.differences import differences
 from beit_jax.distributed import cluster
 from beit_jax.files import write_json
+from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.models.blocks import compute_dtype
 from beit_jax.models.functional import flatten
 from beit_jax.types import JsonObject, Params
@@ -307,10 +307,8 @@ def open_run_cache(
 def _differences(record: pathlib.Path, facts: JsonObject) -> str:
     """The names of facts that differ from the record's; "" where none does."""
     try:
-        found = json.loads(record.read_text())
-    except (OSError, ValueError):
-        return "no record of what it is for"
-    if not isinstance(found, dict):
+        found = read_json_object(record)
+    except JsonError:
         return "no record of what it is for"
     return ", ".join(differences({"recorded": found, "needed": facts}))
 

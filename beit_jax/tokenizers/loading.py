@@ -24,6 +24,7 @@ from etils import epath
 
 from beit_jax.config import ConfigError, TokenizerConfig, fixed_settings
 from beit_jax.files import write_whole
+from beit_jax.json_text import JsonError, json_object
 from beit_jax.models.functional import flatten, unflatten
 from beit_jax.tokenizers.kinds import KINDS
 from beit_jax.tokenizers.tokenizer import Tokenizer
@@ -158,17 +159,15 @@ def _parse(content: bytes, *, path: str) -> tuple[dict[str, np.ndarray], JsonObj
     # safetensors.numpy drops the metadata. The file starts with the length of a JSON header, a
     # little-endian uint64; the load above has checked both.
     (length,) = struct.unpack("<Q", content[:8])
-    metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
     try:
-        settings = json.loads(metadata[METADATA_KEY])
-    except (KeyError, json.JSONDecodeError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
+        metadata = json_object(content[8 : 8 + length], path="header").get("__metadata__") or {}
+        settings = json_object(metadata.get(METADATA_KEY, ""), path="settings")
+    except JsonError:
         raise TokenizerFileError(
             f"{path} is a safetensors file, but not one of a tokenizer: its metadata lacks a JSON "
             f"object {METADATA_KEY!r}; DALL-E's weights are converted with "
             "`python -m beit_jax.weights convert-tokenizer`"
-        )
+        ) from None
     return {key.replace(".", "/"): tensor for key, tensor in tensors.items()}, settings
 
 

@@ -7,7 +7,7 @@ of older versions lack. What is damaged is refused: only a run falls back to ano
 """
 
 import contextlib
-import json
+import math
 from collections.abc import Iterator
 from logging import LogRecord
 from types import ModuleType
@@ -19,9 +19,11 @@ from etils import epath
 
 from beit_jax import metrics_file
 from beit_jax.config import ConfigError
+from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.types import JsonObject, Params
 from beit_jax.weights import digests
 
+_MOST_NUMBERS = 10**11  # parameters; a hundred times those of the largest BEiT
 _REASON = 160  # characters of another library's message
 # Names in a checkpoint's folder, Orbax' marks included.
 CONTENT = ("state", "config", digests.ITEM, "_CHECKPOINT_METADATA", "commit_success.txt")
@@ -108,6 +110,10 @@ def saved_params_shapes(source: str, *, name: str = "checkpoint", part: str = "p
         with _quiet(), _orbax().StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(folder)
         shapes = metadata.item_metadata.tree.get(part, {})
+        # Asked before anything is allocated: what is not written reads as zeros, so that a
+        # checkpoint of a few bytes may say that it has any size.
+        size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+        _check("" if size <= _MOST_NUMBERS else f"it says that it holds {size:.3g} numbers")
         stored = digests.read(folder.parent)
         _check(digests.shapes_problem(stored, shapes, part=f"{part}/"))
         return shapes
@@ -121,8 +127,7 @@ def saved_config(source: str, *, name: str = "checkpoint") -> JsonObject:
     """
     folder = state_folder(source, name=name).parent
     with _refusing_damage(folder, name=name):
-        config = json.loads((folder / "config" / "metadata").read_text())
-        _check("" if isinstance(config, dict) else "its config is no JSON object")
+        config = read_json_object(folder / "config" / "metadata", finite=False)
         _check(digests.config_problem(digests.read(folder), config))
         return config
 
@@ -137,6 +142,8 @@ def _refusing_damage(checkpoint: epath.Path, *, name: str) -> Iterator[None]:
     """Whatever reading a checkpoint raises becomes one line, which names others beside it."""
     try:
         yield
+    except JsonError as error:
+        raise ConfigError(f"{name}: {error}{_others(checkpoint)}") from error
     except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # the last: a device is full
         raise
     except Exception as error:  # Orbax and TensorStore raise anything on damaged files
@@ -163,7 +170,7 @@ def saved_metrics(source: str) -> JsonObject:
     here = epath.Path(source)
     for folder in (here, here.parent.parent):  # a workdir, or <workdir>/checkpoints/<step>
         if (folder / "summary.json").exists():
-            return json.loads((folder / "summary.json").read_text())
+            return read_json_object(folder / "summary.json", finite=False)
         if (folder / "metrics.jsonl").exists():
             numbers: JsonObject = {}
             for line in metrics_file.read(folder / "metrics.jsonl"):

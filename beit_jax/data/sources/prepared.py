@@ -9,7 +9,6 @@ can't read gs:// (google/array_record issue 120).
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,13 @@ import numpy as np
 import tensorflow as tf
 
 from beit_jax.config import ConfigError, check
+from beit_jax.config.bounds import INT64
 from beit_jax.config.parse import shown
 from beit_jax.data.decode import Window, decode_element
 from beit_jax.data.sources.source import Element, Request, Source, select_split
-from beit_jax.types import JsonObject
+from beit_jax.files import open_regular
+from beit_jax.json_text import JsonError, read_json_object
+from beit_jax.types import Json, JsonObject
 
 HEADER = "prepared.json"
 LABELS = "labels.npy"
@@ -73,9 +75,7 @@ def open_set(path: str, *, setting: str) -> PreparedSet:
             f"{setting}: no {HEADER} in {shown(path)}: nothing was prepared there, or not to the"
             " end; python -m beit_jax.data.prepare writes it, and continues where it was stopped"
         )
-    header = json.loads((folder / HEADER).read_text())
-    found = header["format"]
-    check(found == FORMAT, setting, f"{shown(path)} has format {found}, this code reads {FORMAT}")
+    header = _read_header(folder, setting=setting)
     paths = []
     for number, shard in enumerate(header["shards"]):
         file = folder / shard_name(number, shards=len(header["shards"]))
@@ -89,12 +89,18 @@ def open_set(path: str, *, setting: str) -> PreparedSet:
     # Here and not above: only prepared sets need this package.
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    records = ArrayRecordDataSource(paths)
-    labels = np.load(folder / LABELS) if header["classes"] else None
-    counts = {"records": len(records)} | ({} if labels is None else {"labels": len(labels)})
-    for content, count in counts.items():
-        wanted = header["images"]
-        check(count == wanted, setting, f"{shown(path)} has {count} {content} for {wanted} images")
+    wanted = header["images"]
+    try:
+        records = ArrayRecordDataSource(paths)
+        count = len(records)
+    except Exception as error:  # array_record raises RuntimeError for a file that is none
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"{setting}: the images of {shown(path)} can't be read ({reason}): copy the set again,"
+            " or prepare it again"
+        ) from error
+    check(count == wanted, setting, f"{shown(path)} has {count} records for {wanted} images")
+    labels = _read_labels(folder, header, setting=setting) if header["classes"] else None
     return PreparedSet(
         size=header["images"],
         read=lambda index: records[int(index)],
@@ -102,6 +108,61 @@ def open_set(path: str, *, setting: str) -> PreparedSet:
         classes=tuple(header["classes"]),
         header=header,
     )
+
+
+def _read_header(folder: Path, *, setting: str) -> JsonObject:
+    """The content of `prepared.json`, of the types that it is read as.
+
+    Raises:
+      ConfigError: it is damaged, or of another format.
+    """
+    path = folder / HEADER
+    try:
+        header = read_json_object(path)
+    except JsonError as error:
+        raise ConfigError(f"{setting}: {error}") from None
+    found = header.get("format")
+    check(
+        found == FORMAT,
+        setting,
+        f"{shown(str(folder))} has format {shown(found)}, this code reads {FORMAT}",
+    )
+    shards, classes = header.get("shards"), header.get("classes")
+    valid = (
+        _is_count(header.get("images"))
+        and isinstance(shards, list)
+        and all(isinstance(shard, dict) for shard in shards)
+        and all(_is_count(shard.get(name)) for shard in shards for name in ("bytes", "images"))
+        and sum(shard["images"] for shard in shards) == header["images"] > 0
+        and isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+    )
+    check(valid, setting, f"{path} is damaged: copy the set again, or prepare it again")
+    return header
+
+
+def _is_count(value: Json) -> bool:
+    return type(value) is int and 0 <= value <= INT64
+
+
+def _read_labels(folder: Path, header: JsonObject, *, setting: str) -> np.ndarray:
+    """The labels, int32 [images]. Raises ConfigError where they are no such thing."""
+    path, images, classes = folder / LABELS, header["images"], len(header["classes"])
+    try:
+        open_regular(str(path)).close()  # a pipe has no end
+        # Mapped, since its header alone says how much memory reading it takes.
+        labels = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy raises anything for a damaged header
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"{setting}: {path} can't be read: {reason}") from None
+    found = getattr(labels, "shape", None)  # an .npz has none
+    if found is None or len(found) != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ConfigError(f"{setting}: {path} holds no list of labels")
+    count = f"{shown(str(folder))} has {found[0]} labels for {images} images"
+    check(found[0] == images, setting, count)
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ConfigError(f"{setting}: {path} has labels beyond its {classes} classes")
+    return np.array(labels, np.int32)
 
 
 def open_prepared(request: Request) -> Source:

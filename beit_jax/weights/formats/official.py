@@ -11,6 +11,7 @@ import json
 import re
 
 from beit_jax.config import ModelConfig
+from beit_jax.json_text import json_object
 from beit_jax.types import JsonObject
 from beit_jax.weights import description as descriptions
 from beit_jax.weights import resize
@@ -157,7 +158,7 @@ def check_epsilon(description: Description, *, format: str) -> None:
 
 def _described_by_itself(own: object, opened: Opened, *, stated: Stated) -> Described:
     try:
-        config = json.loads(str(own))
+        config = json_object(str(own), path=OWN)
         description = descriptions.describe(config)
         _check_types(description)
         said = config.get("kept", {})

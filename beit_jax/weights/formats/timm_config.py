@@ -4,9 +4,9 @@ What the arguments mean is in `timm_arguments`.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 
+from beit_jax.json_text import JsonError, json_object
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.types import Json, JsonObject
 from beit_jax.weights.description import Description, normalization_of
@@ -94,9 +94,9 @@ def _known_by_header(opened: Opened) -> Known:
     Raises WeightsError where it is one, with values that are none.
     """
     try:
-        arguments = json.loads(opened.metadata.get("timm", "{}"))["arguments"]
+        arguments = json_object(opened.metadata.get("timm", "{}"), path="timm")["arguments"]
         heads = arguments.get("num_heads", 0)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (JsonError, KeyError, AttributeError):
         return Known()
     source = f"{opened.path}: the header"
     name = opened.metadata.get("normalization", "")
