@@ -10,7 +10,7 @@ parse_flags() { # sets one variable per flag
       usage
       exit 0
       ;;
-    *) fail "$1: unknown command; create, setup, run, status, logs, stop, delete or up" ;;
+    *) fail "$(shown "$1"): unknown command; create, setup, run, status, logs, stop, delete or up" ;;
   esac
   shift
   name='' project='' zone='' type='' runtime='' slices=1 env_names=() arguments=()
@@ -22,16 +22,17 @@ parse_flags() { # sets one variable per flag
   while [ $# -gt 0 ]; do
     flag=$1
     shift
+    case "$flag" in --*=) fail "$flag is empty" ;; esac # an unset variable, not a wish for the default
     case "$flag" in
       --name=*) name=${flag#*=} ;;
       --project=*) project=${flag#*=} ;;
       --zone=*) zone=${flag#*=} ;;
       --type=*) type=${flag#*=} ;;
       --runtime-version=* | --version=*) runtime=${flag#*=} ;;
-      --slices=*) slices=$(whole_number "$flag") ;;
+      --slices=*) slices=$(whole_number "$flag" 1 1000) ;;
       --env=*=*)
         flag=${flag#--env=}
-        fail "--env=${flag%%=*}=...: a name only, values on a command line are seen by all; export it first"
+        fail "$(shown "--env=${flag%%=*}")=...: a name only, values on a command line are seen by all; export it first"
         ;;
       --env=*) env_names+=("${flag#*=}") ;;
       --on-demand) on_demand=yes ;;
@@ -64,21 +65,53 @@ parse_flags() { # sets one variable per flag
         arguments=("$@")
         break
         ;;
-      *) fail "$flag: unknown flag; main.py's arguments come after --" ;;
+      *) fail "$(shown "$flag"): unknown flag; main.py's arguments come after --" ;;
     esac
   done
 }
 
-whole_number() { # --flag=N
-  case "${1#*=}" in
-    '' | *[!0-9]*) fail "$1: not a whole number" ;;
-    *) echo "${1#*=}" ;;
-  esac
+# Bash takes 08 for a number in octal and wraps around at 2^63, so that numbers have a grammar.
+whole_number() { # --flag=N [least most]
+  local number=${1#*=} least=${2:-0} most=${3:-999999999}
+  if ! matches "$number" '0|[1-9][0-9]{0,8}' || ((number < least || number > most)); then
+    fail "$(shown "$1"): not a whole number from $least to $most, without leading zeros"
+  fi
+  echo "$number"
 }
 
 seconds() { # --flag=S
-  [[ "${1#*=}" =~ ^[0-9]+([.][0-9]+)?$ ]] || fail "$1: not a number of seconds"
+  matches "${1#*=}" '(0|[1-9][0-9]{0,8})([.][0-9]{1,6})?' ||
+    fail "$(shown "$1"): not a number of seconds from 0 to 999999999, without leading zeros"
   echo "${1#*=}"
+}
+
+matches() { # text pattern; of the whole text, and [a-z] has 26 letters
+  local LC_ALL=C
+  [[ "$1" =~ ^($2)$ ]]
+}
+
+shown() { # a word as a message shows it: one line of at most 80 characters
+  local text=$1
+  [ ${#text} -le 80 ] || text="${text:0:77}..."
+  [[ "$text" != *[[:cntrl:]]* ]] || text=${text@Q}
+  printf '%s' "$text"
+}
+
+check_text() { # flag value pattern what
+  [ -n "$2" ] || return 0
+  if [ ${#2} -gt 200 ] || ! matches "$2" "$3"; then fail "$(shown "$1=$2"): $4"; fi
+}
+
+check_texts() { # what gcloud would refuse later, or take for something else
+  local duration='[0-9]+[smhd]([0-9]+[smhd])*|PT?[0-9A-Z]+'
+  check_text --project "$project" '[a-z][a-z0-9.:-]*' "not a project's name"
+  check_text --zone "$zone" '[a-z][a-z0-9-]*' "not a zone, such as us-central2-b"
+  check_text --runtime-version "$runtime" '[a-z0-9][a-z0-9._-]*' "not a runtime's name"
+  check_text --flex-start "$flex_start" "$duration" "not a duration, such as 10h"
+  check_text --valid-until "$valid_until" "$duration" "not a duration, such as 6h"
+  check_text --service-account "$service_account" '[A-Za-z0-9][A-Za-z0-9._@:-]*' "not a service account"
+  check_text --network "$network" '[A-Za-z0-9][A-Za-z0-9._:/-]*' "not a network's name"
+  check_text --subnetwork "$subnetwork" '[A-Za-z0-9][A-Za-z0-9._:/-]*' "not a subnetwork's name"
 }
 
 check_flags() {
@@ -87,20 +120,20 @@ check_flags() {
     fail "gcloud is not installed (https://cloud.google.com/sdk/docs/install); --dry-run works without"
   fi
   [ -n "$name" ] || fail "--name=NAME is missing: what the slice is called"
-  [[ "$name" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
-    fail "--name=$name: lower-case letters, digits and hyphens, beginning with a letter"
+  matches "$name" '[a-z]([a-z0-9-]{0,61}[a-z0-9])?' ||
+    fail "$(shown "--name=$name"): lower-case letters, digits and hyphens, 63 at most, beginning with a letter"
   project=${project:-${CLOUDSDK_CORE_PROJECT:-$(configured project)}}
   zone=${zone:-${CLOUDSDK_COMPUTE_ZONE:-$(configured compute/zone)}}
   [ -n "$project" ] || fail "--project=P is missing, and gcloud's configuration names none"
   [ -n "$zone" ] || fail "--zone=Z is missing, and gcloud's configuration names none" \
     "(where TPUs are: https://cloud.google.com/tpu/docs/regions-zones)"
-  [ "$slices" -ge 1 ] || fail "--slices=$slices: at least 1"
+  check_texts
   if [ "$on_demand" = yes ]; then
     [ "$slices" = 1 ] || fail "--on-demand makes one slice; several (--slices=$slices) need the queue"
     [ -z "$valid_until" ] || fail "--valid-until is about the queue, which --on-demand does without"
   fi
   [ "$spot$reserved" != yesyes ] || fail "--spot and --reserved exclude each other"
-  [[ "$worker" =~ ^(all|[0-9]+)$ ]] || fail "--worker=$worker: a number, or all"
+  matches "$worker" 'all|0|[1-9][0-9]{0,5}' || fail "$(shown "--worker=$worker"): a number, or all"
   case "$command" in
     create | up)
       [ -n "$type" ] || fail "--type=TYPE is missing, e.g. --type=v4-128; the families: $machines_families"
@@ -113,8 +146,8 @@ check_flags() {
         "-- --config=configs/beit_large.py --workdir=gs://BUCKET/RUN"
       check_workdir
       for variable in "${env_names[@]}"; do
-        [[ "$variable" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "--env=$variable: not a variable's name"
-        [ -n "${!variable+set}" ] || fail "--env=$variable: there is no such variable; export it first"
+        matches "$variable" '[A-Za-z_][A-Za-z0-9_]*' || fail "$(shown "--env=$variable"): not a variable's name"
+        [ -n "${!variable+set}" ] || fail "$(shown "--env=$variable"): there is no such variable; export it first"
       done
       ;;
     *) [ ${#arguments[@]} -eq 0 ] || fail "$command takes no arguments for main.py" ;;

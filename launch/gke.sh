@@ -21,6 +21,13 @@ if [ $# -lt 2 ]; then
 fi
 name=$1
 shift
+wrong() { # what; exits 2
+  echo "error: $1; see the top of launch/gke.sh" >&2
+  exit 2
+}
+[[ "$name" =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
+  wrong "NAME is up to 40 lower-case letters, digits and hyphens, beginning with a letter"
+[[ "${SLICES:-1}" =~ ^[1-9][0-9]{0,2}$ ]] || wrong "SLICES is a whole number from 1 to 999, without leading zeros"
 
 # Status 75: main.py was told to leave and has saved. xpk restarts on 42 and 127 to 255 by itself.
 # "exec", so that the pod's SIGTERM reaches main.py and not a shell around it.

@@ -19,19 +19,19 @@ readonly machines_families="v2-N, v3-N, v4-N, v5litepod-N (v5e), v5p-N, v6e-N"
 # Runtime versions: https://cloud.google.com/tpu/docs/runtimes
 machines_check_type() {
   case "$type" in
-    v2-*[0-9] | v3-*[0-9] | v4-*[0-9]) runtime="${runtime:-tpu-ubuntu2204-base}" ;;
-    v5litepod-*[0-9]) runtime="${runtime:-v2-alpha-tpuv5-lite}" ;;
-    v5p-*[0-9]) runtime="${runtime:-v2-alpha-tpuv5}" ;;
-    v6e-*[0-9]) runtime="${runtime:-v2-alpha-tpuv6e}" ;;
+    v5e-*) fail "$(shown "--type=$type"): Google's name for v5e slices is v5litepod-$(shown "${type#v5e-}")" ;;
     tpu7* | TPU7* | v7* | *ronwood*)
-      fail "--type=$type: the Cloud TPU API ends at v6e; later chips are made through Compute Engine" \
+      fail "$(shown "--type=$type"): the Cloud TPU API ends at v6e; later chips are made through Compute Engine" \
         "(https://docs.cloud.google.com/tpu/docs/tpus-in-compute-engine) or GKE (see launch/gke.sh)"
       ;;
-    v5e-*) fail "--type=$type: Google's name for v5e slices is v5litepod-${type#v5e-}" ;;
-    *) fail "--type=$type: unknown; the families are $machines_families" ;;
   esac
-  case "${type##*-}" in
-    *[!0-9]* | 0*) fail "--type=$type: unknown; the families are $machines_families" ;;
+  matches "$type" '(v[234]|v5litepod|v5p|v6e)-[1-9][0-9]{0,5}' ||
+    fail "$(shown "--type=$type"): unknown; the families are $machines_families"
+  case "$type" in
+    v[234]-*) runtime="${runtime:-tpu-ubuntu2204-base}" ;;
+    v5litepod-*) runtime="${runtime:-v2-alpha-tpuv5-lite}" ;;
+    v5p-*) runtime="${runtime:-v2-alpha-tpuv5}" ;;
+    v6e-*) runtime="${runtime:-v2-alpha-tpuv6e}" ;;
   esac
 }
 
@@ -112,7 +112,8 @@ machines_workers() {
   for node in $(machines_nodes); do
     count=$(gcloud_call compute tpus tpu-vm describe "$node" "${where[@]}" \
       "--format=value(networkEndpoints.len())") || return 1
-    total=$((total + ${count:-1}))
+    matches "${count:=1}" '[0-9]{1,6}' || return 1
+    total=$((total + 10#$count))
   done
   echo "$total"
 }

@@ -185,6 +185,7 @@ logs() { # lines [follow|all]
 
 stop() { # seconds [mark]
   local pid deadline
+  [[ "$1" =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "stop: not a number of seconds"
   if running; then
     [ -z "${2:-}" ] || touch "$run/stopped"
     deadline=$((SECONDS + $1))

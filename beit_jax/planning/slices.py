@@ -10,6 +10,7 @@ import math
 import re
 
 from beit_jax.config import ConfigError, check
+from beit_jax.config.parse import shown
 from beit_jax.hardware import PEAK_FLOPS
 
 GIB = 2**30
@@ -165,17 +166,19 @@ def parse_slice(name: str) -> Slice:
     Raises:
       ConfigError: there is no such name; the message lists the names that exist.
     """
-    found = re.fullmatch(r"(v\w+)-(\d+)", name.strip())
+    found = re.fullmatch(r"(v\w{1,20})-([1-9][0-9]{0,6})", name.strip())
     family = ALIASES.get(found.group(1), found.group(1)) if found else ""
     if found is None or family not in CHIPS:
-        raise ConfigError(f"--plan: {name!r} is no TPU slice this project knows; there are {NAMES}")
+        raise ConfigError(
+            f"--plan: {shown(name)} is no TPU slice this project knows; there are {NAMES}"
+        )
     chip, number = CHIPS[family], int(found.group(2))
     chips, rest = divmod(number, chip.cores_per_chip)
     sizes = _shapes_2d(chip) if chip.axes == 2 else _shapes_3d(chip)
     if rest or chips not in sizes:
         counted = [count * chip.cores_per_chip for count in sorted(sizes)]
-        shown = [f"{family}-{count}" for count in counted if count & (count - 1) == 0]
-        raise ConfigError(f"--plan: there is no {name!r}; of this family, {', '.join(shown)} …")
+        some = [f"{family}-{count}" for count in counted if count & (count - 1) == 0]
+        raise ConfigError(f"--plan: there is no {name!r}; of this family, {', '.join(some)} …")
     shape = sizes[chips]
     if chips == 1:
         bounds = (1, 1, 1)

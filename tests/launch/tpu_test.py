@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -772,6 +773,69 @@ def test_gclouds_errors_are_explained_in_one_line(cloud, said, advice):
     assert len(result.stderr.splitlines()) == 1
     assert advice in result.stderr
     assert said in result.stderr
+
+
+NUMBERS = (
+    "08",
+    "-1",
+    "+1",
+    " 1",
+    "1 ",
+    "1e3",
+    "0x10",
+    "1.",
+    "٣",
+    "1\n2",
+    "9" * 20,
+    "a[$(touch c)]",
+)
+NAMES = (
+    "a b",
+    "a\nb",
+    "$(touch c)",
+    "`touch c`",
+    ";touch c",
+    "-x",
+    "a'b",
+    "\x1b[2J",
+    "é",
+    "a" * 300,
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "values"),
+    [
+        (("slices", "lines", "grace", "max-retries", "healthy-seconds", "worker"), NUMBERS),
+        (("poll", "retry-seconds", "retry-max-seconds"), NUMBERS),
+        (("name", "project", "zone", "type", "runtime-version", "service-account"), NAMES),
+        (("network", "subnetwork", "flex-start", "valid-until", "env", "nothing"), NAMES),
+    ],
+)
+def test_hostile_words_are_refused_in_one_line_and_not_run(cloud, flags, values):
+    for flag in flags:
+        for value in (*values, ""):
+            words = ["up", *WHERE, "--type=v4-8", "--dry-run", f"--{flag}={value}"]
+            result = cloud.run(*words, "--", *ARGUMENTS)
+            assert result.returncode == 2, (words, result.stdout)
+            assert re.fullmatch(r"error: [^\n\x1b]{1,250}\n", result.stderr), result.stderr
+            assert flag in result.stderr
+            assert not list(cloud.checkout.rglob("c"))
+            assert not result.stdout
+
+
+@pytest.mark.parametrize("name", ["SLICES", "name"])
+@pytest.mark.parametrize("value", ["08", "9" * 20, "1 2", "a\nb", "$(touch c)", "-1"])
+def test_gke_refuses_hostile_words(cloud, name, value):
+    script(cloud.bin / "xpk", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    variables = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z", "TYPE": "v5litepod-16", "IMAGE": "i"}
+    variables |= {name: value} if name == "SLICES" else {}
+    words = [str(cloud.checkout / "launch/gke.sh"), value if name == "name" else "beit", "--a=b"]
+    result = subprocess.run(
+        words, env=cloud.environment(**variables), capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_gke_makes_one_xpk_call(cloud):

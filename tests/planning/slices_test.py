@@ -102,3 +102,24 @@ def test_links_that_a_collective_can_use(name, links):
 def test_peaks_equal_the_data_sheets():
     peaks = {name: chip.peak / 1e12 for name, chip in slices.CHIPS.items()}
     assert peaks == {"v4": 275, "v5litepod": 197, "v5p": 459, "v6e": 918}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v4-08",
+        "v4-" + "9" * 5000,
+        "v4-٨",
+        "v4--8",
+        "v4-1e3",
+        "v4-8\n8",
+        "\x1b[2J",
+        "v" * 10**6,
+        "v4-0",
+    ],
+)
+def test_a_hostile_name_is_refused_in_one_line(name):
+    with pytest.raises(ConfigError, match="--plan: ") as caught:
+        slices.parse_slices(name)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
