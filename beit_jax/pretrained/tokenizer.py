@@ -13,6 +13,7 @@ from beit_jax.json_text import JsonError, json_object
 from beit_jax.pretrained.model import Array, check_images
 from beit_jax.tokenizers.kinds import BY_KIND
 from beit_jax.tokenizers.loading import (
+    DIGEST_KEY,
     METADATA_KEY,
     TokenizerFileError,
     load_params,
@@ -139,4 +140,5 @@ def _tokenizer_config(source: str) -> TokenizerConfig:
             f"{source} is a safetensors file, but its metadata does not say which tokenizer it"
             " holds; DALL-E's weights are converted with `beit-jax convert-tokenizer`"
         ) from None
+    settings.pop(DIGEST_KEY, None)  # `load_params` compares it
     return parse(_Named, {"tokenizer": {**settings, "path": source}}, path=source).tokenizer

@@ -2,7 +2,8 @@
 
 A tokenizer file is a safetensors file (no pickle, no PyTorch): float tensors named after their path
 in the parameter tree ("encoder/input/kernel"), and under the metadata key "tokenizer" a JSON object
-with the settings they fit. `kinds.KINDS` says what differs between kinds.
+with the settings they fit and a digest of all of it, since one flipped bit gives other tokens for a
+whole run. `kinds.KINDS` says what differs between kinds.
 
     tokenizer = open_tokenizer(config)
     params = load_params(config)
@@ -31,6 +32,9 @@ from beit_jax.tokenizers.tokenizer import Tokenizer
 from beit_jax.types import JsonObject, Params
 
 METADATA_KEY = "tokenizer"
+# Among the settings, since safetensors writes several metadata keys in an order that changes from
+# one process to the next. Files of older versions lack it.
+DIGEST_KEY = "digest"
 
 
 class TokenizerFileError(ValueError):
@@ -112,8 +116,18 @@ def save_params(path: str | os.PathLike, params: Params, *, config: TokenizerCon
     tensors = {key: np.ascontiguousarray(leaf, np.float32) for key, leaf in tensors.items()}
     # image_size is only a record of what the weights were trained on; nothing checks it.
     settings = {key: getattr(config, key) for key in (*fixed_settings(config), "image_size")}
+    settings[DIGEST_KEY] = _digest(tensors, settings)
     content = safetensors.numpy.save(tensors, metadata={METADATA_KEY: json.dumps(settings)})
     write_whole(path, content)
+
+
+def _digest(tensors: Mapping[str, np.ndarray], settings: JsonObject) -> str:
+    """SHA-256 of what a file says: its settings, and every tensor's name, type, shape and bytes."""
+    hashed = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
+        hashed.update(np.ascontiguousarray(tensor).data)
+    return hashed.hexdigest()
 
 
 def _expected_tensors(
@@ -168,6 +182,12 @@ def _parse(content: bytes, *, path: str) -> tuple[dict[str, np.ndarray], JsonObj
             f"object {METADATA_KEY!r}; DALL-E's weights are converted with "
             "`python -m beit_jax.weights convert-tokenizer`"
         ) from None
+    stated = settings.pop(DIGEST_KEY, None)
+    if stated is not None and stated != _digest(tensors, settings):
+        raise TokenizerFileError(
+            f"{path} is damaged: its numbers or settings are not those that were written; copy it"
+            " again"
+        )
     return {key.replace(".", "/"): tensor for key, tensor in tensors.items()}, settings
 
 

@@ -256,6 +256,32 @@ def test_a_truncated_file(saved):
         load_params(config)
 
 
+@pytest.mark.parametrize(
+    ("where", "bit"),
+    [
+        ("number", 3),
+        ("encoder/", 0),  # of a name
+        ("image_size", 1),  # of a setting's name
+        ("32", 0),  # of a setting that is not compared with the config's
+        ("digest", 13 * 8),  # one of its digits
+    ],
+)
+def test_a_flipped_bit_is_noticed(tmp_path, where, bit):
+    path = tmp_path / "tokenizer.safetensors"
+    save_params(path, drawn(DVAE), config=DVAE)
+    content = bytearray(path.read_bytes())
+    start = len(content) - 100
+    if where == "32":
+        start = content.index(b'image_size\\": 32') + len(b'image_size\\": ')
+    elif where != "number":
+        start = content.index(where.encode())
+    content[start + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    with pytest.raises(TokenizerFileError, match="is damaged: its numbers or settings") as error:
+        load_params(dataclasses.replace(DVAE, path=str(path)))
+    assert str(path) in one_line(error)
+
+
 def test_a_pickle_is_told_to_be_converted(tmp_path):
     path = tmp_path / "encoder.pkl"
     path.write_bytes(pickle.dumps(list(range(1000)), protocol=2))
