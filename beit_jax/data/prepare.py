@@ -15,6 +15,7 @@ are complete, and `prepared.json`, without which nothing reads the set, is writt
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import os
 import sys
@@ -32,7 +33,7 @@ from beit_jax.config import ConfigError, RunError, SourceConfig, check
 from beit_jax.config.parse import shown
 from beit_jax.data import pipeline, sources
 from beit_jax.data.sources import Element, Source
-from beit_jax.data.sources.prepared import FORMAT, HEADER, LABELS, shard_name
+from beit_jax.data.sources.prepared import FORMAT, HEADER, LABELS, header_digest, shard_name
 from beit_jax.files import write_json
 from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.preprocessing import MAX_PIXELS
@@ -116,7 +117,9 @@ def prepare(config: PrepareConfig) -> JsonObject:
         temporary = folder / f"{LABELS}.tmp.npy"  # np.save appends .npy to any other name
         with storage.writing(folder / LABELS, needed=labels.nbytes):
             np.save(temporary, labels)
+            header["labels_sha256"] = hashlib.sha256(temporary.read_bytes()).hexdigest()
             temporary.replace(folder / LABELS)
+    header["sha256"] = header_digest(header)
     write_json(folder / HEADER, header)
     for number in range(len(notes)):
         (folder / shard_name(number, shards=len(notes))).with_suffix(".json").unlink()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from beit_jax.config import ConfigError, DataConfig, RunError
 from beit_jax.data import pipeline, prepare, sources
+from beit_jax.data.bad_images import BadImages
 from beit_jax.data.decode import decode_image
 from beit_jax.data.pipeline import Views
 from beit_jax.data.prepare import PrepareConfig
@@ -164,6 +166,60 @@ def test_a_damaged_set_is_refused(folder, tmp_path):
         _open(output)
     with pytest.raises(ConfigError, match="is not empty and no prepared set"):
         prepare.prepare(_settings(folder, folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("prepared.json", b'"ape"', b'"aqe"'),
+        ("prepared.json", b'"quality": 95', b'"quality": 94'),
+        ("prepared.json", b'"sha256": "', b'"sha256": "0'),
+        ("prepared.json", b'"labels_sha256"', b'"mabels_sha256"'),
+        ("labels.npy", np.int32(1).tobytes(), np.int32(0).tobytes()),
+    ],
+)
+def test_names_and_labels_are_those_that_were_written(finished, tmp_path, name, old, new):
+    output = tmp_path / "set"
+    shutil.copytree(finished[0], output)
+    content = (output / name).read_bytes()
+    assert old in content
+    (output / name).write_bytes(new.join(content.rsplit(old, 1)))
+    with pytest.raises(ConfigError, match=rf"{name} is damaged: copy the set again"):
+        _open(output)
+
+
+def test_a_set_of_an_older_version_is_read(finished, tmp_path):
+    """It has no digests."""
+    output = tmp_path / "set"
+    shutil.copytree(finished[0], output)
+    header = json.loads((output / "prepared.json").read_text())
+    del header["sha256"], header["labels_sha256"]
+    (output / "prepared.json").write_text(json.dumps(header))
+    assert len(_open(output)) == 12
+
+
+def test_a_flipped_bit_of_an_image_makes_it_a_bad_image(finished, tmp_path):
+    """ArrayRecord's own hashes show it: no other image is read, and the run goes on."""
+    output = tmp_path / "set"
+    shutil.copytree(finished[0], output)
+    shard = output / "images-00000-of-00003.array_record"
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"\xff\xd8\xff") + 400] ^= 16
+    shard.write_bytes(content)
+    source = _open(output)
+    config = DataConfig(source="embedded", workers=1, max_bad_share=0.5)
+    whole = Views(
+        training=lambda element, key: {"image": tf.image.resize(element["image"], (8, 8))},
+        evaluation=lambda element: {},
+        fields=("image",),
+    )
+    bad_images = BadImages(source, max_share=config.max_bad_share)
+    batches = pipeline.training_batches(
+        source, config=config, views=whole, seed=1, batch_size=4, shard=0, shards=1
+    )
+    for _ in range(3):
+        bad_images.count(next(batches))
+    assert (bad_images.read, bad_images.bad) == (12, 1)
 
 
 def test_images_without_labels_and_a_source_read_in_order(tmp_path):

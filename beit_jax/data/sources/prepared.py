@@ -9,6 +9,8 @@ can't read gs:// (google/array_record issue 120).
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -137,8 +139,15 @@ def _read_header(folder: Path, *, setting: str) -> JsonObject:
         and isinstance(classes, list)
         and all(isinstance(name, str) for name in classes)
     )
+    valid = valid and ("sha256" not in header or header["sha256"] == header_digest(header))
     check(valid, setting, f"{path} is damaged: copy the set again, or prepare it again")
     return header
+
+
+def header_digest(header: JsonObject) -> str:
+    """SHA-256 of a header's content, in which it is `sha256`; sets of older versions lack it."""
+    content = {name: value for name, value in header.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _is_count(value: Json) -> bool:
@@ -149,12 +158,15 @@ def _read_labels(folder: Path, header: JsonObject, *, setting: str) -> np.ndarra
     """The labels, int32 [images]. Raises ConfigError where they are no such thing."""
     path, images, classes = folder / LABELS, header["images"], len(header["classes"])
     try:
-        open_regular(str(path)).close()  # a pipe has no end
+        with open_regular(str(path)) as file:  # a pipe has no end
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         # Mapped, since its header alone says how much memory reading it takes.
         labels = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy raises anything for a damaged header
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"{setting}: {path} can't be read: {reason}") from None
+    if header.get("labels_sha256", digest) != digest:
+        raise ConfigError(f"{setting}: {path} is damaged: copy the set again, or prepare it again")
     found = getattr(labels, "shape", None)  # an .npz has none
     if found is None or len(found) != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ConfigError(f"{setting}: {path} holds no list of labels")
