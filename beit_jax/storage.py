@@ -14,15 +14,12 @@ from.
 
 import contextlib
 import errno
-import gc
 import logging
 import os
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 
 from absl import logging as absl_logging
 
@@ -54,6 +51,7 @@ _TENSORSTORE = re.compile(r"\[os_error_code='(\d+)'")
 _LIBRARIES = ("tensorflow", "tensorstore", "orbax", "clu", "pyarrow")
 _PATH = re.compile(r"""["' ](/[^"';]+)["';]""")
 _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint that is being written
+_STDOUT = "/dev/stdout"
 _LOOP_CLOSED = "Event loop is closed"
 
 
@@ -80,9 +78,12 @@ class StorageError(RunError):
         facts = []
         if self.of_room and self.needed is not None:
             facts.append(f"{size(self.needed)} needed")
-        free = free_bytes(self.path) if self.of_room and self.path else None
+        measured = self.of_room and self.path not in ("", _STDOUT)
+        free = free_bytes(self.path) if measured else None
         if free is not None:
             facts.append(f"{size(free)} free")
+        if self.number == errno.ENOSPC and self.path and _no_more_files(self.path):
+            return f"{where}the disk holds as many files as it can (inodes)"
         return f"{where}{_FAULTS[self.number]}" + (f" ({', '.join(facts)})" if facts else "")
 
     def remedy(self) -> str:
@@ -103,12 +104,23 @@ def free_bytes(path: str | os.PathLike) -> int | None:
 
     A quota is not seen: the file system tells what it has, not what this user may take.
     """
+    found = _statvfs(path)
+    return None if found is None else found.f_bavail * found.f_frsize
+
+
+def _no_more_files(path: str) -> bool:
+    found = _statvfs(path)
+    return found is not None and found.f_files > 0 and found.f_favail == 0
+
+
+def _statvfs(path: str | os.PathLike) -> os.statvfs_result | None:
+    """Of the nearest folder above that exists; None where there is no file system."""
     here = os.path.abspath(os.fspath(path))
     if "://" in os.fspath(path):
         return None
     while True:
         try:
-            return shutil.disk_usage(here).free
+            return os.statvfs(here)
         except FileNotFoundError:
             here = os.path.dirname(here)
         except (OSError, ValueError):
@@ -206,8 +218,9 @@ def failed(error: BaseException, *, safe: str = "nothing was written") -> int | 
     fault = explain(error)
     if fault is None:
         return None
-    if not fault.path and not _flushed():
-        fault = StorageError(fault.number, path="standard output")
+    if not fault.path:  # what a command writes to files has a path
+        fault = StorageError(fault.number, path=_STDOUT)
+    _drop_output()
     with contextlib.suppress(OSError):  # stderr may lie on the same disk
         print(
             f"error: {fault}; {safe}, and the same command does it once {fault.remedy()}",
@@ -224,19 +237,16 @@ def flush_output() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _flushed()
-        raise StorageError(error.errno or errno.EIO, path="standard output") from error
+        raise StorageError(error.errno or errno.EIO, path=_STDOUT) from error
 
 
-def _flushed() -> bool:
-    """Whether stdout takes what was printed; where not, Python is kept from trying at the exit."""
+def _drop_output() -> None:
+    """Keeps Python from trying at the exit what stdout did not take."""
     try:
         sys.stdout.flush()
     except OSError:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -247,24 +257,28 @@ def said_once() -> Iterator[None]:
     which logs a traceback, while the first of their errors is raised where the checkpoint is waited
     for. Messages that have nothing to do with a disk pass.
     """
-    handler = absl_logging.get_absl_handler()
-    hook, keep = sys.excepthook, _not_of_a_disk
+    handler, hook = absl_logging.get_absl_handler(), sys.unraisablehook
 
-    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def show(unraisable: "sys.UnraisableHookArgs") -> None:
         # TensorStore's threads report to an event loop that the first error has closed.
+        error = unraisable.exc_value
         if not (isinstance(error, RuntimeError) and str(error) == _LOOP_CLOSED):
-            hook(kind, error, trace)
+            hook(unraisable)
 
-    handler.addFilter(keep)
-    sys.excepthook = show
+    def restore() -> None:
+        handler.removeFilter(_not_of_a_disk)
+        sys.unraisablehook = hook
+
+    handler.addFilter(_not_of_a_disk)
+    sys.unraisablehook = show
     try:
         yield
-    except BaseException:
-        gc.collect()  # tasks say what became of them when they are collected
+    except BaseException as error:
+        if explain(error) is None:
+            restore()
+        # Else it stays: the threads go on, until the process ends for this error.
         raise
-    finally:
-        handler.removeFilter(keep)
-        sys.excepthook = hook
+    restore()
 
 
 def _not_of_a_disk(record: logging.LogRecord) -> bool:

@@ -82,10 +82,11 @@ def end(*, code: int, error: BaseException | None = None, message: str = "") -> 
         # ends the process.
         time.sleep(session.settings.heartbeat_timeout + 5 * _POLL)
     session.stop_watching.set()
-    if message:
-        print(message if orderly else f"error: {message}", file=sys.stderr, flush=True)
-    elif error is not None:
-        traceback.print_exception(error)
+    with contextlib.suppress(OSError):  # stderr may lie on a disk that is full
+        if message:
+            print(message if orderly else f"error: {message}", file=sys.stderr, flush=True)
+        elif error is not None:
+            traceback.print_exception(error)
     if session.distributed:
         reason = message or f"{type(error).__name__}: {error}".splitlines()[0]
         _tell_others(f"{session.process_name()} ended: {reason}", code)
@@ -98,7 +99,8 @@ def leave(message: str, code: int) -> NoReturn:
     if not session.leaving.acquire(blocking=False):
         time.sleep(60)  # another thread is ending it already
     if message:
-        print(f"error: {message}" if code != EXIT_PREEMPTED else message, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"error: {message}" if code != EXIT_PREEMPTED else message, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
