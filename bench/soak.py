@@ -20,6 +20,7 @@ from machine import processor_name, save  # beside this file
 
 # How much the full version tries, by the module in tests/faults.
 PARTS = {
+    "disk": 60,
     "memory": 30,  # minutes
     "hosts": 40,
     "data": 5_000,

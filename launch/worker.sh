@@ -126,6 +126,7 @@ supervise() { # args; detached by start
   local child code again interrupted
   exec 9>"$run/lock"
   printf '%s\n' "$$" >"$run/supervisor"
+  printf '%64s\n' '' >"$run/exit.new" # room for the status: main.py may leave the disk full
   flock 9 # main.py inherits the lock: held as long as either lives
   cd "$root/code"
   # A handler, not "ignore": main.py would inherit the latter. It gets the machine's signals itself.
@@ -148,7 +149,7 @@ supervise() { # args; detached by start
     fi
     code=$again
   done
-  printf '%s %s\n' "$code" "$(date +%s.%N)" >"$run/exit.new"
+  printf '%s %s\n' "$code" "$(date +%s.%N)" 1<>"$run/exit.new" # over what is there
   mv "$run/exit.new" "$run/exit"
   echo "--- $(date '+%F %T') $(hostname): main.py ended with status $code"
 }
