@@ -31,6 +31,7 @@ from typing import SupportsFloat, TypeAlias
 from absl import logging
 from etils import epath
 
+from beit_jax import storage
 from beit_jax.files import write_whole
 from beit_jax.json_text import JsonError, json_object
 from beit_jax.types import JsonObject
@@ -109,7 +110,7 @@ class MetricsFile:
           values: those that are not finite become null.
 
         Raises:
-          OSError: there is no room, say; the file then ends with the line before.
+          StorageError: there is no room, say; the file then ends with the line before.
         """
         numbers = {name: float(value) for name, value in values.items()}
         plain = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
@@ -124,7 +125,8 @@ class MetricsFile:
             if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
                 self.flush()
         else:
-            _append(os.fspath(self._path), line)
+            with storage.writing(self._path, needed=len(line)):
+                _append(os.fspath(self._path), line)
         self._last = key
 
     def flush(self) -> None:
@@ -138,11 +140,12 @@ class MetricsFile:
                 write_whole(self._path, bytes(self._whole))
                 self._waiting, self._uploaded = False, time.monotonic()
         elif self._last is not None:
-            descriptor = os.open(self._path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with storage.writing(self._path):
+                descriptor = os.open(self._path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
 
     def close(self) -> None:
         """Brings all lines to the file."""

@@ -257,7 +257,8 @@ def said_once() -> Iterator[None]:
     which logs a traceback, while the first of their errors is raised where the checkpoint is waited
     for. Messages that have nothing to do with a disk pass.
     """
-    handler, hook = absl_logging.get_absl_handler(), sys.unraisablehook
+    loggers = [absl_logging.get_absl_logger(), logging.getLogger("asyncio")]
+    hook = sys.unraisablehook
 
     def show(unraisable: "sys.UnraisableHookArgs") -> None:
         # TensorStore's threads report to an event loop that the first error has closed.
@@ -266,10 +267,12 @@ def said_once() -> Iterator[None]:
             hook(unraisable)
 
     def restore() -> None:
-        handler.removeFilter(_not_of_a_disk)
+        for logger in loggers:
+            logger.removeFilter(_not_of_a_disk)
         sys.unraisablehook = hook
 
-    handler.addFilter(_not_of_a_disk)
+    for logger in loggers:  # of handlers, a command has none
+        logger.addFilter(_not_of_a_disk)
     sys.unraisablehook = show
     try:
         yield

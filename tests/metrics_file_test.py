@@ -10,6 +10,7 @@ from etils import epath
 
 from beit_jax import metrics_file
 from beit_jax.metrics_file import MetricsFile, read
+from beit_jax.storage import StorageError
 
 
 def line(step, **values):
@@ -183,9 +184,9 @@ def test_a_line_that_does_not_fit_leaves_no_part_of_itself(path, monkeypatch):
     log.write(1, {"loss": 1.0})
     original = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: original(fd, data[:7]))
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as error:
+    with pytest.raises(StorageError, match="the disk is full") as error:
         log.write(2, {"loss": 2.0})
-    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
+    assert (error.value.number, error.value.path) == (errno.ENOSPC, str(path))
     assert path.read_text() == line(1, loss=1.0)
 
 

@@ -151,13 +151,13 @@ def test_a_fault_of_reading_that_passes_is_not_taken_for_damage():
 
 
 def test_threads_of_libraries_are_silent_about_a_disk_and_about_nothing_else():
-    handler, hook = absl_logging.get_absl_handler(), sys.unraisablehook
+    logger, hook = absl_logging.get_absl_logger(), sys.unraisablehook
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def shown(text, error=None, path="/lib/orbax/a.py"):
         info = None if error is None else (type(error), error, None)
         record = logging.LogRecord("absl", logging.ERROR, path, 1, text, (), info)
-        return bool(handler.filter(record))
+        return bool(logger.filter(record))
 
     with storage.said_once():
         assert not shown("thread failed", full)

@@ -26,6 +26,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from beit_jax import storage
 from beit_jax.config import ConfigError, RunConfig, fixed_settings, parse, to_dict
 from beit_jax.config.differences import ABSENT, differences
 from beit_jax.config.parse import PRESENCE, SHAPES
@@ -149,6 +150,8 @@ class Checkpoints:
 
         Raises:
           ValueError: no checkpoint could be read, or the newest can't and the config says to fail.
+          Exception: of Orbax, where one may not be read for a reason that is not in it, such as
+            permission.
         """
         first_error = None
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -167,6 +170,8 @@ class Checkpoints:
                 if first_error is not None:
                     self._set_aside(above=step)
                 return state
+            if error is not None and storage.passing(error):
+                raise error  # it may be read well the next time: nothing is moved away
             error = error or ValueError(f"on another host: {failures[0]}")
             logging.error("checkpoint %d in %s can't be read: %s", step, self._root, error)
             if self._run.on_corrupt_checkpoint == "fail":

@@ -7,7 +7,10 @@ of older versions lack. What is damaged is refused: only a run falls back to ano
 """
 
 import contextlib
+import glob
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from logging import LogRecord
 from types import ModuleType
@@ -17,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from beit_jax import metrics_file
+from beit_jax import metrics_file, storage
 from beit_jax.config import ConfigError
 from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.types import JsonObject, Params
@@ -147,6 +150,8 @@ def _refusing_damage(checkpoint: epath.Path, *, name: str) -> Iterator[None]:
     except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # the last: a device is full
         raise
     except Exception as error:  # Orbax and TensorStore raise anything on damaged files
+        if storage.passing(error):
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[0] if len(lines[0]) <= _REASON else f"{lines[0][:_REASON]}..."
         raise ConfigError(
@@ -240,6 +245,7 @@ def write_params(path: str, params: Params, *, config: JsonObject) -> None:
 
     Raises:
       ConfigError: the folder holds something else, which would be lost.
+      StorageError: the disk is full or can't be written to; an old checkpoint is as it was.
     """
     ocp = _orbax()
     target = epath.Path(path) if "://" in path else epath.Path(path).absolute()
@@ -247,14 +253,29 @@ def write_params(path: str, params: Params, *, config: JsonObject) -> None:
         others = [entry.name for entry in target.iterdir() if entry.name not in CONTENT]
         if others:
             raise ConfigError(f"{path}: holds other files ({others[0]}, ...); choose a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            target,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave({"params": params}),
-                config=ocp.args.JsonSave(config),
-                digests=ocp.args.JsonSave(digests.item({"params": params}, config=config)),
-            ),
-            force=True,
-        )
+    # Orbax deletes what is there before it writes, so that a full disk would leave nothing.
+    beside = "://" not in path and target.exists()
+    written = target.parent / f"{target.name}.{os.getpid()}.new" if beside else target
+    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
+    try:
+        with (
+            storage.writing(target, needed=size),
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+        ):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            checkpointer.save(
+                written,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave({"params": params}),
+                    config=ocp.args.JsonSave(config),
+                    digests=ocp.args.JsonSave(digests.item({"params": params}, config=config)),
+                ),
+                force=True,
+            )
+            if beside:
+                shutil.rmtree(target)
+                written.rename(target)
+    except storage.StorageError:
+        for half in target.parent.glob(f"{glob.escape(written.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
+        raise

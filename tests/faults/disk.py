@@ -304,7 +304,8 @@ def _check_end(code: int, said: str, *, disk: Path) -> None:
 
 def _expect(condition: bool, otherwise: str, said: str = "") -> None:
     if not condition:
-        raise AssertionError(f"{otherwise}: {said[-1500:]!r}" if said else otherwise)
+        end = max(said.find("Traceback") - 800, 0) if "Traceback" in said else -1500
+        raise AssertionError(f"{otherwise}: {said[end:][:1500]!r}" if said else otherwise)
 
 
 def _try_run(case: dict, *, reference: dict, folder: Path) -> None:
@@ -328,8 +329,11 @@ def _try_run(case: dict, *, reference: dict, folder: Path) -> None:
         code, said = _forked(lambda: _run(case["job"], workdir))
         _expect(code == 0, f"afterwards exit code {code}", said)
         result = _result(workdir)
-        for part, value in reference.items():
-            _expect(result[part] == value, f"afterwards other {part}: {result[part]}")
+        for part, wanted in reference.items():
+            other = [one for one in result[part] if one not in wanted]
+            missing = [one for one in wanted if one not in result[part]]
+            same = result[part] == wanted
+            _expect(same, f"afterwards other {part}: {other} instead of {missing}")
 
 
 def _try_command(case: dict, *, keep: Path, folder: Path) -> None:
@@ -343,7 +347,7 @@ def _try_command(case: dict, *, keep: Path, folder: Path) -> None:
         code, said = _forked(lambda: _command(arguments))
         if code != 0:
             _check_end(code, said, disk=disk)
-        left = [path for path in disk.rglob("*") if ".tmp" in path.name or path.suffix == ".rows"]
+        left = [path for path in disk.rglob("*") if "tmp" in path.name or path.suffix == ".rows"]
         _expect(not left, f"left behind: {left}")
         _repair(disk)
         code, said = _forked(lambda: _command(arguments))
