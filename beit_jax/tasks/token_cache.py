@@ -13,6 +13,7 @@ A killed run, a lost disk or another number of hosts therefore cost time and not
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -27,6 +28,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from beit_jax import storage
 from beit_jax.config import (
     ConfigError,
     DataConfig,
@@ -140,7 +142,8 @@ class TokenCache:
         stored = ROW_HEADER.pack(WRITTEN, _checksum(row, content)) + content
         try:
             # Not through mapped memory, where a full disk would kill the process.
-            os.pwrite(self._file.fileno(), stored, row * len(stored))
+            if os.pwrite(self._file.fileno(), stored, row * len(stored)) < len(stored):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if not self._failed:
                 logging.error("token cache: row %d can't be written: %s", row, error)
@@ -199,19 +202,14 @@ def open_cache(
 
     Raises:
       ConfigError: another run has the file open, or the folder is unusable.
+      StorageError: its disk is full or read-only.
     """
     facts = facts | {"format": FORMAT, "rows": rows, "images": images, "tokens": tokens}
     facts |= {"shard": shard, "shards": shards}
     name = f"{shard:05d}-of-{shards:05d}"
     path = pathlib.Path(folder) / f"{name}.tokens"
     record = path.with_suffix(".json")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        file = path.open("r+b", buffering=0)
-    except OSError as error:
-        raise ConfigError(f"config.data.token_cache: {error}") from error
-    with file:
+    with _open(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -233,6 +231,19 @@ def open_cache(
             write_json(record, facts)
         _log_space(path, rows=rows, size=size)
         yield cache
+
+
+def _open(path: pathlib.Path) -> BinaryIO:
+    """The file for reading and writing, made where it is missing; errors are `open_cache`'s."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return path.open("r+b", buffering=0)
+    except OSError as error:
+        fault = storage.explain(error, path=path)
+        if fault is not None and fault.number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise fault from error
+        raise ConfigError(f"config.data.token_cache: {error}") from error
 
 
 def _log_space(path: pathlib.Path, *, rows: int, size: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import math
+import os
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -84,14 +85,16 @@ def check(shapes: TrainState, *, run: RunConfig, workdir: str, step: int, keeps_
     )
     if needed and free < one:
         raise NoRoomError(workdir, one=one, free=free)
-    if free < needed:
+    tokens = _holes(f"{workdir}/token_cache")
+    if free < needed + tokens:
         logging.warning(
             "%s: ITS DISK MAY BECOME FULL: the checkpoints of this run will take %s more (%s each,"
-            " config.run.keep_checkpoints=%d and one that is being written), and %s are free",
+            " config.run.keep_checkpoints=%d and one that is being written)%s, and %s are free",
             workdir,
             size(needed),
             size(one),
             run.keep_checkpoints,
+            f" and its token cache {size(tokens)}" if tokens else "",
             size(free),
         )
 
@@ -113,6 +116,16 @@ def _count(folder: str) -> int:
     if not checkpoints.is_dir():
         return 0
     return sum(entry.name.isdigit() for entry in checkpoints.iterdir())
+
+
+def _holes(folder: str) -> int:
+    """The bytes that files below a folder have been given without having taken them."""
+    holes = 0
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = entry.stat()
+            holes += max(found.st_size - 512 * found.st_blocks, 0)
+    return holes
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import logging
+import os
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from beit_jax import jobs
 from beit_jax.config import ConfigError, DataConfig, MaskConfig, RunConfig
+from beit_jax.storage import StorageError
 from beit_jax.tasks import feed, pretrain, token_cache, token_feed
 from beit_jax.tokenizers.loading import load_params, open_tokenizer
 from beit_jax.training import loop, metrics
@@ -149,6 +151,24 @@ def test_a_disk_that_fails_costs_rows_not_the_run(tmp_path, monkeypatch, caplog)
         assert known(cache, 0)
         monkeypatch.setattr(token_cache.os, "pread", full)
         assert not known(cache, 0)
+
+
+def test_half_a_row_is_a_failure_too(tmp_path, monkeypatch, caplog):
+    """A disk that becomes full in a row takes its beginning without an error."""
+    pwrite = os.pwrite
+    with opened(str(tmp_path)) as cache:
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:9], at))
+        fill(cache)
+        assert caplog.text.count("No space left") == 1
+
+
+def test_a_full_disk_is_not_a_wrong_setting(tmp_path, monkeypatch):
+    def full(*arguments, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_cache.pathlib.Path, "touch", full)
+    with pytest.raises(StorageError, match=r"\.tokens: the disk is full"), opened(str(tmp_path)):
+        pass
 
 
 def test_a_folder_is_needed_where_the_workdir_is_not_local():

@@ -94,6 +94,15 @@ def test_what_is_there_is_paid_already(shapes, tmp_path, monkeypatch, caplog):
     assert caplog.text == ""
 
 
+def test_a_token_cache_that_will_grow_counts(shapes, tmp_path, monkeypatch, caplog):
+    (tmp_path / "token_cache").mkdir()
+    with open(tmp_path / "token_cache/a.tokens", "wb") as file:
+        file.truncate(1 << 20)
+    monkeypatch.setattr(room, "free_bytes", lambda path: 1 << 20)
+    check(shapes, tmp_path)
+    assert "and its token cache 1.05 MB, and 1.05 MB are free" in caplog.text
+
+
 def test_a_bucket_is_not_asked(shapes):
     check(shapes, "gs://bucket/run")
 
