@@ -5,7 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from io import BufferedReader
 
 from etils import epath
 
@@ -85,7 +85,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return error.strerror or type(error).__name__
 
 
-def open_regular(path: str) -> BinaryIO:
+def open_regular(path: str) -> BufferedReader:
     """Opens a local file for reading bytes, without ever waiting.
 
     Raises:
