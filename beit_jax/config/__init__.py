@@ -18,11 +18,14 @@ from beit_jax.config.parse import (
     check,
     fixed_settings,
     fixes,
+    may_change,
+    once_setting,
     one_of,
     parse,
     presence_setting,
     shape_setting,
     to_dict,
+    unit_setting,
 )
 from beit_jax.config.run import RunConfig
 from beit_jax.config.tokenizer import TokenizerConfig
@@ -45,9 +48,12 @@ __all__ = [
     "check",
     "fixed_settings",
     "fixes",
+    "may_change",
+    "once_setting",
     "one_of",
     "parse",
     "presence_setting",
     "shape_setting",
     "to_dict",
+    "unit_setting",
 ]

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated
 
 from beit_jax.config.bounds import Count, Period, Rate, Whole, Within, check_fields
-from beit_jax.config.parse import check, presence_setting
+from beit_jax.config.parse import check, presence_setting, unit_setting
 from beit_jax.config.run import RunConfig
 
 
@@ -24,7 +24,7 @@ class OptimizerConfig:
     accumulate: Count = 1  # micro-batches per step
     max_bad_steps: Period = 10  # non-finite updates in a row that end the run
     # Factor of the rate per layer away from the head; 1: none.
-    layer_decay: Annotated[float, Within(gt=0, le=1)] = 1.0
+    layer_decay: Annotated[float, Within(gt=0, le=1)] = unit_setting(1.0)
     decay_relative_positions: bool = True  # weight decay of the relative-position tables
     hold_steps: Count = 1  # the rate changes only every this many steps
     # Of a moving average of the parameters, evaluated too; None: no average.

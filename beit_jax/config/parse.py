@@ -22,9 +22,9 @@ from beit_jax.types import ConfigDataclass, JsonObject, Setting
 
 T = TypeVar("T")
 
-# Values of a field's metadata under this key, see `shape_setting`, `presence_setting`, `fixes`.
+# Values of a field's metadata under this key: `shape_setting` and the functions below it.
 _FIXES = "fixes"
-SHAPES, PRESENCE = "shapes", "presence"
+SHAPES, PRESENCE, UNIT, ONCE = "shapes", "presence", "unit", "once"
 _QUOTED = 80  # characters of a value in a message
 
 
@@ -105,6 +105,37 @@ def presence_setting(default: Setting = None) -> Setting:
     return dataclasses.field(default=default, metadata={_FIXES: PRESENCE})
 
 
+def unit_setting(default: Setting = 1.0) -> Setting:
+    """A dataclass field whose value may change in a run, but not from or to 1.
+
+    At 1 a part of the optimizer is left out, and its state does not fit another one's.
+    """
+    return dataclasses.field(default=default, metadata={_FIXES: UNIT})
+
+
+def once_setting(default: Setting = ()) -> Setting:
+    """A dataclass field that stays as it is once it has a value: the names of outputs, say."""
+    return dataclasses.field(default=default, metadata={_FIXES: ONCE})
+
+
+def may_change(how: str | None, *, was: Setting, now: Setting, absent: Setting = None) -> bool:
+    """Whether a run's checkpoints fit another value of a setting.
+
+    Args:
+      how: from `fixed_settings`; None for any other setting.
+      was: its value in the checkpoints.
+      now: its value now, another one.
+      absent: stands for a value where the setting is missing.
+    """
+    if how == PRESENCE:
+        return was not in (None, absent) and now not in (None, absent)
+    if how == UNIT:
+        return 1 not in (was, now) or absent in (was, now)
+    if how == ONCE:
+        return was in (None, absent, "", [], ())
+    return how is None
+
+
 def fixes(*names: str) -> dict[str, frozenset[str]]:
     """Metadata of a section of which only these shape settings concern trained arrays.
 
@@ -124,7 +155,7 @@ def fixed_settings(
       path: the prefix of the names.
 
     Returns:
-      Full name → `SHAPES` or `PRESENCE`.
+      Full name → `SHAPES`, `PRESENCE`, `UNIT` or `ONCE`.
     """
     return dict(_fixed_settings(config, path))
 

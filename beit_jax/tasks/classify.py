@@ -24,6 +24,7 @@ from beit_jax.config import (
     OptimizerConfig,
     RunConfig,
     check,
+    once_setting,
     shape_setting,
 )
 from beit_jax.config.bounds import Classes, Label, Line, OneOf, Rate, Within, check_fields
@@ -78,7 +79,7 @@ class ClassifyConfig:
     head_init_scale: Annotated[float, Within(ge=0, le=1000)] = 0.001
     label_smoothing: Rate = 0.1
     evaluate_only: bool = False
-    labels: tuple[Label, ...] = ()
+    labels: tuple[Label, ...] = once_setting(())
     reference: Line = ""
 
     def __post_init__(self) -> None:

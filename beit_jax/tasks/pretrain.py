@@ -14,6 +14,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from beit_jax.config import (
@@ -54,9 +55,10 @@ from beit_jax.tasks.token_statistics import (
 from beit_jax.tokenizers.kinds import BY_KIND
 from beit_jax.tokenizers.loading import load_params, open_tokenizer
 from beit_jax.tokenizers.tokenizer import Tokenizer
-from beit_jax.training import device_jitter
+from beit_jax.training import device_jitter, same_run
 from beit_jax.training.batch_augment import image_weights
 from beit_jax.training.job import Job, Picture, RunContext, Trained, picture_of
+from beit_jax.training.start import digest
 from beit_jax.training.state import Task
 from beit_jax.types import Batch, JsonObject, Params, PyTree, Sums
 
@@ -121,6 +123,7 @@ def build_job(config: PretrainConfig, context: RunContext) -> Job:
     tokenizer = open_tokenizer(config.tokenizer)
     tokenizer_params = load_params(config.tokenizer)
     task = task_from_config(config, tokenizer_params=tokenizer_params)
+    identity = checked_identity(config, frozen=task.frozen, workdir=context.workdir)
     sources = image_sources(config.data)
     read = functools.partial(
         image_feed, config.data, run=config.run, grid=config.model.grid, sources=sources
@@ -170,9 +173,28 @@ def build_job(config: PretrainConfig, context: RunContext) -> Job:
         feed=feed,
         pictures=pictures,
         finish=functools.partial(figures, statistics=statistics),
+        identity=identity,
         evaluate_only=config.evaluate_only,
         headline=headline,
     )
+
+
+def checked_identity(config: PretrainConfig, *, frozen: PyTree, workdir: str) -> dict[str, str]:
+    """What decides the token ids of an image: the digest of the tokenizer's parameters.
+
+    Of random ones only names and shapes count: their last bits depend on the chip that drew them.
+
+    Raises:
+      ConfigError: the run's checkpoints were trained with other tokens. It is noticed here, before
+        the token cache is opened, which starts anew for other tokens.
+    """
+    if config.tokenizer.random_weights:
+        shapes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), frozen)
+        identity = {"tokenizer": f"random {digest(shapes)}"}
+    else:
+        identity = {"tokenizer": digest(frozen)}
+    same_run.check(workdir, config=config, identity=identity)
+    return identity
 
 
 def task_from_config(config: PretrainConfig, *, tokenizer_params: PyTree) -> Task:

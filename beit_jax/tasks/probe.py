@@ -247,7 +247,7 @@ def train_probe(
         )
     task = probe_task(encoder, spec=spec, classes=config.classes, stored=bool(config.cached_views))
     return loop.train(
-        loop.Job(task=task, feed=feed),
+        loop.Job(task=task, feed=feed, identity={"run.init_from": start.digest(encoder.params)}),
         # The loop would look for the classifiers in `init_from`.
         run=dataclasses.replace(config.run, init_from=""),
         optimizer_config=config.optimizer,

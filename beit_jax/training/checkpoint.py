@@ -11,13 +11,14 @@ images. A run starts from the first of these that exists:
 
 A checkpoint that cannot be read (truncated by an interrupted copy, say) or has another bit than was
 saved (`weights.digests`) is set aside under `unreadable_checkpoints/` with a loud warning, and the
-one before it is taken. So are best parameters, and the next evaluation's are then the best.
+one before it is taken. So are best parameters, and the next evaluation's are then the best. Another
+model is no damage: it is refused by the setting that differs (`training/same_run.py`).
 """
 
-import json
+import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,15 +28,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from beit_jax import storage
-from beit_jax.config import ConfigError, RunConfig, fixed_settings, parse, to_dict
-from beit_jax.config.differences import ABSENT, differences
-from beit_jax.config.parse import PRESENCE, SHAPES
+from beit_jax.config import ConfigError, RunConfig, to_dict
 from beit_jax.distributed import cluster
 from beit_jax.files import write_json
 from beit_jax.models.functional import flatten
+from beit_jax.training import same_run
 from beit_jax.training.optim import path_name
+from beit_jax.training.run_directory import BEST, IDENTITY
+from beit_jax.training.same_run import Settings as Settings
 from beit_jax.training.state import TrainState
-from beit_jax.types import ConfigDataclass, Json, JsonObject, Params, PyTree, Variables
+from beit_jax.types import JsonObject, Params, PyTree, Variables
 from beit_jax.weights import digests, native
 
 # Part of this module's interface: rule 2 above, and how tools read a checkpoint.
@@ -43,11 +45,16 @@ from beit_jax.weights.convert import restore_params as restore_params
 from beit_jax.weights.native import saved_config as saved_config
 from beit_jax.weights.native import saved_params_shapes as saved_params_shapes
 
-# The config of a job: its frozen dataclass, or plain nested dicts.
-Settings: TypeAlias = JsonObject | ConfigDataclass
 _FIELDS = ("step", "params", "variables", "ema", "opt_state", "skipped", "skipped_in_row")
 # Written only where a run has them: checkpoints from before they existed stay readable.
 _OPTIONAL = ("variables", "ema")
+
+
+_REREAD = 5  # times, where a run deletes checkpoints while they are being read
+
+
+class UnreadableError(ConfigError):
+    """No checkpoint of a run can be read, or the newest one can't. The message is one line."""
 
 
 class Checkpoints:
@@ -59,13 +66,25 @@ class Checkpoints:
       config: the job's config, saved beside every checkpoint and as `config.json`. Of a dataclass,
         the settings declared with `config.parse.shape_setting` must be those of the checkpoints; a
         plain dict declares none.
+      identity: what the run depends on besides (`Job.identity`); saved with every checkpoint.
+      read_only: changes nothing in the directory, where a run may be writing at the same time.
     """
 
-    def __init__(self, workdir: str, *, run: RunConfig, config: Settings):
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        run: RunConfig,
+        config: Settings,
+        identity: Mapping[str, str] | None = None,
+        read_only: bool = False,
+    ):
         self._root = epath.Path(workdir).absolute() if "://" not in workdir else epath.Path(workdir)
         self._run = run
         self._settings = config
         self._config: JsonObject = config if isinstance(config, dict) else to_dict(config)
+        self._identity = dict(identity or {})
+        self._read_only = read_only
         self._last_save = time.monotonic()
         self._manager = self._open(self._root / "checkpoints", keep=run.keep_checkpoints)
         self._best: ocp.CheckpointManager | None = None
@@ -75,71 +94,54 @@ class Checkpoints:
             path,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-                cleanup_tmp_directories=True,  # left by a process killed while saving
+                # Left by a process killed while saving; or else being written just now. (Orbax'
+                # own `read_only` says the same, with five warnings.)
+                cleanup_tmp_directories=not self._read_only,
+                create=not self._read_only,
             ),
             item_names=("state", "config", digests.ITEM),
         )
 
-    def write_config(self) -> None:
-        """Writes `config.json`, on process 0.
-
-        Raises:
-          ConfigError: the checkpoints belong to another model, or hosts see different directories.
-        """
-        path = self._root / "config.json"
+    def check_shared(self) -> None:
+        """Raises ConfigError where hosts see different directories; all processes call it."""
+        if jax.process_count() == 1:
+            return
+        probe = self._root / ".seen_by_all_hosts"
+        (token, *_) = cluster.gather("a file for all", secrets.token_hex(8))
         if jax.process_index() == 0:
-            for line in self.check_config():
-                logging.info("changed since the checkpoint was written: config.%s", line)
-            write_json(path, self._config)
-        cluster.barrier("to have config.json")
-        seen = path.exists() and json.loads(path.read_text()) == _plain(self._config)
-        if not all(cluster.gather("workdir", seen)):
+            write_json(probe, token)
+        cluster.barrier("to have a file for all")
+        seen = probe.exists() and token in probe.read_text()
+        everywhere = all(cluster.gather("workdir", seen))
+        if jax.process_index() == 0:
+            probe.unlink(missing_ok=True)
+        if not everywhere:
             raise ConfigError(
                 f"--workdir: not all hosts see {self._root}; a run on several hosts needs gs:// or"
                 " a disk they share"
             )
 
+    def write_config(self) -> None:
+        """Writes `config.json`, on process 0. To be called once it is known that the run goes on.
+
+        Raises:
+          ConfigError: the checkpoints belong to another run.
+        """
+        if jax.process_index() == 0:
+            for line in self.check_config():
+                logging.info("changed since the checkpoint was written: config.%s", line)
+            write_json(self._root / "config.json", self._config)
+        cluster.barrier("to have config.json")
+
     def check_config(self) -> list[str]:
         """The settings that differ from those of the checkpoints, which they may; one line each.
 
         Raises:
-          ConfigError: the checkpoints belong to another model.
+          ConfigError: the checkpoints belong to another run (`training/same_run.py`).
         """
-        path = self._root / "config.json"
-        if not path.exists() or self._manager.latest_step() is None:
+        if self._manager.latest_step() is None:
             return []
-        changes = differences(
-            {"was": self._as_now(json.loads(path.read_text())), "now": _plain(self._config)}
-        )
-        lines = {
-            name: f"{name}: was {sides['was']!r}, now {sides['now']!r}"
-            for name, sides in changes.items()
-        }
-        refused = [lines[name] for name in changes if self._fixes(name, changes[name])]
-        if refused:
-            raise ConfigError(
-                f"config.{refused[0]}: differs from the checkpoint in {self._root}"
-                f" ({'; '.join(refused)}); choose another --workdir"
-            )
-        return list(lines.values())
-
-    def _as_now(self, saved: JsonObject) -> JsonObject:
-        """A saved config with new settings at their defaults and without removed ones."""
-        if isinstance(self._settings, dict):
-            return saved
-        try:
-            return _plain(to_dict(parse(cast(type[Any], type(self._settings)), saved)))
-        except ConfigError:  # of another version, or for images and weights that are gone
-            return saved
-
-    def _fixes(self, name: str, sides: Mapping[str, Json]) -> bool:
-        """Whether the checkpoints do not fit this change of a setting."""
-        if isinstance(self._settings, dict):
-            return False
-        how = fixed_settings(self._settings).get(name)
-        if how == PRESENCE:
-            return any(value in (None, ABSENT) for value in sides.values())
-        return how == SHAPES
+        return same_run.check(str(self._root), config=self._settings, identity=self._identity)
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's step."""
@@ -149,12 +151,31 @@ class Checkpoints:
         """The newest readable checkpoint, placed as `shapes` says; None where there is none.
 
         Raises:
-          ValueError: no checkpoint could be read, or the newest can't and the config says to fail.
+          ConfigError: the checkpoints hold another model, or another optimizer's state.
+          UnreadableError: none can be read, or the newest can't and the config says to fail.
           Exception: of Orbax, where one may not be read for a reason that is not in it, such as
             permission.
         """
-        first_error = None
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for _ in range(_REREAD):
+            steps = self._steps()
+            try:
+                self._check_model(steps, shapes)
+                return self._restore(steps, shapes)
+            except ConfigError:
+                if not self._read_only:
+                    raise
+                self._manager.reload()  # the run beside this one may have deleted what was read
+                if not cluster.gather("deleted", steps != self._steps())[0]:
+                    raise
+        raise UnreadableError(f"the checkpoints in {self._root} are deleted faster than read")
+
+    def _steps(self) -> list[int]:
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def _restore(self, steps: list[int], shapes: TrainState) -> TrainState | None:
+        """`restore`, of these checkpoints, the newest first."""
+        first_error = ""
+        for step in steps:
             try:
                 (state, stored), error = self._read(step, shapes), None
             except Exception as raised:
@@ -167,22 +188,48 @@ class Checkpoints:
                 error = ValueError(problem) if problem else None
                 failures = [text for text in cluster.gather("restore", problem) if text]
             if not failures:
-                if first_error is not None:
+                if first_error and not self._read_only:
                     self._set_aside(above=step)
                 return state
             if error is not None and storage.passing(error):
                 raise error  # it may be read well the next time: nothing is moved away
-            error = error or ValueError(f"on another host: {failures[0]}")
-            logging.error("checkpoint %d in %s can't be read: %s", step, self._root, error)
+            reason = _say(error) or f"on another host: {failures[0]}"
+            logging.error("checkpoint %d in %s can't be read: %s", step, self._root, reason)
             if self._run.on_corrupt_checkpoint == "fail":
-                raise error
-            first_error = first_error or error
-        if first_error is not None:
-            raise ValueError(
+                raise UnreadableError(
+                    f"checkpoint {step} in {self._root} can't be read, and"
+                    f" config.run.on_corrupt_checkpoint is 'fail': {reason}"
+                ) from error
+            first_error = first_error or reason
+        if first_error:
+            raise UnreadableError(
                 f"no checkpoint in {self._root}/checkpoints can be read; the newest says:"
                 f" {first_error}"
-            ) from first_error
+            )
         return None
+
+    def _check_model(self, steps: list[int], shapes: TrainState) -> None:
+        """Raises ConfigError where every checkpoint whose shapes can be read holds other arrays.
+
+        One among others that fit is damaged.
+        """
+        found = ""
+        for step in steps:
+            misfit = cluster.gather("shapes", self._misfit(step, shapes))[0]
+            if misfit == "":
+                return
+            found = found or misfit or ""
+        if found:
+            changed = same_run.changes(same_run.recorded(str(self._root), steps), self._settings)
+            raise ConfigError(same_run.other_model(found, changed, where=self._root))
+
+    def _misfit(self, step: int, shapes: TrainState) -> str | None:
+        """What a checkpoint has otherwise than this run; None where its shapes can't be read."""
+        try:
+            stored = native.saved_shapes(str(self._root / "checkpoints" / str(step)))
+            return same_run.misfit(stored, _as_dict(shapes))
+        except Exception:  # whatever damage does; reading it will say
+            return None
 
     def _read(self, step: int, shapes: TrainState) -> tuple[TrainState, JsonObject | None]:
         """A checkpoint's state and the digests saved with it, not yet compared."""
@@ -196,17 +243,20 @@ class Checkpoints:
 
     def _set_aside(self, *, above: int) -> None:
         """Moves checkpoints newer than `above` away, so that their steps can be saved again."""
-        aside = self._root / "unreadable_checkpoints"
         newer = [step for step in self._manager.all_steps() if step > above]
         self._manager.close()
         if jax.process_index() == 0:
-            aside.mkdir(parents=True, exist_ok=True)
             for step in newer:
-                target = aside / f"{step}-{int(time.time())}"
-                (self._root / "checkpoints" / str(step)).rename(target)
-                logging.error("unreadable checkpoint %d moved to %s", step, target)
+                self._move_aside(self._root / "checkpoints" / str(step), str(step))
         cluster.barrier("to set checkpoints aside")
         self._manager = self._open(self._root / "checkpoints", keep=self._run.keep_checkpoints)
+
+    def _move_aside(self, folder: epath.Path, name: str) -> None:
+        aside = self._root / "unreadable_checkpoints"
+        aside.mkdir(parents=True, exist_ok=True)
+        target = aside / f"{name}-{int(time.time())}"
+        folder.rename(target)
+        logging.error("unreadable checkpoint %s moved to %s", name, target)
 
     def due(self, step: int, *, meeting: bool = True) -> bool:
         """Whether a checkpoint is due after `step` steps, by steps or by minutes.
@@ -231,14 +281,18 @@ class Checkpoints:
         """Starts saving in the background; does nothing where this step is saved already."""
         if self._manager.latest_step() == step:
             return
-        self._manager.save(step, args=_items(_as_dict(state), config=self._config), force=True)
+        config = self._config | self._recorded()
+        self._manager.save(step, args=_items(_as_dict(state), config=config), force=True)
         self._last_save = time.monotonic()
+
+    def _recorded(self) -> JsonObject:
+        return {IDENTITY: self._identity} if self._identity else {}
 
     def best(self) -> JsonObject | None:
         """The note of the last `save_best`; None before the first, and where it is damaged.
 
         Raises:
-          ConfigError: it is damaged and the config says to fail.
+          UnreadableError: it is damaged and the config says to fail.
         """
         first = self._best is None
         step = self._best_manager().latest_step()
@@ -246,7 +300,9 @@ class Checkpoints:
             return None
         source = str(self._root / "best" / "checkpoints" / str(step))
         try:
-            note = saved_config(source, name="the best parameters")["best"]
+            note = saved_config(source, name="the best parameters").get(BEST)
+            if not isinstance(note, dict) or not isinstance(note.get("value"), int | float):
+                raise ConfigError(f"the best parameters: {source} does not say how good they are")
             if first:  # read once by a run that continues, so that damage is not found at its end
                 for part in ("params", "variables"):
                     if saved_params_shapes(source, part=part):
@@ -257,20 +313,17 @@ class Checkpoints:
         failures = [text for text in cluster.gather("best", _say(error)) if text]
         if not failures:
             return note
-        error = error or ValueError(f"on another host: {failures[0]}")
-        logging.error("%s; the next evaluation's will be the best", error)
+        reason = _say(error) or f"on another host: {failures[0]}"
+        logging.error("%s; the next evaluation's will be the best", reason)
         if self._run.on_corrupt_checkpoint == "fail":
-            raise error
+            raise UnreadableError(reason) from error
         self._set_best_aside(step)
         return None
 
     def _set_best_aside(self, step: int) -> None:
         self._best_manager().close()
         if jax.process_index() == 0:
-            target = self._root / "unreadable_checkpoints" / f"best-{step}-{int(time.time())}"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (self._root / "best" / "checkpoints" / str(step)).rename(target)
-            logging.error("damaged best parameters of step %d moved to %s", step, target)
+            self._move_aside(self._root / "best" / "checkpoints" / str(step), f"best-{step}")
         cluster.barrier("to set the best parameters aside")
         self._best = self._open(self._root / "best" / "checkpoints", keep=1)
 
@@ -289,7 +342,7 @@ class Checkpoints:
         if step in manager.all_steps():  # evaluated again after a restart
             return
         state = {"params": params} | ({"variables": variables} if variables else {})
-        config = self._config | {"best": note | {"step": step}}
+        config = self._config | self._recorded() | {BEST: note | {"step": step}}
         manager.save(step, args=_items(state, config=config), force=True)
         manager.wait_until_finished()  # small and rare; `best` must see it
 
@@ -339,13 +392,12 @@ def _names_and_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
 
 
-def _plain(config: JsonObject) -> JsonObject:
-    """As it comes back from JSON, with lists for tuples."""
-    return json.loads(json.dumps(config))
-
-
 def _say(error: Exception | None) -> str:
-    return "" if error is None else str(error) or type(error).__name__
+    """An error in one line: tensorstore's have many."""
+    if error is None:
+        return ""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def _items(state: PyTree, *, config: JsonObject) -> ocp.args.Composite:

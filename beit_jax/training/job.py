@@ -100,6 +100,8 @@ class Job:
         returns its own part of `summary.json`.
       config: the settings as the job has completed them (with the images' classes, say), for the
         record; None: as they were parsed.
+      identity: what the run depends on and no setting shows, by the setting that it comes from:
+        digests of parameters that are not trained, say. A run can't go on with another one.
       evaluate_only: no training; evaluates what training would start from.
       headline: an evaluation in one line, for `evaluate_only`.
     """
@@ -109,6 +111,7 @@ class Job:
     pictures: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
     finish: Callable[[Trained], JsonObject] = _evaluation_as_summary
     config: Settings | None = None
+    identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
     evaluate_only: bool = False
     headline: Callable[[Mapping[str, float]], str] = joined
 

@@ -103,6 +103,8 @@ def train(
         if under_way.step < run.steps:
             under_way.do_steps()
             under_way.save()
+        else:
+            under_way.write_config()
         evaluation = under_way.evaluate()
         finite.check_updates(under_way.state, limit=optimizer_config.max_bad_steps)
         finite.check_evaluation(evaluation, step=under_way.step)
@@ -138,14 +140,17 @@ def open_run(
     if run.print_sharding and jax.process_index() == 0:
         print(sharding.table(shapes.params))
 
-    checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
-    checkpoints.write_config()
+    checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config, identity=job.identity)
+    checkpoints.check_shared()
+    checkpoints.check_config()
     expected = checkpoints.latest_step() or 0
     room.check(shapes, run=run, workdir=workdir, step=expected, keeps_best=bool(job.task.best))
     first = FirstBatch(job.feed.training, step=expected) if expected < run.steps else None
     try:
         train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
-        cluster.check_agreement("parameters that are not trained", start.digest(job.task.frozen))
+        if jax.process_count() > 1:
+            frozen = start.digest(job.task.frozen)
+            cluster.check_agreement("parameters that are not trained", frozen)
         under_way = TrainingRun(
             job,
             train_state,
@@ -260,6 +265,8 @@ class TrainingRun:
         batch = sharding.to_devices(next(batches), self._mesh)
         self._timer.done("first batch")
         compiled = self._compile(batch)
+        # Not before: what is refused up to here leaves the run's record as it was.
+        self.write_config()
         self._timer.done("compile")
         self._clock.restart(step=self.step)
         cluster.set_running(True)
@@ -277,6 +284,10 @@ class TrainingRun:
             batch = {}  # frees the old batch before the next one takes memory
             batch = sharding.to_devices(on_host, self._mesh)
             self._do_what_is_due()
+
+    def write_config(self) -> None:
+        """Records the settings, now that the run is known to go on."""
+        self._checkpoints.write_config()
 
     def _compile(self, batch: Batch) -> Step:
         """Compiles the step for these shapes and shardings; it reuses the state's buffers."""
@@ -456,7 +467,9 @@ def evaluate_only(
     """
     optimizer = optim.adamw(optimizer_config)
     shapes = start.state_shapes(job.task, optimizer, optimizer_config=optimizer_config, mesh=mesh)
-    checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config)
+    checkpoints = checkpoint.Checkpoints(
+        workdir, run=run, config=config, identity=job.identity, read_only=True
+    )
     check(
         bool(run.init_from) or checkpoints.latest_step() is not None,
         "config.run.init_from",

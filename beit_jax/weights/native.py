@@ -23,7 +23,7 @@ from etils import epath
 from beit_jax import metrics_file, storage
 from beit_jax.config import ConfigError
 from beit_jax.json_text import JsonError, read_json_object
-from beit_jax.types import JsonObject, Params
+from beit_jax.types import JsonObject, Params, PyTree
 from beit_jax.weights import digests
 
 _MOST_NUMBERS = 10**11  # parameters; a hundred times those of the largest BEiT
@@ -108,17 +108,26 @@ def saved_params_shapes(source: str, *, name: str = "checkpoint", part: str = "p
     Raises:
       ConfigError: no checkpoint there, or its metadata is damaged.
     """
+    return saved_shapes(source, name=name).get(part, {})
+
+
+def saved_shapes(source: str, *, name: str = "checkpoint") -> PyTree:
+    """Names, shapes and dtypes of all that a checkpoint holds; the numbers stay on disk.
+
+    Raises:
+      ConfigError: no checkpoint there, or its metadata is damaged.
+    """
     folder = state_folder(source, name=name)
     with _refusing_damage(folder.parent, name=name):
         with _quiet(), _orbax().StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(folder)
-        shapes = metadata.item_metadata.tree.get(part, {})
+        shapes = metadata.item_metadata.tree
         # Asked before anything is allocated: what is not written reads as zeros, so that a
         # checkpoint of a few bytes may say that it has any size.
         size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
         _check("" if size <= _MOST_NUMBERS else f"it says that it holds {size:.3g} numbers")
         stored = digests.read(folder.parent)
-        _check(digests.shapes_problem(stored, shapes, part=f"{part}/"))
+        _check(digests.shapes_problem(stored, shapes))
         return shapes
 
 
