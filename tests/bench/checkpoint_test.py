@@ -20,5 +20,8 @@ def test_it_measures_what_it_saves(tmp_path, monkeypatch):
     assert 12 * row["parameters"] < row["bytes"] < 12 * row["parameters"] + 64
     assert len(row["each"]["restore"]) == 2
     assert min(row["save"], row["background"], row["restore"]) > 0
+    assert len(row["each"]["save_digests"]) == len(row["each"]["restore_digests"]) == 2
+    assert 0 < row["save_digests"] < row["save"]
+    assert 0 < row["restore_digests"] < row["restore"]
     assert row["restored_gb_per_second"] == pytest.approx(row["bytes"] / 1e9 / row["restore"])
     assert not list(tmp_path.iterdir())
