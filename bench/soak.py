@@ -20,6 +20,7 @@ from machine import processor_name, save  # beside this file
 
 # How much the full version tries, by the module in tests/faults.
 PARTS = {
+    "kill": 100,
     "disk": 60,
     "bits": 600,  # 420 of them in checkpoints
     "memory": 30,  # minutes
