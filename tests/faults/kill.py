@@ -60,7 +60,7 @@ class Command:
                 f"--coordinator_address=127.0.0.1:{port}",
                 f"--num_processes={self.count}",
                 f"--process_id={index}",
-                "--heartbeat_timeout=60",
+                "--heartbeat_timeout=15",
                 "--start_timeout=60",
             )
             for index in range(self.count)
@@ -89,8 +89,8 @@ COMMANDS: dict[str, tuple[Command, float]] = {
     "tokenizer": (_job("tokenizer"), 0.1),
     "fine-tuning": (_job("classify"), 0.15),
 }
-# The rest of the moments: a format and the name of its output. (unilm's needs PyTorch, which does not
-# go into one process with TensorFlow.)
+# The rest of the moments: a format and the name of its output. (unilm's needs PyTorch, which does
+# not go into one process with TensorFlow.)
 EXPORTS = {
     "hugging_face": "weights",
     "timm": "weights.safetensors",
@@ -209,7 +209,7 @@ def _wait_for_moment(
         # pictures. A log that is longer already is met at its next line.
         wanted = int(random.integers(1, command.lines + 1))
         while run.exit_code() is None:
-            if _lines(log) >= wanted and log.stat().st_mtime > run.began:
+            if line_count(log) >= wanted and log.stat().st_mtime > run.began:
                 break
             time.sleep(0.001)
         delay = float(random.exponential(0.05))
@@ -220,7 +220,8 @@ def _wait_for_moment(
     return text
 
 
-def _lines(path: Path) -> int:
+def line_count(path: Path) -> int:
+    """Of a log; 0 where it is missing."""
     try:
         return path.read_bytes().count(b"\n")
     except FileNotFoundError:
