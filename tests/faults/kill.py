@@ -68,8 +68,8 @@ class Command:
 
 
 def _job(name: str, *, count: int = 1, **settings: object) -> Command:
-    flags = [f"--config.run.{key}={value}" for key, value in RUN.items()]
-    flags += [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    settings = {f"run__{key}": value for key, value in RUN.items()} | settings
+    flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
     return Command(
         program="main.py",
         words=lambda workdir: (
@@ -87,7 +87,7 @@ COMMANDS: dict[str, tuple[Command, float]] = {
     "token cache": (_job("pretrain", data__augmentation_cycle=2), 0.15),
     "two processes": (_job("pretrain", count=2), 0.2),
     "tokenizer": (_job("tokenizer"), 0.1),
-    "fine-tuning": (_job("classify"), 0.15),
+    "fine-tuning": (_job("classify", run__picture_every=0), 0.15),
 }
 # The rest of the moments: a format and the name of its output. (unilm's needs PyTorch, which does
 # not go into one process with TensorFlow.)
