@@ -1,6 +1,6 @@
 """Other machines decode and augment where a host has too few cores, in the order the run asks for.
 
-    python -m beit_jax.data.service --port=5050 --address=NAME     # on each helping machine
+    python -m beit_jax.data.service --port=5050 --address=NAME --allow=10.0.0.0/8   # on each helper
     python main.py --config=... '--config.data.service=("NAME:5050", "OTHER:5050")' \\
         --config.data.workers=64                                   # cores of a helping machine
 
@@ -18,6 +18,10 @@ version of TensorFlow, and a source that TensorFlow itself reads with random acc
 "folder"). ArrayRecord files are read by Python, which can't be sent to another process. An image
 takes about 0.2 MB of network traffic. Held-out images are read on the training hosts.
 
+A service does what it is told by anybody who can reach its ports, which is to run TensorFlow graphs
+and so to read and write files. Without `--allow` that is this machine alone; the machines named
+there are the training hosts. Nothing is encrypted.
+
 When a service dies the run waits for it. A service that comes back has lost its position; the run
 then says so and ends, and the same command continues it.
 """
@@ -25,6 +29,7 @@ then says so and ends, and the same command continues it.
 import argparse
 import dataclasses
 import itertools
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -34,7 +39,11 @@ import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError, RunError
-from beit_jax.data import decode  # noqa: F401  (a service needs its Python function, see there)
+from beit_jax.config.parse import shown
+from beit_jax.data import (
+    decode,  # noqa: F401  (a service needs its Python function, see there)
+    peers,
+)
 from beit_jax.types import HostBatch
 
 TIMEOUT = 10.0  # seconds until a service that doesn't answer counts as missing
@@ -55,16 +64,21 @@ class Service:
     worker: tf.data.experimental.service.WorkerServer
 
 
-def serve(*, port: int = 0, address: str = "localhost") -> Service:
+def serve(*, port: int = 0, address: str = "localhost", allow: str = "") -> Service:
     """Starts a service.
 
     Args:
       port: of the dispatcher; the worker takes the next one. 0 takes any two free ports.
       address: the name by which training hosts reach this machine.
+      allow: who may use it beside this machine, for `peers.parse_networks`.
+
+    Raises:
+      ConfigError: `allow` names no networks, or a port is taken.
     """
+    networks = peers.parse_networks(allow)
     service = tf.data.experimental.service
-    dispatcher = service.DispatchServer(service.DispatcherConfig(port=port))
-    dispatcher_port = int(dispatcher.target.rsplit(":", 1)[1])
+    dispatcher = service.DispatchServer(service.DispatcherConfig(port=port), start=False)
+    dispatcher_port = _started(dispatcher, networks)
     worker = service.WorkerServer(
         service.WorkerConfig(
             dispatcher_address=f"localhost:{dispatcher_port}",
@@ -72,9 +86,28 @@ def serve(*, port: int = 0, address: str = "localhost") -> Service:
             worker_address=f"{address}:%port%",
             port=port + 1 if port else 0,
             heartbeat_interval_ms=1000,
-        )
+        ),
+        start=False,
     )
+    _started(worker, networks)
     return Service(f"{address}:{dispatcher_port}", dispatcher, worker)
+
+
+def _started(
+    server: tf.data.experimental.service.DispatchServer | tf.data.experimental.service.WorkerServer,
+    networks: tuple[peers.Network, ...] | None,
+) -> int:
+    """Starts one of tf.data's servers, closes its port to strangers, and returns the port."""
+    try:
+        server.start()
+    except Exception as error:  # RuntimeError where the port is taken
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"--port: no service there: {reason}") from error
+    address = server.target if hasattr(server, "target") else server._address
+    port = int(address.rsplit(":", 1)[1])
+    if networks is not None:
+        peers.guard(port, networks)
+    return port
 
 
 def assigned(addresses: tuple[str, ...], *, shard: int, shards: int) -> tuple[str, ...]:
@@ -166,10 +199,27 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--port", type=int, default=5050, help="this one and the next")
-    parser.add_argument("--address", default=socket.getfqdn(), help="name of this machine")
+    parser.add_argument("--address", default="", help="name of this machine for training hosts")
+    parser.add_argument(
+        "--allow",
+        default="",
+        help='training hosts: networks, addresses or names, with commas between them; "any" for'
+        " everybody who can reach the port (default: this machine alone)",
+    )
     options = parser.parse_args(arguments)
-    service = serve(port=options.port, address=options.address)
-    print(f"serving; --config.data.service='(\"{service.address}\",)'", file=sys.stderr, flush=True)
+    name = options.address or (socket.getfqdn() if options.allow else "localhost")
+    try:
+        if not 0 <= options.port < 65_535:
+            raise ConfigError(f"--port: must be 0 to 65534, got {shown(options.port)}")
+        if not re.fullmatch(r"[\w.:-]{1,253}|\[[0-9A-Fa-f:.]+\]", name):
+            raise ConfigError(f"--address: {shown(name)} is no host's name")
+        service = serve(port=options.port, address=name, allow=options.allow)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    who = options.allow or "this machine alone; --allow=NETWORK,... lets training hosts in"
+    print(f"serving {who}", file=sys.stderr)
+    print(f"--config.data.service='(\"{service.address}\",)'", file=sys.stderr, flush=True)
     service.worker.join()
     return 0
 
