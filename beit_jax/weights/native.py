@@ -11,6 +11,7 @@ import glob
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from logging import LogRecord
 from types import ModuleType
@@ -26,6 +27,7 @@ from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.types import JsonObject, Params, PyTree
 from beit_jax.weights import digests
 
+_LARGEST_INDEX = 1 << 30  # bytes of a file that lists others; thousands of hosts have 1 MB
 _MOST_NUMBERS = 10**11  # parameters; a hundred times those of the largest BEiT
 _REASON = 160  # characters of another library's message
 # Names in a checkpoint's folder, Orbax' marks included.
@@ -149,10 +151,24 @@ def _check(problem: str) -> None:
         raise ValueError(problem)
 
 
+def _check_files(checkpoint: epath.Path) -> None:
+    """Raises ValueError for files that TensorStore would wait for, or end the process over."""
+    if "://" in str(checkpoint):
+        return
+    for folder, _, names in os.walk(checkpoint):
+        for name in names:
+            found = os.stat(os.path.join(folder, name))
+            _check("" if stat.S_ISREG(found.st_mode) else f"{name} is not a regular file")
+            is_read_whole = name.startswith(("manifest", "_", "metadata"))
+            too_large = is_read_whole and found.st_size > _LARGEST_INDEX
+            _check(f"{name} has {found.st_size} bytes" if too_large else "")
+
+
 @contextlib.contextmanager
 def _refusing_damage(checkpoint: epath.Path, *, name: str) -> Iterator[None]:
     """Whatever reading a checkpoint raises becomes one line, which names others beside it."""
     try:
+        _check_files(checkpoint)
         yield
     except JsonError as error:
         raise ConfigError(f"{name}: {error}{_others(checkpoint)}") from error
