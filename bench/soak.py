@@ -23,6 +23,7 @@ PARTS = {
     "kill": 100,
     "disk": 60,
     "bits": 600,  # 420 of them in checkpoints
+    "numbers": 200,
     "memory": 30,  # minutes
     "hosts": 40,
     "data": 5_000,
