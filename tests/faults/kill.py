@@ -192,9 +192,10 @@ def _hit(
     # It may be through with its work, or, at the very start, not have asked for the signal yet.
     codes = (0, -number) if killed else (0, 75, -number)
     _check(code in codes, f"exit code {code}", started[victim])
+    lost = code in (-signal.SIGKILL, -signal.SIGTERM)
     for other in (one for index, one in enumerate(started) if index != victim):
         code = other.wait(timeout=PATIENCE)
-        _check(code in (0, 69 if killed else 75), f"exit code {code} of the other", other)
+        _check(code in (0, 69 if lost else 75), f"exit code {code} of the other", other)
     return True
 
 

@@ -8,6 +8,7 @@ program's own code; a fork differs from a fresh process in nothing but what is i
 It must never touch a device itself: a fork of a process with JAX's threads would hang.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -26,7 +27,7 @@ PATIENCE = 300.0
 
 
 class Zygote:
-    """The process to fork; a context, which ends it.
+    """The process to fork; a context, which ends it and the runs that are left.
 
     Args:
       modules: what to import beforehand.
@@ -34,7 +35,8 @@ class Zygote:
     """
 
     def __init__(self, *, modules: tuple[str, ...], folder: Path):
-        self._folder, self._count = folder, 0
+        self._folder = folder
+        self._started: list[Forked] = []
         folder.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
             [sys.executable, "-u", "-m", "tests.faults.zygote", *modules],
@@ -48,17 +50,19 @@ class Zygote:
         return self
 
     def __exit__(self, *exception) -> None:
+        for run in self._started:  # a failed test leaves some
+            run.kill()
         self._process.stdin.close()
         self._process.wait()
 
     def run(self, program: str, *words: str) -> "Forked":
         """Starts `main.py`, or a module by its name, with these words on its command line."""
-        self._count += 1
-        path = self._folder / str(self._count)
+        path = self._folder / str(len(self._started))
         request = {"program": program, "words": words, "path": str(path)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return Forked(path)
+        self._started.append(Forked(path))
+        return self._started[-1]
 
 
 class Forked:
@@ -81,7 +85,8 @@ class Forked:
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal, where it still runs."""
         if self.exit_code() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
 
     def wait(self, *, timeout: float = PATIENCE) -> int:
         """Its exit code, negative for a signal."""
