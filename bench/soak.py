@@ -28,6 +28,7 @@ PARTS = {
     "hosts": 40,
     "data": 5_000,
     "supply": 2,
+    "directory": 192,
 }
 
 

@@ -141,7 +141,8 @@ def _run(config: QuickstartConfig, *, workdir: str) -> JsonObject:
         return summary
 
     # Where the quickstart was continued, the time adds up.
-    began -= read_summary(workdir).get("seconds", 0.0)
+    before = read_summary(workdir).get("seconds")
+    began -= before if isinstance(before, int | float) else 0.0
     summary |= {
         "seconds": time.perf_counter() - began,
         "tokenizer": first,

@@ -58,7 +58,9 @@ def run_job(config: C, *, build: Callable[[C, RunContext], Job], workdir: str) -
     source = start.source_facts(config, run=config.run, workdir=workdir)
     with contextlib.ExitStack() as resources:
         # What only evaluates leaves alone what a run is writing at the same time.
-        if not getattr(config, "evaluate_only", False):
+        if getattr(config, "evaluate_only", False):
+            run_directory.check_for_evaluation(workdir)
+        else:
             resources.enter_context(run_directory.opened(workdir))
         context = RunContext(workdir=workdir, mesh=mesh, timer=timer, resources=resources)
         job = build(config, context)

@@ -3,18 +3,23 @@
 import time
 
 import jax
+from absl import logging
 from etils import epath
 
 from beit_jax.files import write_json
-from beit_jax.json_text import read_json_object
+from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.training.job import Trained
 from beit_jax.types import JsonObject
 
 
 def read_summary(workdir: str) -> JsonObject:
-    """The summary of an earlier call in this directory; {} where there is none."""
+    """The summary of an earlier call in this directory; {} where none can be read."""
     path = epath.Path(workdir) / "summary.json"
-    return read_json_object(path, finite=False) if path.exists() else {}
+    try:
+        return read_json_object(path, finite=False) if path.exists() else {}
+    except JsonError as error:
+        logging.warning("the summary of an earlier call is lost: %s", error)
+        return {}
 
 
 def write_summary(summary: JsonObject, *, workdir: str) -> str:

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 from absl import logging
@@ -32,6 +32,9 @@ from beit_jax.weights import native
 
 FOLDERS = ("checkpoints", "best", "unreadable_checkpoints")
 LOGS = ("metrics.jsonl",)
+TOKENIZER = "tokenizer.safetensors"  # a tokenizer's training ends with it
+MARKS = ("config.json", "metrics.jsonl", "checkpoints")  # of which a run leaves one at least
+EVALUATION = "evaluation.json"
 # Keys that a checkpoint's config has besides the settings.
 IDENTITY, BEST = "identity", "best"
 RECORDED = (IDENTITY, BEST)
@@ -52,7 +55,7 @@ def _is_result(value: Mapping[str, object]) -> bool:
 OWN: dict[str, Callable[[Mapping[str, object]], bool]] = {
     "config.json": _is_config,
     "summary.json": _is_result,
-    "evaluation.json": _is_result,
+    EVALUATION: _is_result,
 }
 
 
@@ -132,6 +135,16 @@ def opened(workdir: str) -> Iterator[None]:
         yield
 
 
+def check_for_evaluation(workdir: str) -> None:
+    """What `opened` checks, for a job that only evaluates and writes nothing but its result.
+
+    Raises:
+      ConfigError: as `opened`, but for another run, which may be in the directory.
+    """
+    check_path(workdir)
+    _on_first_process(lambda: _check_files(epath.Path(workdir), (EVALUATION,)))
+
+
 def check_contents(workdir: str) -> None:
     """Checks the files that a run replaces, and moves damaged ones aside that it makes again.
 
@@ -144,10 +157,14 @@ def check_contents(workdir: str) -> None:
     Raises:
       ConfigError: something else is in the place of one of the run's files or folders.
     """
+    _on_first_process(lambda: _check_contents(epath.Path(workdir)))
+
+
+def _on_first_process(check: Callable[[], None]) -> None:
     refused = ""
     if jax.process_index() == 0:
         try:
-            _check_contents(workdir)
+            check()
         except ConfigError as error:
             refused = str(error)
     (refused, *_) = cluster.gather("the run's files", refused)
@@ -155,19 +172,26 @@ def check_contents(workdir: str) -> None:
         raise ConfigError(refused)
 
 
-def _check_contents(workdir: str) -> None:
-    root = epath.Path(workdir)
+def _check_contents(root: epath.Path) -> None:
     for name in FOLDERS:
         if (root / name).exists() and not (root / name).is_dir():
             raise _foreign(root / name, "is no folder")
     _check_checkpoints(root / "checkpoints")
-    for name in (*OWN, *LOGS):
+    for name in (*OWN, *LOGS, TOKENIZER):
         _check_kind(root / name)
-    for name, is_own in OWN.items():
-        reason = _damage(root / name, is_own)
+    if (root / TOKENIZER).exists() and not any((root / name).exists() for name in MARKS):
+        raise _foreign(root / TOKENIZER, "is in a directory of no run")
+    _check_files(root, OWN)
+
+
+def _check_files(root: epath.Path, names: Iterable[str]) -> None:
+    """Moves damaged ones of these JSON files aside, or refuses them."""
+    for name in names:
+        _check_kind(root / name)
+        reason = _damage(root / name, OWN[name])
         if not reason:
             continue
-        if not _blank(root / name) and not native.is_checkpoint(workdir):
+        if not _blank(root / name) and not native.is_checkpoint(str(root)):
             raise _foreign(root / name, reason)
         _move_aside(root / name, reason=reason)
         if name == "config.json":

@@ -177,6 +177,11 @@ def _refusing_damage(checkpoint: epath.Path, *, name: str) -> Iterator[None]:
     except Exception as error:  # Orbax and TensorStore raise anything on damaged files
         if storage.passing(error):
             raise
+        if not checkpoint.exists():
+            raise ConfigError(
+                f"{name}: {checkpoint} was deleted while it was read (a run keeps its newest,"
+                " config.run.keep_checkpoints); try again"
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[0] if len(lines[0]) <= _REASON else f"{lines[0][:_REASON]}..."
         raise ConfigError(
@@ -200,7 +205,10 @@ def saved_metrics(source: str) -> JsonObject:
     here = epath.Path(source)
     for folder in (here, here.parent.parent):  # a workdir, or <workdir>/checkpoints/<step>
         if (folder / "summary.json").exists():
-            return read_json_object(folder / "summary.json", finite=False)
+            try:
+                return read_json_object(folder / "summary.json", finite=False)
+            except JsonError as error:
+                logging.warning("no summary of the run, only its log: %s", error)
         if (folder / "metrics.jsonl").exists():
             numbers: JsonObject = {}
             for line in metrics_file.read(folder / "metrics.jsonl"):

@@ -175,6 +175,26 @@ def test_folders_of_somebody_else_are_refused(tmp_path):
         pass
 
 
+def test_the_tokenizer_of_no_run_is_not_replaced(tmp_path):
+    """Somebody keeps a downloaded one there."""
+    (tmp_path / "tokenizer.safetensors").write_bytes(b"weights")
+    refusal = pytest.raises(ConfigError, match=r"^--workdir: .*tokenizer\.safetensors is in a dir")
+    with refusal, run_directory.opened(str(tmp_path)):
+        pass
+    with_checkpoint(tmp_path)
+    with run_directory.opened(str(tmp_path)):
+        pass
+
+
+def test_an_evaluation_checks_only_what_it_writes(tmp_path):
+    (tmp_path / "config.json").write_text("[")  # a run may be about to make it again
+    run_directory.check_for_evaluation(str(tmp_path))
+    (tmp_path / "evaluation.json").write_text('{"by": "another program"}')
+    with pytest.raises(ConfigError, match=r"^--workdir: .*evaluation\.json was written by another"):
+        run_directory.check_for_evaluation(str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_whole_runs_files_are_left_as_they_are(tmp_path, caplog):
     with_checkpoint(tmp_path)
     (tmp_path / "summary.json").write_text('{"steps": 10, "loss": NaN}')
