@@ -313,6 +313,8 @@ class Checkpoints:
         failures = [text for text in cluster.gather("best", _say(error)) if text]
         if not failures:
             return note
+        if error is not None and storage.passing(error):
+            raise error  # as in `restore`
         reason = _say(error) or f"on another host: {failures[0]}"
         logging.error("%s; the next evaluation's will be the best", reason)
         if self._run.on_corrupt_checkpoint == "fail":

@@ -40,6 +40,7 @@ ITEM = "digests"  # the name of the item in a checkpoint's folder
 KIND = "sums-1"
 _CHUNK = 1 << 16  # elements that NumPy mixes at once, so that they stay in the core's cache
 _WORD = 1 << 32
+_FETCHED = 1 << 18  # elements of an array that is summed on the host, wherever it is
 
 T = TypeVar("T", np.ndarray, jax.Array)
 
@@ -68,13 +69,21 @@ def of_config(config: Json) -> str:
 
 def of_arrays(arrays: Mapping[str, np.ndarray | jax.Array]) -> dict[str, str]:
     """Digests, 16 hexadecimal digits each; see the module's docstring."""
-    sums = {
-        name: _on_devices(leaf) if isinstance(leaf, jax.Array) else _on_host(np.asarray(leaf))
+    # First, so that the devices compute while the host does.
+    large = {
+        name: _on_devices(leaf)
         for name, leaf in arrays.items()
+        if isinstance(leaf, jax.Array) and _stays(leaf)
     }
-    # At the end, so that the devices have all of the work before the first result is waited for.
-    fetched = jax.device_get(sums)
-    return {name: "".join(f"{int(half):08x}" for half in pair) for name, pair in fetched.items()}
+    small = {name: _on_host(np.asarray(leaf)) for name, leaf in arrays.items() if name not in large}
+    sums = small | jax.device_get(large)
+    return {name: "".join(f"{int(half):08x}" for half in sums[name]) for name in arrays}
+
+
+def _stays(leaf: jax.Array) -> bool:
+    """Whether an array is summed where it is; a small one is fetched sooner than XLA compiles."""
+    here = leaf.is_fully_addressable or leaf.is_fully_replicated
+    return leaf.size > _FETCHED or not here
 
 
 def read(checkpoint: epath.Path) -> JsonObject | None:

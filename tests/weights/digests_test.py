@@ -16,6 +16,11 @@ from beit_jax.weights import digests
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.int32, np.uint8, np.bool_, np.float16)
 
 
+@pytest.fixture(autouse=True)
+def small_arrays_are_summed_on_devices_too(monkeypatch):
+    monkeypatch.setattr(digests, "_FETCHED", -1)
+
+
 def digest(array) -> str:
     return digests.of_arrays({"x": array})["x"]
 
@@ -54,6 +59,16 @@ def test_any_one_bit_changes_it(dtype):
         altered = np.frombuffer(array.tobytes(), np.uint8).copy()
         altered[bit // 8] ^= 1 << bit % 8
         assert digest(altered.view(array.dtype).reshape(array.shape)) != before, bit
+
+
+def test_where_an_array_is_summed_makes_no_difference(monkeypatch):
+    arrays = {str(size): jnp.arange(size, dtype=jnp.float32) for size in (0, 3, 10, 11, 500)}
+    found = []
+    for fetched in (-1, 10, 1000):
+        monkeypatch.setattr(digests, "_FETCHED", fetched)
+        found.append(digests.of_arrays(arrays))
+    assert found[0] == found[1] == found[2]
+    assert list(found[1]) == list(arrays)
 
 
 def test_order_and_sign_of_zero_count():
