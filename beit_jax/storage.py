@@ -105,7 +105,9 @@ def free_bytes(path: str | os.PathLike) -> int | None:
     A quota is not seen: the file system tells what it has, not what this user may take.
     """
     found = _statvfs(path)
-    return None if found is None else found.f_bavail * found.f_frsize
+    if found is None or not found.f_blocks:  # 0 blocks in all: a file system that does not know
+        return None
+    return found.f_bavail * found.f_frsize
 
 
 def _no_more_files(path: str) -> bool:

@@ -90,6 +90,22 @@ def test_a_line_has_path_needed_and_free_bytes(tmp_path):
     assert len(str(long)) < 150
 
 
+def test_a_file_system_that_does_not_know_its_size_is_not_full(monkeypatch):
+    """FUSE mounts of object stores say 0 blocks, all of them taken."""
+    unknown = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: unknown)
+    assert storage.free_bytes("/mnt/bucket") is None
+    full = storage.StorageError(errno.ENOSPC, path="/mnt/bucket/a")
+    assert str(full) == "/mnt/bucket/a: the disk is full"
+
+
+def test_a_disk_without_inodes_is_not_called_full(monkeypatch):
+    none_left = os.statvfs_result((4096, 4096, 900, 800, 800, 100, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: none_left)
+    full = storage.StorageError(errno.ENOSPC, path="/a", needed=5)
+    assert str(full) == "/a: the disk holds as many files as it can (inodes)"
+
+
 def test_a_device_without_room_leaves_the_old_file(tmp_path):
     """A limit on the size of files is the disk of a child process."""
     (tmp_path / "a.json").write_text("old")
