@@ -29,6 +29,7 @@ PARTS = {
     "data": 5_000,
     "supply": 2,
     "directory": 192,
+    "hostile": 2_000,  # calls
 }
 
 

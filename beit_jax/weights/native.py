@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from logging import LogRecord
 from types import ModuleType
@@ -50,7 +51,10 @@ def _orbax() -> ModuleType:
 def _quiet() -> Iterator[None]:
     """Hides Orbax' warning of metadata that it then finds in another file.
 
-    That message alone: meanwhile another thread may have something to say of the first batch.
+    That message alone: meanwhile another thread may have something to say of the first batch. Also
+    hides what TensorStore prints for each array that is read after another one turned out damaged,
+    a traceback of the loop that waits no more. These may come late, so that after an error the hook
+    stays where it is.
     """
 
     def keep(record: LogRecord) -> bool:
@@ -58,8 +62,16 @@ def _quiet() -> Iterator[None]:
 
     logger = logging.get_absl_logger()
     logger.addFilter(keep)
+    before = sys.unraisablehook
+
+    def unraisable(late: "sys.UnraisableHookArgs") -> None:
+        if str(late.exc_value) != "Event loop is closed":
+            before(late)
+
+    sys.unraisablehook = unraisable
     try:
         yield
+        sys.unraisablehook = before
     finally:
         logger.removeFilter(keep)
 
@@ -123,6 +135,7 @@ def saved_shapes(source: str, *, name: str = "checkpoint") -> PyTree:
     with _refusing_damage(folder.parent, name=name):
         with _quiet(), _orbax().StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(folder)
+            _check("" if metadata.item_metadata is not None else "its metadata can't be read")
         shapes = metadata.item_metadata.tree
         # Asked before anything is allocated: what is not written reads as zeros, so that a
         # checkpoint of a few bytes may say that it has any size.

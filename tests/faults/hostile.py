@@ -40,6 +40,7 @@ TARGETS = {
     "hf": ("inspect", "import", "encoder"),
     "sharded": ("inspect", "import"),
     "checkpoint": ("inspect", "export", "encoder"),
+    "old": ("inspect", "export", "encoder"),  # a checkpoint without digests
     "set": ("set",),
     "run": ("directory", "inspect"),
     "record.json": ("record",),
@@ -49,6 +50,11 @@ TARGETS = {
 def readers() -> dict[str, Callable[[Path, Path], object]]:
     """What reads a target, by name: (path, folder for output) → an exit code, or anything else."""
     import beit_jax
+    import beit_jax.pretrained.loading
+    import beit_jax.pretrained.tokenizer
+    import beit_jax.weights.convert
+    import beit_jax.weights.dalle
+    import beit_jax.weights.inspection
     from beit_jax.data.sources import prepared
     from beit_jax.tasks import token_cache
     from beit_jax.tokenizers import loading
@@ -125,7 +131,14 @@ def make_bases(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), (number, 9, 9)).save(path)
     pictures, output = f"folder:{folder}/pictures", str(folder / "set")
-    prepare.prepare(prepare.PrepareConfig(source=pictures, output=output, max_side=32))
+    header = prepare.prepare(prepare.PrepareConfig(source=pictures, output=output, max_side=32))
+    # Whoever changes a file can leave out its digest, as older versions did.
+    for name in ("sha256", "labels_sha256"):
+        header.pop(name, None)
+    write_json(folder / "set/prepared.json", header)
+    shutil.copytree(folder / "checkpoint", folder / "old")
+    shutil.rmtree(folder / "old/digests")
+    (folder / "old/_CHECKPOINT_METADATA").unlink()
 
 
 def cases(bases: Path, canary: Path, seed: int) -> Iterator[tuple[str, str, str, Content]]:
@@ -150,6 +163,7 @@ def cases(bases: Path, canary: Path, seed: int) -> Iterator[tuple[str, str, str,
         ("set", "images-00000-of-00001.array_record"): {**special, **junk},
         ("run", "metrics.jsonl"): {**special, **junk, **texts},
         ("checkpoint", "state/manifest.ocdbt"): {**special, **junk},
+        ("old", "state/manifest.ocdbt"): {**special, **junk},
         ("sharded", "model-00001-of-00001.safetensors"): {**special, **junk},
     }
     objects = [
@@ -157,6 +171,7 @@ def cases(bases: Path, canary: Path, seed: int) -> Iterator[tuple[str, str, str,
         *(("run", "config.json"), ("run", "summary.json"), ("record.json", "")),
         *(("sharded", "model.safetensors.index.json"), ("checkpoint", "config/metadata")),
         *(("checkpoint", name) for name in ("digests/metadata", "state/_METADATA")),
+        *(("old", name) for name in ("config/metadata", "state/_METADATA", "digests/metadata")),
         *(("checkpoint", name) for name in ("_CHECKPOINT_METADATA", "state/_sharding")),
     ]
     for target, part in objects:

@@ -30,6 +30,7 @@ from beit_jax.types import Json, JsonObject
 HEADER = "prepared.json"
 LABELS = "labels.npy"
 FORMAT = 1
+_LARGEST_NPY_HEADER = 1 << 16  # bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,6 +160,9 @@ def _read_labels(folder: Path, header: JsonObject, *, setting: str) -> np.ndarra
     path, images, classes = folder / LABELS, header["images"], len(header["classes"])
     try:
         with open_regular(str(path)) as file:  # a pipe has no end
+            size = os.fstat(file.fileno()).st_size
+            if size > 8 * images + _LARGEST_NPY_HEADER:
+                raise ValueError(f"{size} bytes are more than {images} labels have")
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         # Mapped, since its header alone says how much memory reading it takes.
         labels = np.load(path, mmap_mode="r", allow_pickle=False)
