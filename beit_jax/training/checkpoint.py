@@ -48,8 +48,6 @@ from beit_jax.weights.native import saved_params_shapes as saved_params_shapes
 _FIELDS = ("step", "params", "variables", "ema", "opt_state", "skipped", "skipped_in_row")
 # Written only where a run has them: checkpoints from before they existed stay readable.
 _OPTIONAL = ("variables", "ema")
-
-
 _REREAD = 5  # times, where a run deletes checkpoints while they are being read
 
 

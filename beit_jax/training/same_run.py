@@ -40,7 +40,7 @@ def check(workdir: str, *, config: Settings, identity: Mapping[str, str]) -> lis
       identity: what the run depends on besides (`Job.identity`).
 
     Raises:
-      ConfigError: the checkpoints belong to another run (`training/py`).
+      ConfigError: the checkpoints belong to another run.
     """
     folder = epath.Path(workdir) / "checkpoints"
     entries = folder.iterdir() if folder.exists() else ()
