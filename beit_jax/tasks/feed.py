@@ -176,6 +176,7 @@ def feed_of(
         training=training_batches,
         evaluation=eval_batches,
         metrics=bad.metrics,
+        counts=dict(zip(("data.source", "data.eval_source"), counts, strict=True)),
     )
 
 

@@ -34,7 +34,7 @@ from beit_jax.files import write_json
 from beit_jax.models.functional import flatten
 from beit_jax.training import same_run
 from beit_jax.training.optim import path_name
-from beit_jax.training.run_directory import BEST, IDENTITY
+from beit_jax.training.run_directory import BEST, COUNTS, IDENTITY
 from beit_jax.training.same_run import Settings as Settings
 from beit_jax.training.state import TrainState
 from beit_jax.types import JsonObject, Params, PyTree, Variables
@@ -65,6 +65,7 @@ class Checkpoints:
         the settings declared with `config.parse.shape_setting` must be those of the checkpoints; a
         plain dict declares none.
       identity: what the run depends on besides (`Job.identity`); saved with every checkpoint.
+      counts: how many images there are (`Feed.counts`); likewise.
       read_only: changes nothing in the directory, where a run may be writing at the same time.
     """
 
@@ -75,13 +76,14 @@ class Checkpoints:
         run: RunConfig,
         config: Settings,
         identity: Mapping[str, str] | None = None,
+        counts: Mapping[str, int] | None = None,
         read_only: bool = False,
     ):
         self._root = epath.Path(workdir).absolute() if "://" not in workdir else epath.Path(workdir)
         self._run = run
         self._settings = config
         self._config: JsonObject = config if isinstance(config, dict) else to_dict(config)
-        self._identity = dict(identity or {})
+        self._identity, self._counts = dict(identity or {}), dict(counts or {})
         self._read_only = read_only
         self._last_save = time.monotonic()
         self._manager = self._open(self._root / "checkpoints", keep=run.keep_checkpoints)
@@ -128,6 +130,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             for line in self.check_config():
                 logging.info("changed since the checkpoint was written: config.%s", line)
+            if self._counts and self._steps():
+                recorded = same_run.recorded(str(self._root), self._steps())
+                for line in same_run.counts_changed(recorded, self._counts):
+                    logging.warning("%s", line)
             write_json(self._root / "config.json", self._config)
         cluster.barrier("to have config.json")
 
@@ -284,7 +290,8 @@ class Checkpoints:
         self._last_save = time.monotonic()
 
     def _recorded(self) -> JsonObject:
-        return {IDENTITY: self._identity} if self._identity else {}
+        notes: JsonObject = {IDENTITY: self._identity, COUNTS: self._counts}
+        return {name: note for name, note in notes.items() if note}
 
     def best(self) -> JsonObject | None:
         """The note of the last `save_best`; None before the first, and where it is damaged.

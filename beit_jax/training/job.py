@@ -23,11 +23,14 @@ class Feed:
       training: `start_step -> iterator` over this host's part of every global batch, without end.
       evaluation: starts a pass over this host's part of the held-out images.
       metrics: numbers about the data so far (images replaced, say); summed over the hosts.
+      counts: how many images there are, by the setting that they come from. A run whose folder has
+        grown goes on, with a warning.
     """
 
     training: Callable[[int], Iterator[HostBatch]]
     evaluation: Callable[[], Iterable[HostBatch]]
     metrics: Callable[[], dict[str, float]]
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

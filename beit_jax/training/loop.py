@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import optax
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from beit_jax.config import OptimizerConfig, RunConfig, check
@@ -140,7 +139,9 @@ def open_run(
     if run.print_sharding and jax.process_index() == 0:
         print(sharding.table(shapes.params))
 
-    checkpoints = checkpoint.Checkpoints(workdir, run=run, config=config, identity=job.identity)
+    checkpoints = checkpoint.Checkpoints(
+        workdir, run=run, config=config, identity=job.identity, counts=job.feed.counts
+    )
     checkpoints.check_shared()
     checkpoints.check_config()
     expected = checkpoints.latest_step() or 0
@@ -359,7 +360,7 @@ class TrainingRun:
     def log(self) -> None:
         """Writes the newest step's metrics and the speed since the last time."""
         values = {name: float(value) for name, value in self._metrics.items()}
-        counts = _sum_over_hosts(self._job.feed.metrics())
+        counts = metrics.sum_over_hosts(self._job.feed.metrics())
         values |= {k: v for k, v in counts.items() if v or k not in metrics.WHERE_ANY}
         speed = self._clock.report(step=self.step)
         self.speeds.append(speed["images_per_second"])
@@ -490,10 +491,3 @@ def evaluate_only(
         write_json(path, summary)
         print(f"{job.headline(evaluation)}  {path}")
     return summary
-
-
-def _sum_over_hosts(values: dict[str, float]) -> dict[str, float]:
-    if jax.process_count() == 1:
-        return values
-    gathered = multihost_utils.process_allgather(np.asarray(list(values.values()), np.float32))
-    return dict(zip(values, gathered.sum(axis=0).tolist(), strict=True))

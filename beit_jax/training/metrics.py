@@ -7,6 +7,7 @@ from typing import SupportsFloat
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from beit_jax.hardware import peak_flops
 from beit_jax.metrics_file import MetricsFile
@@ -146,3 +147,11 @@ def console_line(
     hours, minutes = divmod(minutes, 60)
     speeds.append(f"eta {hours}:{minutes:02}:{seconds:02}")
     return "  ".join(shown) + "  |  " + "  ".join(speeds)
+
+
+def sum_over_hosts(values: dict[str, float]) -> dict[str, float]:
+    """Numbers of this host → those of all hosts together; all call it."""
+    if jax.process_count() == 1:
+        return values
+    gathered = multihost_utils.process_allgather(np.asarray(list(values.values()), np.float32))
+    return dict(zip(values, gathered.sum(axis=0).tolist(), strict=True))

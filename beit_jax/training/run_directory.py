@@ -36,8 +36,8 @@ TOKENIZER = "tokenizer.safetensors"  # a tokenizer's training ends with it
 MARKS = ("config.json", "metrics.jsonl", "checkpoints")  # of which a run leaves one at least
 EVALUATION = "evaluation.json"
 # Keys that a checkpoint's config has besides the settings.
-IDENTITY, BEST = "identity", "best"
-RECORDED = (IDENTITY, BEST)
+IDENTITY, COUNTS, BEST = "identity", "images", "best"
+RECORDED = (IDENTITY, COUNTS, BEST)
 # Bytes of a path, and how much of it what is written inside may need: Orbax' temporary names, and
 # below them the parameters'.
 _LONGEST_PATH, _INSIDE = 4096, 600
@@ -174,9 +174,10 @@ def _on_first_process(check: Callable[[], None]) -> None:
 
 def _check_contents(root: epath.Path) -> None:
     for name in FOLDERS:
-        if (root / name).exists() and not (root / name).is_dir():
+        if not (root / name).is_dir() and ((root / name).exists() or os.path.islink(root / name)):
             raise _foreign(root / name, "is no folder")
-    _check_checkpoints(root / "checkpoints")
+    for folder in (root, root / "best"):
+        _check_checkpoints(folder / "checkpoints")
     for name in (*OWN, *LOGS, TOKENIZER):
         _check_kind(root / name)
     if (root / TOKENIZER).exists() and not any((root / name).exists() for name in MARKS):

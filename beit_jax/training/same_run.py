@@ -20,7 +20,7 @@ from beit_jax.config.differences import ABSENT, differences
 from beit_jax.config.parse import shown
 from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.training.optim import path_name
-from beit_jax.training.run_directory import IDENTITY, plain_config
+from beit_jax.training.run_directory import COUNTS, IDENTITY, plain_config
 from beit_jax.types import ConfigDataclass, Json, JsonObject, PyTree
 from beit_jax.weights import native
 
@@ -134,6 +134,24 @@ def check_identity(
                 f"config.{name}: its content is not what the run in {where} began with"
                 f" (digest {shown(was)}, now {digest!r}); choose another --workdir"
             )
+
+
+def counts_changed(recorded: JsonObject, counts: Mapping[str, int]) -> list[str]:
+    """Lines about images that have become more or fewer than they were; that is allowed.
+
+    Args:
+      recorded: what a checkpoint was written with; an old one does not say.
+      counts: how many there are now, by setting (`Feed.counts`).
+    """
+    was = recorded.get(COUNTS)
+    if not isinstance(was, dict):
+        return []
+    return [
+        f"config.{name}: {count} images, and {shown(was[name])} when the checkpoint was written:"
+        " from here on their order is another one"
+        for name, count in counts.items()
+        if was.get(name, count) != count
+    ]
 
 
 def misfit(stored: PyTree, wanted: PyTree) -> str:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import pytest
 
 from beit_jax import jobs
-from beit_jax.config import ConfigError, OptimizerConfig, RunConfig, may_change
+from beit_jax.config import ConfigError, OptimizerConfig, RunConfig, may_change, to_dict
 from beit_jax.config.differences import ABSENT
 from beit_jax.tokenizers.loading import open_tokenizer, save_params
 from beit_jax.training import checkpoint, optim, same_run, sharding
 from beit_jax.training.state import Task, init_state, state_shapes
+from beit_jax.weights import native
 from tests.tasks import tiny
 
 RUN = RunConfig(steps=10, batch_size=8, keep_checkpoints=2)
@@ -177,6 +178,46 @@ def test_a_checkpoint_deleted_while_it_is_read_gives_way_to_a_newer_one(tmp_path
     monkeypatch.setattr(checkpoint.Checkpoints, "_read", read_late)
     assert int(restored(tmp_path, read_only=True).step) == 4
     assert calls == [2, 4]
+
+
+def test_another_number_of_images_is_said_and_allowed(tmp_path, caplog):
+    _, state = states()
+    for images in (61, 70):
+        checkpoints = checkpoint.Checkpoints(
+            str(tmp_path), run=RUN, config=CONFIG, counts={"data.source": images}
+        )
+        with caplog.at_level(logging.WARNING):
+            checkpoints.write_config()
+        checkpoints.save(state, step=images)
+        checkpoints.close()
+    (line,) = caplog.messages
+    assert line.startswith("config.data.source: 70 images, and 61 when the checkpoint was written")
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def test_a_classifier_keeps_the_names_of_its_classes():
+    config = jobs.parse_job(tiny.classify().to_dict())
+    cats = dataclasses.replace(config, labels=("cat", "dog"))
+    dogs = dataclasses.replace(config, labels=("dog", "cat"))
+    for was, now, refused in ((config, cats, False), (cats, cats, False), (cats, dogs, True)):
+        changed = same_run.changes(same_run.as_json(to_dict(was)), now)
+        if refused:
+            with pytest.raises(ConfigError, match=r"^config\.labels: was \['cat', 'dog'\], now"):
+                same_run.check_settings(changed, now, where="runs/a")
+        else:
+            same_run.check_settings(changed, now, where="runs/a")
+
+
+def test_a_checkpoint_deleted_while_it_is_exported_is_one_line(tmp_path, monkeypatch):
+    write(tmp_path)
+
+    def gone(folder, **_):
+        shutil.rmtree(folder.parent)
+        raise FileNotFoundError(2, "No such file or directory", str(folder))
+
+    monkeypatch.setattr(native, "_restore", gone)
+    with pytest.raises(ConfigError, match=r"^init: .*/checkpoints/2 was deleted while it was read"):
+        native.read_params(str(tmp_path), name="init")
 
 
 def test_when_a_setting_may_change():
