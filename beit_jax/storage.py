@@ -110,6 +110,13 @@ def free_bytes(path: str | os.PathLike) -> int | None:
     return found.f_bavail * found.f_frsize
 
 
+def check_not_read_only(path: str | os.PathLike) -> None:
+    """Raises StorageError where the file system of a path, or of its folder, is read-only."""
+    found = _statvfs(path)
+    if found is not None and found.f_flag & os.ST_RDONLY:
+        raise StorageError(errno.EROFS, path=os.fspath(path))
+
+
 def _no_more_files(path: str) -> bool:
     found = _statvfs(path)
     return found is not None and found.f_files > 0 and found.f_favail == 0

@@ -137,11 +137,13 @@ def check_output(path: str) -> None:
     Raises:
       ConfigError: an unknown suffix, a folder that does not exist or can't be written to, or a
         package that the format needs is not installed.
+      StorageError: the folder's file system is read-only.
     """
     suffix = os.path.splitext(path)[1]
     check(suffix in FORMATS, "--output", f"{path} must end in {' or '.join(FORMATS)}")
     folder = os.path.dirname(path) or "."
     check(os.path.isdir(folder), "--output", f"there is no folder {folder}")
+    storage.check_not_read_only(folder)
     check(os.access(folder, os.W_OK), "--output", f"{folder} can't be written to")
     check(not os.path.isdir(path), "--output", f"{path} is a folder")
     if suffix == ".parquet":

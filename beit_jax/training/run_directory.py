@@ -9,7 +9,6 @@ anything else is refused by name.
 """
 
 import contextlib
-import errno
 import os
 import re
 import stat
@@ -93,8 +92,7 @@ def check_path(workdir: str) -> None:
     if not stat.S_ISDIR(mode):
         what = "it is" if here else f"{_quoted(folder)} is"
         raise _refused(workdir, f"{what} a file, not a folder")
-    if os.statvfs(folder).f_flag & os.ST_RDONLY:
-        raise storage.StorageError(errno.EROFS, path=workdir)
+    storage.check_not_read_only(workdir)
     if not os.access(folder, os.W_OK | os.X_OK):
         what = "it" if here else _quoted(folder)
         raise _refused(workdir, f"{what} may not be written to")

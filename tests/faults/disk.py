@@ -71,7 +71,8 @@ def draw(count: int, *, seed: int) -> list[dict]:
         if number % 3 == 2:
             name = list(COMMANDS)[number // 3 % len(COMMANDS)]
             left = int(random.choice([0, 4096, int(random.integers(8_000, 40_000))]))
-            cases.append({"command": name, "kind": "full", "left": left})
+            kind = str(random.choice(["full", "read-only"], p=[0.8, 0.2]))
+            cases.append({"command": name, "kind": kind, "left": left})
             continue
         job, moment = runs[order[number % len(runs)]]
         kind = str(random.choice(list(KINDS), p=[0.7, 0.15, 0.15]))
@@ -157,6 +158,12 @@ def _limit(disk: Path, *, left: int) -> None:
     """No file can become larger than 2 kB, as with `ulimit -f`."""
     del disk, left
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+
+
+def _remount(disk: Path, *, left: int) -> None:
+    """Only where nothing is open yet."""
+    del left
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
 
 KINDS: dict[str, Callable[..., None]] = {"full": _fill, "forbidden": _forbid, "limited": _limit}
@@ -287,6 +294,7 @@ def _disk(folder: Path, *, megabytes: int = 16) -> Iterator[Path]:
 
 
 def _repair(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     (disk / "ballast").unlink(missing_ok=True)
     for folder in [disk, *(path for path in disk.rglob("*") if path.is_dir())]:
         folder.chmod(0o755)
@@ -343,7 +351,7 @@ def _try_command(case: dict, *, keep: Path, folder: Path) -> None:
         if not (keep / "reference" / case["command"]).exists():
             code, said = _forked(lambda: _command(reference))
             _expect(code == 0, f"without a fault exit code {code}", said)
-        _fill(disk, left=case["left"])
+        {"full": _fill, "read-only": _remount}[case["kind"]](disk, left=case["left"])
         code, said = _forked(lambda: _command(arguments))
         if code != 0:
             _check_end(code, said, disk=disk)
