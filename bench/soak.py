@@ -30,6 +30,7 @@ PARTS = {
     "supply": 2,
     "directory": 192,
     "hostile": 2_000,  # calls
+    "settings": 100_000,
 }
 
 

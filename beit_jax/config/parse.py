@@ -318,4 +318,5 @@ def to_dict(config: ConfigDataclass) -> JsonObject:
 
 def one_of(value: str, name: str, *options: str) -> None:
     """Raises `ConfigError` unless `value` is among `options`."""
-    check(value in options, name, f"must be one of {', '.join(options)}; got {shown(value)}")
+    known = isinstance(value, str) and value in options
+    check(known, name, f"must be one of {', '.join(options)}; got {shown(value)}")

@@ -25,6 +25,7 @@ _WALKED = 7  # levels of dicts that are searched for weights
 # Texts hash by a secret; of numbers anyone can write a thousand that hash alike. An optimizer's
 # state has one for each parameter, the labels of ImageNet-22k are 22,000.
 _MOST_NUMBER_KEYS = 30_000
+_MOST_ALIKE = 20
 _LONGEST_KEY = 100  # parts of a tuple that is a key
 
 
@@ -238,6 +239,7 @@ class _Keys:
 
     def __init__(self) -> None:
         self._numbers = 0
+        self._alike: dict[int, list[object]] = {}  # hash → different keys that have it
 
     def check(self, key: object) -> None:
         """Raises UnpicklingError for a key that takes long to hash, and for too many of numbers."""
@@ -254,6 +256,11 @@ class _Keys:
                 waiting += part
             elif not _is_plain(part) or parts > _LONGEST_KEY:
                 raise pickle.UnpicklingError(f"a key that is a {type(part).__name__}")
+        alike = self._alike.setdefault(hash(key), [])
+        if key not in alike:
+            alike.append(key)
+        if len(alike) > _MOST_ALIKE:
+            raise pickle.UnpicklingError("keys that are made to hash alike")
 
 
 def _is_plain(value: object) -> bool:
