@@ -23,10 +23,8 @@ from beit_jax.config import (
     RunConfig,
     check,
     shape_setting,
-    to_dict,
 )
 from beit_jax.config.bounds import Block, Classes, Line, OneOf, Within, check_fields
-from beit_jax.config.differences import differences
 from beit_jax.config.optimizer import check_warmup
 from beit_jax.config.unused import Unused
 from beit_jax.data.source_kinds import check_sources
@@ -43,9 +41,8 @@ from beit_jax.evaluation.linear_probe import feature_function, probe_task, store
 from beit_jax.tasks.feed import check_class_count, feed_of, labelled_sources
 from beit_jax.tasks.summary import write_summary
 from beit_jax.text_table import text_table
-from beit_jax.training import loop, metrics, run_directory, start
+from beit_jax.training import loop, metrics, run_directory, same_run, start
 from beit_jax.types import HostBatch, JsonObject
-from beit_jax.weights import native
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,9 +256,7 @@ def train_probe(
 
 def check_same_probe(config: ProbeConfig, *, workdir: str) -> None:
     """Raises ConfigError where the run's directory holds classifiers of other features."""
-    if not native.is_checkpoint(workdir):
-        return
-    changes = differences({"was": native.saved_config(workdir), "now": to_dict(config)})
+    changes = same_run.changes(same_run.recorded(workdir), config)
     for name in ("run.init_from", "features", "blocks"):
         if name in changes:
             was, now = changes[name]["was"], changes[name]["now"]

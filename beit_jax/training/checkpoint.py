@@ -131,7 +131,7 @@ class Checkpoints:
             for line in self.check_config():
                 logging.info("changed since the checkpoint was written: config.%s", line)
             if self._counts and self._steps():
-                recorded = same_run.recorded(str(self._root), self._steps())
+                recorded = same_run.recorded(str(self._root))
                 for line in same_run.counts_changed(recorded, self._counts):
                     logging.warning("%s", line)
             write_json(self._root / "config.json", self._config)
@@ -224,7 +224,7 @@ class Checkpoints:
                 return
             found = found or misfit or ""
         if found:
-            changed = same_run.changes(same_run.recorded(str(self._root), steps), self._settings)
+            changed = same_run.changes(same_run.recorded(str(self._root)), self._settings)
             raise ConfigError(same_run.other_model(found, changed, where=self._root))
 
     def _misfit(self, step: int, shapes: TrainState) -> str | None:

@@ -7,7 +7,7 @@ the arrays themselves: a checkpoint that has others is another model's, which is
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -42,30 +42,30 @@ def check(workdir: str, *, config: Settings, identity: Mapping[str, str]) -> lis
     Raises:
       ConfigError: the checkpoints belong to another run.
     """
-    folder = epath.Path(workdir) / "checkpoints"
-    entries = folder.iterdir() if folder.exists() else ()
-    steps = [int(entry.name) for entry in entries if entry.name.isdigit()]
-    if not steps:
-        return []
-    saved = recorded(workdir, steps)
-    changed = changes(saved, config) if saved else {}
+    saved = recorded(workdir)
+    changed = changes(saved, config)
     check_settings(changed, config, where=workdir)
     was = saved.get(IDENTITY)
     check_identity(was if isinstance(was, dict) else {}, identity, where=workdir)
     return list(lines(changed).values())
 
 
-def recorded(workdir: str, steps: Iterable[int]) -> JsonObject:
-    """What the newest of these checkpoints was written with; {} where no record is left.
+def recorded(workdir: str) -> JsonObject:
+    """What the newest checkpoint of a run was written with; {} where there is no checkpoint.
 
-    Where a checkpoint's own is damaged, the next best is taken; `config.json` is the last.
+    Where its own record is damaged, the next best is taken; `config.json` is the last. Where none
+    is left, that is logged, and {} returned.
     """
     root = epath.Path(workdir)
+    entries = (root / "checkpoints").iterdir() if (root / "checkpoints").exists() else ()
+    steps = [int(entry.name) for entry in entries if entry.name.isdigit()]
+    if not steps:
+        return {}
     for step in sorted(steps, reverse=True):
         try:
-            return native.saved_config(str(root / "checkpoints" / str(step)), name="--workdir")
+            return native.saved_config(str(root / "checkpoints" / str(step)), name="settings")
         except ConfigError as error:
-            logging.warning("%s", error)
+            logging.warning("%s; an older record is taken", error)
     try:
         return read_json_object(root / "config.json", finite=False)
     except JsonError as error:
@@ -78,9 +78,11 @@ def changes(saved: JsonObject, settings: Settings) -> dict[str, dict[str, Json]]
     """Settings that are not what they were: by full name, what each "was" and is "now".
 
     Args:
-      saved: a checkpoint's config.
+      saved: a checkpoint's config; {}, of which nothing is known, differs in nothing.
       settings: the job's now.
     """
+    if not saved:
+        return {}
     now = settings if isinstance(settings, dict) else to_dict(settings)
     return differences({"was": _as_now(plain_config(saved), settings), "now": as_json(now)})
 
