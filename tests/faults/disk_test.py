@@ -9,9 +9,7 @@ pytestmark = [
     pytest.mark.skipif(not disk.can_mount(), reason="needs a file system of its own"),
 ]
 RUNS = (
-    ("pretrain", "start", "full", 0),
     ("pretrain", "save", "full", 60_000),
-    ("pretrain", "last picture", "full", 0),
     ("classify", "best", "limited", 0),
     ("tokenizer", "tokenizer", "forbidden", 0),
 )
