@@ -20,6 +20,8 @@ from beit_jax.types import PyTree
 from beit_jax.weights.placeholders import Names, Record, Refused
 
 _MOST_STEPS = 4_000_000  # opcodes; a checkpoint of BEiT-large with its optimizer has 40,000
+_MOST_OPEN = 20_000  # values that wait for the end of one; a pickler fills a dict by thousands
+_DEEPEST = 300
 _MOST_VALUES = 4_000_000  # in dicts within dicts; one that is referred to twice counts twice
 _WALKED = 7  # levels of dicts that are searched for weights
 # Texts hash by a secret; of numbers anyone can write a thousand that hash alike. An optimizer's
@@ -40,6 +42,7 @@ class Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be cou
 
     # Of the base class, which its types do not tell.
     stack: PyTree
+    metastack: PyTree
     append: Callable[[PyTree], None]
     pop_mark: Callable[[], PyTree]
     read: Callable[[int], bytes]
@@ -58,6 +61,7 @@ class Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be cou
         self._keys = _Keys()
         self._names = Names(lenient=lenient, check_key=self._keys.check)
         self._steps = 0
+        self._depths: dict[int, int] = {}  # of tuples by their ids; a stale one is a small number
         self._copied = 0
 
     def find_class(self, module: str, name: str) -> PyTree:
@@ -180,6 +184,43 @@ class Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be cou
             self._copies(part, part.get("_fields") if isinstance(part, dict) else None)
         cast(Any, super()).load_build()
 
+    def _open(self, step: Callable[[PyTree], None]) -> None:
+        # What holds others lies on the stack until it is full.
+        if len(self.stack) > _MOST_OPEN or len(self.metastack) > _DEEPEST:
+            raise pickle.UnpicklingError("it is nested too deep")
+        step(self)
+
+    def _list(self) -> None:
+        self._open(cast(Any, pickle._Unpickler).load_empty_list)
+
+    def _empty_dict(self) -> None:
+        self._open(cast(Any, pickle._Unpickler).load_empty_dictionary)
+
+    def _mark(self) -> None:
+        self._open(cast(Any, pickle._Unpickler).load_mark)
+
+    def _tuple_of(self, items: tuple) -> None:
+        depth = 1 + max((self._depths.get(id(i), 1) for i in items if type(i) is tuple), default=0)
+        if depth > _DEEPEST:
+            raise pickle.UnpicklingError("it is nested too deep")
+        self.append(items)
+        if depth > 1:
+            self._depths[id(items)] = depth
+
+    def _tuple(self) -> None:
+        self._tuple_of(tuple(self.pop_mark()))
+
+    def _tuple1(self) -> None:
+        self._tuple_of((self.stack.pop(),))
+
+    def _tuple2(self) -> None:
+        last, first = self.stack.pop(), self.stack.pop()
+        self._tuple_of((first, last))
+
+    def _tuple3(self) -> None:
+        last, second, first = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        self._tuple_of((first, second, last))
+
     def _bytearray8(self) -> None:
         # Python's own allocates what is announced before it looks whether it is there.
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
@@ -200,6 +241,13 @@ _OWN: dict[bytes, Callable[[Unpickler], None]] = {
     pickle.ADDITEMS: Unpickler._additems,
     pickle.FROZENSET: Unpickler._frozenset,
     pickle.BUILD: Unpickler._build,
+    pickle.EMPTY_LIST: Unpickler._list,
+    pickle.EMPTY_DICT: Unpickler._empty_dict,
+    pickle.MARK: Unpickler._mark,
+    pickle.TUPLE: Unpickler._tuple,
+    pickle.TUPLE1: Unpickler._tuple1,
+    pickle.TUPLE2: Unpickler._tuple2,
+    pickle.TUPLE3: Unpickler._tuple3,
     pickle.BYTEARRAY8: Unpickler._bytearray8,
     # Classes by number, from a table of this process; and memory of another one's.
     **dict.fromkeys(

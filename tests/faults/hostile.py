@@ -254,7 +254,9 @@ def calls(folder: Path, *, count: int, seed: int) -> dict[str, object]:
     planned = planned[:count]
     outcomes = {"refused": 0, "harmless": 0}
     failures, longest = [], 0.0
-    for target, part, kind, content, reader in planned:
+    for number, (target, part, kind, content, reader) in enumerate(planned, 1):
+        if number % 100 == 0:
+            print(f"{number} of {len(planned)} calls", file=sys.stderr, flush=True)
         place = folder / "call"
         path = place / target
         shutil.rmtree(place, ignore_errors=True)

@@ -183,7 +183,7 @@ def pickles(canary: Path) -> dict[str, bytes]:
         + b"s" * 10**5
         + b".",
         "keys that collide": _dict_of([_long(i * _HASH) for i in many]),
-        "floats that collide": _dict_of([b"G" + struct.pack(">d", i * 2.0**61) for i in many]),
+        "many numbers": _dict_of([b"G" + struct.pack(">d", i * 2.0**61) for i in many]),
         "a set that collides": b"\x80\x04\x8f("
         + b"".join(_long(i * _HASH) for i in many)
         + b"\x90.",
