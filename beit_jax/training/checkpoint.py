@@ -181,7 +181,8 @@ class Checkpoints:
         first_error = ""
         for step in steps:
             try:
-                (state, stored), error = self._read(step, shapes), None
+                with native.quiet_reads():
+                    (state, stored), error = self._read(step, shapes), None
             except Exception as raised:
                 state, stored, error = None, None, raised
             # Hosts read different parts: a checkpoint that one cannot read is used by none.

@@ -48,7 +48,7 @@ def _orbax() -> ModuleType:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_reads() -> Iterator[None]:
     """Hides Orbax' warning of metadata that it then finds in another file.
 
     That message alone: meanwhile another thread may have something to say of the first batch. Also
@@ -133,7 +133,7 @@ def saved_shapes(source: str, *, name: str = "checkpoint") -> PyTree:
     """
     folder = state_folder(source, name=name)
     with _refusing_damage(folder.parent, name=name):
-        with _quiet(), _orbax().StandardCheckpointer() as checkpointer:
+        with quiet_reads(), _orbax().StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(folder)
             _check("" if metadata.item_metadata is not None else "its metadata can't be read")
         shapes = metadata.item_metadata.tree
@@ -269,7 +269,7 @@ def _restore(
     else:
         item = shapes
         restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
-    with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+    with quiet_reads(), ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             folder,
             args=ocp.args.PyTreeRestore(
