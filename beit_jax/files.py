@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 
 from etils import epath
@@ -32,6 +32,38 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_together(
+    folder: str | os.PathLike, contents: Mapping[str, bytes], *, needed_by_all: str
+) -> None:
+    """Writes files that mean nothing without each other.
+
+    A process that is killed on the way leaves the old files, the new ones, or a folder without the
+    file that its readers need; never new and old ones that are taken for one whole.
+
+    Args:
+      folder: local or gs://; made where it is missing.
+      contents: by the files' names.
+      needed_by_all: the one of them without which no reader takes the others.
+
+    Raises:
+      StorageError: the disk is full or can't be written to; old files are as they were.
+    """
+    target = epath.Path(folder)
+    names = [*(name for name in contents if name != needed_by_all), needed_by_all]
+    temporary = {name: target / f"{name}.{os.getpid()}.tmp" for name in names}
+    with storage.writing(folder, needed=sum(map(len, contents.values()))):
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            for name in names:
+                temporary[name].write_bytes(contents[name])
+            (target / needed_by_all).unlink(missing_ok=True)
+            for name in names:
+                temporary[name].replace(target / name)
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
 
 
 def visible_files(
@@ -106,4 +138,9 @@ def write_json(path: str | os.PathLike, value: Json) -> None:
       path: local or gs://; missing folders are created.
       value: anything `json.dumps` takes; tuples become lists.
     """
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_whole(path, json_bytes(value))
+
+
+def json_bytes(value: Json) -> bytes:
+    """A value as indented JSON with a final newline; takes anything that `json.dumps` takes."""
+    return (json.dumps(value, indent=2) + "\n").encode()

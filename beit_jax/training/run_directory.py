@@ -31,6 +31,11 @@ from beit_jax.weights import native
 
 FOLDERS = ("checkpoints", "best", "unreadable_checkpoints")
 LOGS = ("metrics.jsonl",)
+# What `files.write_whole` names a file until it is whole. Not `evaluation.json`, which another
+# process may be writing beside the run.
+_UNFINISHED = re.compile(
+    r"(config\.json|summary\.json|metrics\.jsonl|tokenizer\.safetensors|\w+\.png)\.[0-9]+\.tmp"
+)
 TOKENIZER = "tokenizer.safetensors"  # a tokenizer's training ends with it
 MARKS = ("config.json", "metrics.jsonl", "checkpoints")  # of which a run leaves one at least
 EVALUATION = "evaluation.json"
@@ -195,6 +200,15 @@ def _check_files(root: epath.Path, names: Iterable[str]) -> None:
         _move_aside(root / name, reason=reason)
         if name == "config.json":
             _rebuild(root)
+
+
+def _remove_unfinished(root: epath.Path) -> None:
+    """Removes what `files.write_whole` was writing when the run was killed."""
+    for path in root.iterdir() if root.exists() else ():
+        whole = _UNFINISHED.fullmatch(path.name)
+        if whole and path.is_file():
+            logging.info("removed %s, left by a run that was killed", path)
+            path.unlink(missing_ok=True)
 
 
 def _check_kind(path: epath.Path) -> None:

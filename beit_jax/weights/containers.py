@@ -210,8 +210,13 @@ def combined_sha256(digests: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def write_safetensors(path: str, state: FlatParams, *, metadata: dict[str, str]) -> None:
-    """Writes float32 tensors; readers see the old file or the whole new one."""
+def safetensors_bytes(state: FlatParams, *, metadata: dict[str, str]) -> bytes:
+    """A safetensors file of float32 tensors."""
     # safetensors writes the bytes as they lie in memory: a transposed view would come out wrong.
     tensors = {key: np.array(array, np.float32, order="C") for key, array in state.items()}
-    write_whole(path, safetensors.numpy.save(tensors, metadata=metadata))
+    return safetensors.numpy.save(tensors, metadata=metadata)
+
+
+def write_safetensors(path: str, state: FlatParams, *, metadata: dict[str, str]) -> None:
+    """Writes float32 tensors; readers see the old file or the whole new one."""
+    write_whole(path, safetensors_bytes(state, metadata=metadata))

@@ -210,3 +210,14 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
     with pytest.raises(ConfigError), run_directory.opened(str(tmp_path / "run")):
         raise ConfigError("config.data.source: no images")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    ours = ("config.json.123.tmp", "metrics.jsonl.9.tmp", "reconstruction.png.77.tmp")
+    others = ("notes.txt.123.tmp", "config.json.tmp", "evaluation.json.123.tmp", "config.json.bak")
+    for name in (*ours, *others):
+        (tmp_path / name).write_text("half")
+    with run_directory.opened(str(tmp_path)):
+        left = {path.name for path in tmp_path.iterdir()}
+    assert not left & set(ours)
+    assert left >= set(others)

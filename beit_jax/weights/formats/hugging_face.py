@@ -12,7 +12,7 @@ from collections.abc import Callable
 from etils import epath
 
 from beit_jax.config import ModelConfig
-from beit_jax.files import write_json, write_whole
+from beit_jax.files import json_bytes, write_together
 from beit_jax.types import JsonObject
 from beit_jax.weights import containers, keys, resize
 from beit_jax.weights.description import Description
@@ -85,7 +85,6 @@ TABLES: dict[str, Table] = {
         *norm("beit.pooler.layernorm", "fc_norm"),
     ),
 }
-FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
 # What files commonly keep though a kind has no use for it: a classifier that was fine-tuned from a
 # pre-trained model has its mask token, a pre-trained one may have a pooler.
 _FINAL_NORMS = ("beit.layernorm", "beit.pooler")  # of the class token, of the mean
@@ -108,19 +107,6 @@ def write(export: Export) -> Written:
     kept = _kept_config(export)
     class_name = hugging_face_config.CLASSES[description.task]
     state = keys.to_foreign(export.params, TABLES[description.task])
-    # First, because a disk that becomes full does so here: an older export then stays as it was.
-    # "format" is what transformers looks for first.
-    containers.write_safetensors(
-        str(folder / "model.safetensors"), state, metadata={"format": "pt"}
-    )
-    for name, value in (
-        ("config.json", hugging_face_config.config_json(description, kept=kept)),
-        (
-            "preprocessor_config.json",
-            hugging_face_config.preprocessor_json(description, config=export.config),
-        ),
-    ):
-        write_json(folder / name, value)
     card = model_card(
         description,
         class_name=class_name,
@@ -129,14 +115,23 @@ def write(export: Export) -> Written:
         source=export.source,
         name=folder.name,
     )
-    write_whole(folder / "README.md", card.encode())
+    config = hugging_face_config.config_json(description, kept=kept)
+    preprocessor = hugging_face_config.preprocessor_json(description, config=export.config)
+    contents = {
+        "config.json": json_bytes(config),
+        "preprocessor_config.json": json_bytes(preprocessor),
+        "README.md": card.encode(),
+        # "format" is what transformers looks for first.
+        "model.safetensors": containers.safetensors_bytes(state, metadata={"format": "pt"}),
+    }
+    write_together(folder, contents, needed_by_all="config.json")
     # BeitModel adds a pooler unless told not to; its norm would be random.
     no_pooler = description.task == "encoder" and description.pooling == "none"
     options = ", add_pooling_layer=False" if no_pooler else ""
     return Written(
         load=f"transformers.{class_name}.from_pretrained({export.output!r}{options})",
         used=tuple(export.params),
-        files={name: str(folder / name) for name in FILES},
+        files={name: str(folder / name) for name in contents},
     )
 
 
