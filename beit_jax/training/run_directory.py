@@ -186,6 +186,7 @@ def _check_contents(root: epath.Path) -> None:
     if (root / TOKENIZER).exists() and not any((root / name).exists() for name in MARKS):
         raise _foreign(root / TOKENIZER, "is in a directory of no run")
     _check_files(root, OWN)
+    _remove_unfinished(root)
 
 
 def _check_files(root: epath.Path, names: Iterable[str]) -> None:
