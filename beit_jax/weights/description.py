@@ -8,7 +8,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from beit_jax.config import ModelConfig, check, one_of, parse, to_dict
+from beit_jax.config import ConfigError, ModelConfig, check, one_of, parse, to_dict
+from beit_jax.config.bounds import INT32
+from beit_jax.config.parse import shown
 from beit_jax.models.blocks import layer_norm
 from beit_jax.models.functional import Functional, flatten, functional
 from beit_jax.models.heads import classifier, masked_image_model
@@ -134,11 +136,16 @@ def describe(config: JsonObject) -> Description:
     kind = KINDS[task]
     for key in ("model", "data", *kind.required):
         check(key in config, key, "missing from the checkpoint's config")
-    outputs, mask_token = kind.outputs(config), config.get("mask_token", False)
+    try:
+        outputs, normalization = kind.outputs(config), config["data"]["normalization"]
+    except (LookupError, TypeError):
+        raise ConfigError("the checkpoint's config has a value where a section is due") from None
+    mask_token, pooling = config.get("mask_token", False), config.get("pooling", "mean")
     labels = config.get("labels", [])
     # The config of a file may hold anything.
-    check(type(outputs) is int and outputs >= 0, "outputs", f"{outputs!r:.40} is no whole number")
-    check(isinstance(mask_token, bool), "mask_token", f"{mask_token!r:.40} is no bool")
+    whole = type(outputs) is int and 0 <= outputs <= INT32
+    check(whole, "outputs", f"{shown(outputs)} is no whole number")
+    check(isinstance(mask_token, bool), "mask_token", f"{shown(mask_token)} is no bool")
     check(
         isinstance(labels, list | tuple) and all(isinstance(label, str) for label in labels),
         "labels",
@@ -148,9 +155,9 @@ def describe(config: JsonObject) -> Description:
         task=task,
         model=parse(ModelConfig, config["model"], path="model"),
         outputs=outputs,
-        pooling=config.get("pooling", "mean"),
+        pooling=pooling,
         mask_token=mask_token,
-        normalization=config["data"]["normalization"],
+        normalization=normalization,
         labels=tuple(labels),
     )
 

@@ -16,7 +16,7 @@ from absl import logging
 from beit_jax.config import ConfigError
 from beit_jax.config.facts import FACTS, Difference, comparable, differences, value_of
 from beit_jax.config.facts import stated as is_stated
-from beit_jax.types import JsonObject
+from beit_jax.types import Json, JsonObject
 from beit_jax.weights import foreign, native, opening
 from beit_jax.weights.description import describe, to_config
 from beit_jax.weights.formats.format import STATED_ELSEWHERE
@@ -96,9 +96,9 @@ def stated(
         folder = native.state_folder(source, name=name).parent / "config"
         config = _complete(native.saved_config(source, name=name)) if folder.exists() else {}
         # Guessed by the import, and saved as if it were known.
-        guessed = value_of(config, "imported_from.guessed") or {}
-        kept = value_of(config, "imported_from.kept") or {}
-        return SourceFacts(config=config, guessed=_unsaid(guessed, kept=kept))
+        said = _object(value_of(config, "imported_from.guessed"))
+        kept = _object(value_of(config, "imported_from.kept"))
+        return SourceFacts(config=config, guessed=_unsaid(said, kept=kept))
     try:
         checkpoint = foreign.read(source, stated=STATED_ELSEWHERE, allow_unused=allow_unused)
     except WeightsError as error:
@@ -110,9 +110,14 @@ def stated(
 def _unsaid(guessed: Iterable[str], *, kept: JsonObject) -> frozenset[str]:
     """The guesses that stand for something that the file does not say at all."""
     names = frozenset(guessed) - _SHOWN
-    if "layer_norm_eps" in kept.get("config", {}):  # said, and read as the official value
+    if "layer_norm_eps" in _object(kept.get("config")):  # said, and read as the official value
         names -= {"layer_norm_epsilon"}
     return names
+
+
+def _object(value: Json) -> JsonObject:
+    """A section of a config that anybody may have written; {} where it is none."""
+    return value if isinstance(value, dict) else {}
 
 
 def _complete(saved: JsonObject) -> JsonObject:
