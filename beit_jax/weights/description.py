@@ -142,6 +142,12 @@ def describe(config: JsonObject) -> Description:
         raise ConfigError("the checkpoint's config has a value where a section is due") from None
     mask_token, pooling = config.get("mask_token", False), config.get("pooling", "mean")
     labels = config.get("labels", [])
+    origin = config.get("imported_from", {})
+    is_section = isinstance(origin, dict) and all(
+        isinstance(origin.get(key, {}), dict) for key in ("guessed", "kept")
+    )
+    if not is_section:
+        raise ConfigError("imported_from: must be a section, of sections guessed and kept")
     # The config of a file may hold anything.
     whole = type(outputs) is int and 0 <= outputs <= INT32
     check(whole, "outputs", f"{shown(outputs)} is no whole number")

@@ -5,7 +5,8 @@ Kept with an imported checkpoint as plain JSON, so that any format can be writte
 
 import dataclasses
 
-from beit_jax.config import check, one_of
+from beit_jax.config import ConfigError, check, one_of
+from beit_jax.config.facts import value_of
 from beit_jax.preprocessing import official_crop
 from beit_jax.types import JsonObject
 
@@ -39,10 +40,13 @@ def view_of(config: JsonObject, *, image_size: int) -> View:
       image_size: side of the model's input in pixels.
     """
     kept = kept_of(config).get("view")
-    if kept:
-        return View(**kept)
-    crop = config.get("data", {}).get("augment", {}).get("eval_crop")
-    return View(crop=crop or official_crop(image_size))
+    try:
+        if kept:
+            return View(**kept)
+        crop = value_of(config, "data.augment.eval_crop")
+        return View(crop=crop or official_crop(image_size))
+    except TypeError:  # a config of somebody else's
+        raise ConfigError("view: must be a section of interpolation, crop and squash") from None
 
 
 def kept_of(config: JsonObject) -> JsonObject:
