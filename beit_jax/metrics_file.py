@@ -79,14 +79,21 @@ class MetricsFile:
         self._remote = "://" in os.fspath(path)
         content, found = self._open()
         lines = {key: line for key, line in found.lines.items() if key[0] <= start_step}
-        later = len({step for step, _ in found.lines if step > start_step})
+        later = len(found.lines) - len(lines)
         if later:
             logging.info(
-                "%s: the lines of %d steps after step %d are dropped: those steps are repeated",
-                *(self._path, later, start_step),
+                "%s: lines after step %d are dropped (%d in all): those steps are repeated",
+                *(self._path, start_step, later),
             )
         if found.foreign:
             self._set_aside(content, found.foreign)
+        elif later and not start_step:
+            # No checkpoint is left: it may be the log of another program, or of a run whose
+            # checkpoints were deleted to save room.
+            aside = self._keep(content)
+            logging.warning(
+                "%s: there is no checkpoint; the file as it was is now %s", self._path, aside
+            )
         kept = _Content(lines=lines)
         if kept.joined() != content:
             write_whole(self._path, kept.joined())
@@ -164,9 +171,14 @@ class MetricsFile:
         content = self._path.read_bytes()
         return content, _parse(content)
 
-    def _set_aside(self, content: bytes, foreign: tuple[int, ...]) -> None:
+    def _keep(self, content: bytes) -> epath.Path:
+        """Writes the file as it was under another name."""
         aside = _free_name(self._path)
         write_whole(aside, content)
+        return aside
+
+    def _set_aside(self, content: bytes, foreign: tuple[int, ...]) -> None:
+        aside = self._keep(content)
         logging.error(
             "%s: line %d and %d others are no metrics; the file as it was is now %s, and its other"
             " lines are kept",

@@ -56,7 +56,7 @@ def test_steps_that_are_repeated_are_dropped(path, caplog):
     with caplog.at_level("INFO"):
         log = MetricsFile(path, start_step=3)
     assert path.read_text() == "".join(lines[:3])
-    assert "the lines of 2 steps after step 3 are dropped" in caplog.text
+    assert "lines after step 3 are dropped (3 in all)" in caplog.text
     assert log.held_out_at_start is None
 
 
@@ -219,3 +219,14 @@ def test_on_an_object_store_lines_wait_for_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics_file, "UPLOAD_SECONDS", 60.0)
     log.close()
     assert stored.read_bytes() == writes[-1]
+
+
+def test_lines_without_any_checkpoint_are_kept_under_another_name(path, caplog):
+    """They may be another program's, or the record of a run whose checkpoints were deleted."""
+    content = '{"step": 1, "loss": 2.0, "reward": 7}\n{"step": 2, "loss": 1.0, "reward": 8}\n'
+    path.write_text(content)
+    MetricsFile(path, start_step=0)
+    assert path.read_bytes() == b""
+    (copy,) = aside(path)
+    assert copy.read_text() == content
+    assert copy.name in caplog.text

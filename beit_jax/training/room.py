@@ -115,7 +115,7 @@ def _count(folder: str) -> int:
     checkpoints = epath.Path(folder) / _FOLDER
     if not checkpoints.is_dir():
         return 0
-    return sum(entry.name.isdigit() for entry in checkpoints.iterdir())
+    return sum(native.is_step(entry.name) for entry in checkpoints.iterdir())
 
 
 def _holes(folder: str) -> int:

@@ -278,7 +278,8 @@ def _check_checkpoints(folder: epath.Path) -> None:
     for entry in folder.iterdir():
         if not entry.name.isdigit():
             continue
-        if not entry.is_dir():
+        # Orbax takes any digits for a step.
+        if not entry.is_dir() or not native.is_step(entry.name):
             raise _foreign(entry, "is not a checkpoint of a run")
         names = {inside.name for inside in entry.iterdir()}
         if names and not names & set(native.CONTENT):

@@ -58,7 +58,7 @@ def recorded(workdir: str) -> JsonObject:
     """
     root = epath.Path(workdir)
     entries = (root / "checkpoints").iterdir() if (root / "checkpoints").exists() else ()
-    steps = [int(entry.name) for entry in entries if entry.name.isdigit()]
+    steps = [int(entry.name) for entry in entries if native.is_step(entry.name)]
     if not steps:
         return {}
     for step in sorted(steps, reverse=True):

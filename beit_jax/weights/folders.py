@@ -152,7 +152,8 @@ def _deepspeed(folder: epath.Path, names: list[str], *, source: str) -> Choice |
     """The model states of a checkpoint folder, or of the newest in a folder of them."""
     tag = ""
     if _DEEPSPEED_LATEST in names and (folder / _DEEPSPEED_LATEST).is_file():
-        tag = (folder / _DEEPSPEED_LATEST).read_text()[:256].strip()
+        with (folder / _DEEPSPEED_LATEST).open("rb") as file:
+            tag = file.read(256).decode(errors="replace").strip()
         if not re.fullmatch(r"[\w][\w.=+-]*", tag):  # a name, never a path out of the folder
             raise WeightsError(
                 f"{source}: the file {_DEEPSPEED_LATEST} names no folder: {tag[:60]!r}"

@@ -85,6 +85,11 @@ def is_checkpoint(source: str) -> bool:
     return True
 
 
+def is_step(name: str) -> bool:
+    """Whether a run's checkpoint has this name: a number as Orbax writes it, not "007" or "²"."""
+    return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
+
+
 def state_folder(source: str, *, name: str) -> epath.Path:
     """`<workdir>/checkpoints/<newest>/state` or `<checkpoint>/state`.
 
@@ -102,7 +107,7 @@ def state_folder(source: str, *, name: str) -> epath.Path:
         steps = [
             int(entry.name)
             for entry in (path / "checkpoints").iterdir()
-            if entry.name.isdigit() and _is_one(entry)
+            if is_step(entry.name) and _is_one(entry)
         ]
     if not steps:
         raise ConfigError(f"{name}: no checkpoint in {source}")
@@ -204,9 +209,9 @@ def _refusing_damage(checkpoint: epath.Path, *, name: str) -> Iterator[None]:
 
 def _others(checkpoint: epath.Path) -> str:
     """Where the same run's other checkpoints are; it is for a person to choose one of them."""
-    if checkpoint.parent.name != "checkpoints" or not checkpoint.name.isdigit():
+    if checkpoint.parent.name != "checkpoints" or not is_step(checkpoint.name):
         return ""
-    steps = [entry.name for entry in checkpoint.parent.iterdir() if entry.name.isdigit()]
+    steps = [entry.name for entry in checkpoint.parent.iterdir() if is_step(entry.name)]
     others = sorted({int(step) for step in steps} - {int(checkpoint.name)})
     if not others:
         return "; there is no other checkpoint beside it"

@@ -15,6 +15,7 @@ from beit_jax.config import ConfigError, RunConfig
 from beit_jax.training import run_directory
 from beit_jax.training.checkpoint import Checkpoints
 from beit_jax.training.state import state_from_params
+from beit_jax.weights import native
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = {"task": "pretrain", "run": {"steps": 10}}
@@ -221,3 +222,14 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
         left = {path.name for path in tmp_path.iterdir()}
     assert not left & set(ours)
     assert left >= set(others)
+
+
+@pytest.mark.parametrize("name", ["²", "007", "1" * 30, "٣"])
+def test_a_folder_with_a_number_that_is_no_step_is_refused(tmp_path, name):
+    (tmp_path / "checkpoints" / name / "state").mkdir(parents=True)
+    with (
+        pytest.raises(ConfigError, match="is not a checkpoint of a run"),
+        run_directory.opened(str(tmp_path)),
+    ):
+        pass
+    assert not native.is_checkpoint(str(tmp_path))
