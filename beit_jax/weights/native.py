@@ -65,7 +65,11 @@ def quiet_reads() -> Iterator[None]:
     before = sys.unraisablehook
 
     def unraisable(late: "sys.UnraisableHookArgs") -> None:
-        if str(late.exc_value) != "Event loop is closed":
+        frame = late.exc_traceback
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        where = "" if frame is None else frame.tb_frame.f_code.co_filename
+        if "asyncio" not in where:
             before(late)
 
     sys.unraisablehook = unraisable
