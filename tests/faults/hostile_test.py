@@ -13,14 +13,14 @@ from tests.faults import hostile, hostile_files
 
 
 def test_hostile_files_are_refused_or_harmless(tmp_path):
-    row = hostile.soak(count=60, seed=0, folder=tmp_path / "hostile")
+    row = hostile.soak(count=12, seed=0, folder=tmp_path / "hostile")
     assert row.failures == ()
     assert row.survived == row.tried == 60
 
 
 @pytest.mark.slow
 def test_more_hostile_files_are_refused_or_harmless(tmp_path):
-    row = hostile.soak(count=300, seed=1, folder=tmp_path / "hostile")
+    row = hostile.soak(count=120, seed=1, folder=tmp_path / "hostile")
     assert row.failures == ()
     assert row.survived == row.tried == 300
 
