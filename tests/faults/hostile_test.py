@@ -15,14 +15,14 @@ from tests.faults import hostile, hostile_files
 def test_hostile_files_are_refused_or_harmless(tmp_path):
     row = hostile.soak(count=12, seed=0, folder=tmp_path / "hostile")
     assert row.failures == ()
-    assert row.survived == row.tried == 60
+    assert row.survived == row.tried == 12
 
 
 @pytest.mark.slow
 def test_more_hostile_files_are_refused_or_harmless(tmp_path):
     row = hostile.soak(count=120, seed=1, folder=tmp_path / "hostile")
     assert row.failures == ()
-    assert row.survived == row.tried == 300
+    assert row.survived == row.tried == 120
 
 
 def test_every_part_of_every_target_is_tried(tmp_path):
