@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--json", default="")
     flags = parser.parse_args()
     names = [name for name in flags.parts.split(",") if name]
+    if not names:
+        parser.error(f"--parts: names none; there are {', '.join(PARTS)}")
     unknown = sorted(set(names) - set(PARTS))
     if unknown:
         parser.error(f"--parts: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")

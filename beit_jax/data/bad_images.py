@@ -106,10 +106,13 @@ class BadImages:
 
     def _error(self, more: str = "") -> TooManyBadImagesError:
         allowed = f", more than config.data.max_bad_share allows ({self._max_share:.1%})"
+        too_many = self.bad > self._max_share * self.read
+        advice = "; take such files out, or raise --config.data.max_bad_share to replace more"
         return TooManyBadImagesError(
             f"{self.bad} of the {self.read} {self._what} read can't be decoded "
             f"({self.bad / self.read:.1%})"
-            + (allowed if self.bad > self._max_share * self.read else "")
+            + (allowed if too_many else "")
             + f"{more}; among them "
             + ", ".join(itertools.islice(self._names.values(), NAMED))
+            + (advice if too_many and not self._all_bad() else "")
         )

@@ -26,6 +26,7 @@ import functools
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 
 import tensorflow as tf
@@ -41,6 +42,7 @@ from beit_jax.types import HostBatch
 
 # Held-out images are masked as if they were epoch 0 of a run with this seed.
 EVAL_SEED = 20_210_615
+_QUOTED = 160  # characters of TensorFlow's message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -349,13 +351,21 @@ def _unguarded_first(
             # TensorFlow's message quotes the path, or the image's first bytes. Where these are not
             # UTF-8, the bindings fail to decode the message and raise that instead of the error.
             logging.info(
-                "An image can't be read; from here on every image is guarded. %s",
-                getattr(error, "message", error),
+                "An image can't be read; from here on each is guarded, which takes a little longer."
+                " %s",
+                _what_failed(error),
             )
             break
         yield batch
         step += 1
     yield from batches(step, guarded=True)
+
+
+def _what_failed(error: Exception) -> str:
+    """TensorFlow's message in one line, without the names of the graph's nodes."""
+    message = str(getattr(error, "message", error))
+    message = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*", "", message, flags=re.DOTALL)
+    return " ".join(message.split())[:_QUOTED]
 
 
 def _check(source: Source, views: Views, batch_size: int, *, shard: int, shards: int) -> int:

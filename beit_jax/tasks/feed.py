@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from absl import logging
 
 from beit_jax import pictures
 from beit_jax.config import DataConfig, LabelledDataConfig, RunConfig, SourceConfig, check
@@ -21,13 +22,17 @@ if TYPE_CHECKING:
 
 
 def image_sources(config: SourceConfig) -> tuple["Source", "Source"]:
-    """Opens the training and the held-out images."""
+    """Opens the training and the held-out images, and logs how many there are."""
     from beit_jax.data import sources
 
-    return (
-        sources.open_source(config, training=True),
-        sources.open_source(config, training=False),
+    training = sources.open_source(config, training=True)
+    evaluation = sources.open_source(config, training=False)
+    logging.info(
+        "images: %s of %s to train on, %s of %s held out",
+        *(f"{len(training):,}", config.source),
+        *(f"{len(evaluation):,}", config.eval_source or "the same"),
     )
+    return training, evaluation
 
 
 def image_feed(

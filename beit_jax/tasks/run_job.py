@@ -8,15 +8,17 @@ def run(config: MyConfig, *, workdir: str) -> JsonObject:
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
+
+from absl import logging
 
 from beit_jax import pictures
 from beit_jax.config import OptimizerConfig, RunConfig
 from beit_jax.distributed import cluster
 from beit_jax.tasks.summary import summarize
 from beit_jax.training import loop, run_directory, start
-from beit_jax.training.job import Job, RunContext
+from beit_jax.training.job import Job, RunContext, Trained
 from beit_jax.training.startup import Startup
 from beit_jax.types import ConfigDataclass, JsonObject
 
@@ -86,9 +88,31 @@ def run_job(config: C, *, build: Callable[[C, RunContext], Job], workdir: str) -
             timer=timer,
         )
         summary = summarize(job.finish(trained), trained=trained, workdir=workdir, began=began)
-        for name, picture in job.pictures.items():
-            drawn = picture(trained.state)
-            if drawn is not None:
-                pictures.save_png(f"{workdir}/{name}.png", drawn)
+        drawn = _draw(job, trained, workdir=workdir)
         cluster.barrier("to have the results")  # another job may read them next
+        _log_end(trained, files=(*job.leaves, *drawn), workdir=workdir)
         return summary
+
+
+def _draw(job: Job, trained: Trained, *, workdir: str) -> tuple[str, ...]:
+    """Draws the job's pictures; the names of the files that this process wrote."""
+    names = []
+    for name, picture in job.pictures.items():
+        drawn = picture(trained.state)
+        if drawn is not None:
+            pictures.save_png(f"{workdir}/{name}.png", drawn)
+            names.append(f"{name}.png")
+    return tuple(names)
+
+
+def _log_end(trained: Trained, *, files: Iterable[str], workdir: str) -> None:
+    """Says what was done and where the results lie."""
+    steps = int(trained.state.step)
+    results = ["summary.json", *files, *(["best"] if trained.best else []), f"checkpoints/{steps}"]
+    logging.info(
+        "%s in %s; there: %s",
+        f"all {steps:,} steps were done already"
+        if trained.images_per_second is None
+        else f"done: {steps:,} steps",
+        *(workdir, ", ".join(results)),
+    )

@@ -45,6 +45,7 @@ from beit_jax.training.job import Job, Picture, RunContext, Trained, picture_of
 from beit_jax.training.state import Task, TrainState
 from beit_jax.types import Batch, HostBatch, JsonObject, Params, PyTree, Sums, Variables
 
+FILE = "tokenizer.safetensors"
 PICTURES = 8
 COLLAPSED = 0.05  # a perplexity under this share of the vocabulary is logged as an error
 
@@ -139,6 +140,7 @@ def build_job(config: TokenizerTaskConfig, context: RunContext) -> Job:
         feed=feed,
         pictures=drawn,
         finish=functools.partial(write_tokenizer, config=config, workdir=context.workdir),
+        leaves=(FILE,),
     )
 
 
@@ -151,7 +153,7 @@ def write_tokenizer(trained: Trained, *, config: TokenizerTaskConfig, workdir: s
     """Writes `tokenizer.safetensors`; returns the job's part of `summary.json`."""
     log_if_collapsed(trained.evaluation, vocabulary=config.tokenizer.vocabulary)
     params = sharding.to_host(all_params(trained.state))
-    path = f"{workdir}/tokenizer.safetensors"
+    path = f"{workdir}/{FILE}"
     if jax.process_index() == 0:
         save_params(path, params, config=config.tokenizer)
     return {**trained.evaluation, "tokenizer": path}

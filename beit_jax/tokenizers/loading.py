@@ -10,6 +10,7 @@ whole run. `kinds.KINDS` says what differs between kinds.
     ids = jax.jit(tokenizer.encode)(params, images)
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,13 +24,14 @@ import safetensors.numpy
 from absl import logging
 from etils import epath
 
-from beit_jax.config import ConfigError, TokenizerConfig, fixed_settings
+from beit_jax.config import ConfigError, TokenizerConfig, fixed_settings, parse
+from beit_jax.config.parse import shown
 from beit_jax.files import write_whole
 from beit_jax.json_text import JsonError, json_object
 from beit_jax.models.functional import flatten, unflatten
 from beit_jax.tokenizers.kinds import KINDS
 from beit_jax.tokenizers.tokenizer import Tokenizer
-from beit_jax.types import JsonObject, Params
+from beit_jax.types import JsonObject, Params, Setting
 
 METADATA_KEY = "tokenizer"
 # Among the settings, since safetensors writes several metadata keys in an order that changes from
@@ -86,12 +88,7 @@ def load_params(config: TokenizerConfig, *, name: str = "config.tokenizer") -> P
     content = _read(config, name=name)
     tensors, settings = _parse(content, path=config.path)
     del content
-    for key in fixed_settings(config):
-        if settings.get(key) != getattr(config, key):
-            raise TokenizerFileError(
-                f"{name}.{key}: {getattr(config, key)!r}, but {config.path} was made with "
-                f"{settings.get(key)!r}"
-            )
+    _check_settings(config, settings, name=name)
     expected = _expected_tensors(config, tensors)
     _check_tensors(tensors, expected, path=config.path)
     return unflatten({key: np.asarray(tensors[key], np.float32) for key in expected})
@@ -128,6 +125,55 @@ def _digest(tensors: Mapping[str, np.ndarray], settings: JsonObject) -> str:
         hashed.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
         hashed.update(np.ascontiguousarray(tensor).data)
     return hashed.hexdigest()
+
+
+def _check_settings(config: TokenizerConfig, settings: JsonObject, *, name: str) -> None:
+    """Raises one error about every setting that the file was not made with."""
+    differing = [key for key in fixed_settings(config) if settings.get(key) != getattr(config, key)]
+    if not differing:
+        return
+    flags = _flags(config, settings, name=name)
+    first, *others = differing
+    message = (
+        f"{name}.{first}: {shown(getattr(config, first))}, but {config.path} was made with"
+        f" {shown(settings.get(first))}"
+    )
+    if flags:
+        message += f"; set {' '.join(flags)}"
+    elif others:
+        message += f"; {', '.join(others)} differ too"
+    raise TokenizerFileError(message)
+
+
+def _flags(config: TokenizerConfig, settings: JsonObject, *, name: str) -> list[str]:
+    """Flags that make `config` fit the file, with as many tokens of an image; [] if unknown."""
+    kind = settings.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS or not name.startswith("config."):
+        return []
+    cls = KINDS[kind].config
+    try:
+        made = parse(cls, {k: v for k, v in settings.items() if k in _defaults(cls)}, path=name)
+        # The model wants this number of tokens; a tokenizer takes images of any size.
+        made = dataclasses.replace(made, image_size=config.grid * made.stride)
+    except ConfigError:
+        return []
+    if not settings.keys() >= fixed_settings(made).keys():
+        return []
+    # What only one of the two kinds has must stand at its default for the other (`Choice`).
+    now = _defaults(cls) | {key: getattr(config, key) for key in _defaults(type(config))}
+    wanted = _defaults(type(config)) | {
+        key: getattr(made, key) for key in (*fixed_settings(made), "image_size")
+    }
+    kept = _defaults(cls).keys() - fixed_settings(made).keys() - {"image_size"}
+    return [
+        f"--{name}.{key}={value}"
+        for key, value in wanted.items()
+        if key not in kept and value != now[key] and value is not dataclasses.MISSING
+    ]
+
+
+def _defaults(cls: type[TokenizerConfig]) -> dict[str, Setting]:
+    return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 def _expected_tensors(

@@ -101,6 +101,7 @@ class Job:
         `NAME.png` of the run's directory.
       finish: called by every process with the trained state; writes what the job leaves behind and
         returns its own part of `summary.json`.
+      leaves: names of the files in the run's directory that `finish` writes.
       config: the settings as the job has completed them (with the images' classes, say), for the
         record; None: as they were parsed.
       identity: what the run depends on and no setting shows, by the setting that it comes from:
@@ -113,6 +114,7 @@ class Job:
     feed: Feed
     pictures: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
     finish: Callable[[Trained], JsonObject] = _evaluation_as_summary
+    leaves: tuple[str, ...] = ()
     config: Settings | None = None
     identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
     evaluate_only: bool = False

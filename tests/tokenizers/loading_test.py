@@ -8,6 +8,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ import pytest
 import safetensors.numpy
 
 from beit_jax import load_tokenizer
-from beit_jax.config import ConfigError
+from beit_jax.config import ConfigError, TokenizerConfig, parse
 from beit_jax.models.functional import flatten
 from beit_jax.tokenizers.dalle import DalleConfig
 from beit_jax.tokenizers.dvae import DvaeConfig
+from beit_jax.tokenizers.kinds import BY_KIND
 from beit_jax.tokenizers.loading import (
     TokenizerFileError,
     load_params,
@@ -30,6 +32,13 @@ from beit_jax.tokenizers.loading import (
 DALLE = DalleConfig(width=8, vocabulary=32, image_size=32)
 DVAE = DvaeConfig(width=8, vocabulary=32, image_size=32, levels=2, codebook_width=12)
 METADATA = {"kind": "dvae", "vocabulary": 32, "width": 8, "levels": 2, "codebook_width": 12}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """What a job's config has."""
+
+    tokenizer: Annotated[TokenizerConfig, BY_KIND]
 
 
 @functools.cache
@@ -328,6 +337,51 @@ def test_a_file_of_the_other_kind(dvae_file):
     config = dataclasses.replace(DALLE, path=dvae_file().path)
     with pytest.raises(TokenizerFileError, match=r"config.tokenizer.kind: 'dalle', but .* 'dvae'"):
         load_params(config)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "flags"),
+    [
+        (DALLE, "kind=dvae image_size=16 levels=2 codebook_width=12"),
+        (
+            dataclasses.replace(DVAE, width=16, levels=3, vocabulary=64),
+            "vocabulary=32 image_size=16 width=8 levels=2",
+        ),
+    ],
+    ids=["another kind", "other sizes"],
+)
+def test_one_error_has_all_flags_that_a_file_needs(dvae_file, tokenizer, flags):
+    """Copied to the command line they fit; the number of tokens, which the model wants, stays."""
+    config = dataclasses.replace(tokenizer, path=dvae_file().path)
+    with pytest.raises(TokenizerFileError) as error:
+        load_params(config)
+    named = [f"--config.tokenizer.{flag}" for flag in flags.split()]
+    assert one_line(error).endswith("; set " + " ".join(named))
+
+    values = {"kind": "dalle", "levels": 3, "codebook_width": 512, **dataclasses.asdict(config)}
+    for flag in flags.split():
+        key, value = flag.split("=")
+        values[key] = value if key == "kind" else int(value)
+    fitting = parse(Section, {"tokenizer": values}).tokenizer
+    assert fitting.grid == config.grid
+    load_params(fitting)
+
+
+def test_settings_of_the_kind_that_is_left_go_back_to_their_defaults(tmp_path):
+    """A setting that has no effect would be refused by the next try."""
+    path = str(tmp_path / "dalle.safetensors")
+    save_params(path, drawn(DALLE), config=DALLE)
+    with pytest.raises(TokenizerFileError) as error:
+        load_params(dataclasses.replace(DVAE, path=path))
+    for flag in ("kind=dalle", "levels=3", "codebook_width=512", "image_size=64"):
+        assert f"--config.tokenizer.{flag}" in one_line(error)
+
+
+def test_no_flags_where_the_file_says_too_little(dvae_file):
+    metadata = {"kind": "dvae", "vocabulary": 32, "width": "x" * 1000}
+    with pytest.raises(TokenizerFileError, match=r"levels, codebook_width differ too$") as error:
+        load_params(dvae_file(metadata=metadata))
+    assert len(one_line(error)) < 400
 
 
 def test_tensors_that_do_not_fit_are_all_named(dvae_file):
