@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import re
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 
@@ -129,6 +131,35 @@ def open_regular(path: str) -> BufferedReader:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", path)
     return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: str) -> bytes:
+    """A local file's bytes; never waits, and never fills the memory.
+
+    Raises:
+      OSError: it can't be opened or read, is no regular file, or does not fit in memory.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _memory():
+            raise OSError(errno.ENOMEM, f"{size} bytes, more than this machine has memory", path)
+        try:
+            return file.read()
+        except MemoryError:
+            raise OSError(errno.ENOMEM, f"{size} bytes do not fit in memory", path) from None
+
+
+def _memory() -> int:
+    """Bytes of memory that this machine has; beyond any file where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
+
+
+def is_elsewhere(path: str) -> bool:
+    """Whether a path names a place that nothing here reads: "https://...", "s3://..."."""
+    return re.match(r"\w+://", path) is not None and not path.startswith("gs://")
 
 
 def write_json(path: str | os.PathLike, value: Json) -> None:

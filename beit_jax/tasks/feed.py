@@ -27,10 +27,13 @@ def image_sources(config: SourceConfig) -> tuple["Source", "Source"]:
 
     training = sources.open_source(config, training=True)
     evaluation = sources.open_source(config, training=False)
+    other = f" of {config.eval_source}" if config.eval_source else ""
     logging.info(
-        "images: %s of %s to train on, %s of %s held out",
-        *(f"{len(training):,}", config.source),
-        *(f"{len(evaluation):,}", config.eval_source or "the same"),
+        "images of %s: %s to train on, %s%s held out",
+        config.source,
+        f"{len(training):,}",
+        f"{len(evaluation):,}",
+        other,
     )
     return training, evaluation
 

@@ -238,6 +238,9 @@ def _open(path: pathlib.Path) -> BinaryIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+        for one in (path, path.with_suffix(".json")):
+            if one.exists() and not one.is_file():  # a pipe has no size, a folder can't be replaced
+                raise OSError(errno.EINVAL, "not a regular file", str(one))
         return path.open("r+b", buffering=0)
     except OSError as error:
         fault = storage.explain(error, path=path)

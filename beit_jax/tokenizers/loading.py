@@ -11,6 +11,7 @@ whole run. `kinds.KINDS` says what differs between kinds.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from etils import epath
 
 from beit_jax.config import ConfigError, TokenizerConfig, fixed_settings, parse
 from beit_jax.config.parse import shown
-from beit_jax.files import write_whole
+from beit_jax.files import is_elsewhere, read_regular, write_whole
 from beit_jax.json_text import JsonError, json_object
 from beit_jax.models.functional import flatten, unflatten
 from beit_jax.tokenizers.kinds import KINDS
@@ -188,6 +189,11 @@ def _expected_tensors(
 
 def _read(config: TokenizerConfig, *, name: str) -> bytes:
     """The file's bytes, compared with `config.sha256` if that is set."""
+    if is_elsewhere(config.path):
+        raise TokenizerFileError(
+            f"{name}.path: {config.path} is no path: download it first (only gs:// is read from"
+            " afar)"
+        )
     path = epath.Path(config.path)
     if not path.exists():
         raise FileNotFoundError(
@@ -195,7 +201,14 @@ def _read(config: TokenizerConfig, *, name: str) -> bytes:
         )
     if path.is_dir():
         raise TokenizerFileError(f"{name}.path: {config.path} is a folder, not a safetensors file")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes() if "://" in config.path else read_regular(config.path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.ENXIO):  # else a disk's fault
+            raise
+        raise TokenizerFileError(
+            f"{name}.path: {config.path} can't be read: {error.strerror}"
+        ) from None
     if config.sha256:
         found = hashlib.sha256(content).hexdigest()
         if found != config.sha256.lower():
@@ -214,7 +227,8 @@ def _parse(content: bytes, *, path: str) -> tuple[dict[str, np.ndarray], JsonObj
             "; it starts like a pickle or zip file: convert it first" if _pickled(content) else ""
         )
         raise TokenizerFileError(
-            f"{path} ({len(content)} bytes) is not a whole safetensors file: {error}{hint}"
+            f"{path} ({len(content)} bytes) is not a whole safetensors file:"
+            f" {' '.join(str(error).split())[:200]}{hint}"
         ) from None
     # safetensors.numpy drops the metadata. The file starts with the length of a JSON header, a
     # little-endian uint64; the load above has checked both.
@@ -234,7 +248,15 @@ def _parse(content: bytes, *, path: str) -> tuple[dict[str, np.ndarray], JsonObj
             f"{path} is damaged: its numbers or settings are not those that were written; copy it"
             " again"
         )
-    return {key.replace(".", "/"): tensor for key, tensor in tensors.items()}, settings
+    named = {key.replace(".", "/"): tensor for key, tensor in tensors.items()}
+    if len(named) < len(tensors):
+        raise TokenizerFileError(f'{path} holds one tensor under two names, with "." and with "/"')
+    return named, settings
+
+
+def _finite(array: np.ndarray) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(array.astype(np.float32)).all())
 
 
 def _pickled(content: bytes) -> bool:
@@ -246,14 +268,19 @@ def _check_tensors(
 ) -> None:
     """Raises one error that lists every tensor that is missing, unexpected or misshapen."""
     problems = [f"{key} is missing" for key in sorted(expected.keys() - tensors.keys())]
-    problems += [f"{key} is unexpected" for key in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"{key if key.isprintable() and len(key) <= 80 else shown(key)} is unexpected"
+        for key in sorted(tensors.keys() - expected.keys())
+    ]
     for key in sorted(expected.keys() & tensors.keys()):
         found, wanted = tensors[key], expected[key]
         if found.shape != wanted.shape:
             problems.append(f"{key} is {list(found.shape)} instead of {list(wanted.shape)}")
         elif not np.issubdtype(found.dtype, np.floating):
             problems.append(f"{key} is {found.dtype} instead of a float")
+        elif not _finite(found):
+            problems.append(f"{key} holds NaN or numbers that are infinite in float32")
     if problems:
-        shown = "; ".join(problems[:8])
+        first = "; ".join(problems[:8])
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise TokenizerFileError(f"{path} does not fit the tokenizer: {shown}{more}")
+        raise TokenizerFileError(f"{path} does not fit the tokenizer: {first}{more}")

@@ -21,6 +21,9 @@ import jax
 from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 
+from beit_jax.config import check
+from beit_jax.files import is_elsewhere
+
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
@@ -48,9 +51,17 @@ def keep_compiled(
 
     Returns:
       The folder; "" where JAX's own settings are left alone.
+
+    Raises:
+      ConfigError: the setting is an address that JAX can't write to, such as "https://...".
     """
     if not setting or (setting == "auto" and environment.get("JAX_COMPILATION_CACHE_DIR")):
         return ""
+    check(
+        not is_elsewhere(setting),
+        "config.run.compilation_cache",
+        f"{setting} is neither a folder nor gs://",
+    )
     folder = os.path.expanduser(setting)
     if setting == "auto":
         shared = jax.process_count() > 1 or "://" in workdir

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
+from beit_jax.files import is_elsewhere
 from beit_jax.types import JsonObject
 from beit_jax.weights import containers, folders, hub, native, shards, unwrapping
 from beit_jax.weights.formats import FORMATS
@@ -28,7 +29,7 @@ def is_foreign(path: str) -> bool:
     Every file is one, since this project's checkpoints are folders, and so is what is not there but
     has the suffix of one; a folder is one by the names of the files in it, "hf:…" always.
     """
-    if path.startswith(hub.PREFIXES) or _is_elsewhere(path):
+    if path.startswith(hub.PREFIXES) or is_elsewhere(path):
         return True
     formats = (row.suffix for row in FORMATS.values() if row.suffix)
     if path.endswith((*containers.SUFFIXES, *formats)):
@@ -98,10 +99,6 @@ def _is_nobodys(config: JsonObject, state: Mapping[str, np.ndarray]) -> bool:
     return not is_named and any(key.startswith("blocks.0.") for key in state)
 
 
-def _is_elsewhere(path: str) -> bool:
-    return re.match(r"\w+://", path) is not None and not path.startswith("gs://")
-
-
 def _place(path: str) -> epath.Path:
     """A path that can be looked at. Raises WeightsError for what can only be downloaded."""
     repository = re.match(
@@ -112,7 +109,7 @@ def _place(path: str) -> epath.Path:
         raise WeightsError(f"{path}: a repository of the hub is written hf:{repository[1]}")
     if path.startswith("file://"):
         raise WeightsError(f"{path}: give the path alone, {path.removeprefix('file://')}")
-    if _is_elsewhere(path):
+    if is_elsewhere(path):
         raise WeightsError(f"{path} is no path: download it first (only gs:// is read from afar)")
     file = epath.Path(path)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and not file.exists():

@@ -12,7 +12,6 @@ named is imported or called. Tensors become NumPy arrays. Both containers are re
 
 import codecs
 import io
-import os
 import pickle
 import re
 import struct
@@ -22,7 +21,7 @@ import zipfile
 import numpy as np
 from etils import epath
 
-from beit_jax.files import open_regular
+from beit_jax.files import is_elsewhere, read_regular
 from beit_jax.types import PyTree
 from beit_jax.weights.archives import open_zip
 from beit_jax.weights.placeholders import STORAGES, Refused
@@ -62,19 +61,15 @@ def load(path: str) -> PyTree:
 
 def read_bytes(path: str) -> bytes:
     """A file's bytes, local or gs://; raises WeightsError where there is no file to read."""
+    if is_elsewhere(path):
+        raise WeightsError(f"{path} is no path: download it first (only gs:// is read from afar)")
     try:
         file = epath.Path(path)
         if not file.exists():
             raise WeightsError(f"{path} does not exist")
         if file.is_dir():
             raise WeightsError(f"{path} is a folder")
-        size = file.stat().length
-        if size > _memory():
-            raise WeightsError(f"{path} has {size} bytes, more than this machine has memory")
-        if "://" in path:
-            return file.read_bytes()
-        with open_regular(path) as local:  # a pipe or a device has no end
-            return local.read()
+        return file.read_bytes() if "://" in path else read_regular(path)
     except WeightsError:
         raise
     except (OSError, ValueError) as error:  # no permission, NUL in a name
@@ -82,14 +77,6 @@ def read_bytes(path: str) -> bytes:
         raise WeightsError(f"{path} can't be read: {why}") from None
     except MemoryError:
         raise WeightsError(f"{path} does not fit in memory") from None
-
-
-def _memory() -> int:
-    """Bytes of memory that this machine has; beyond any file where it does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return sys.maxsize
 
 
 def loads(content: bytes, *, source: str) -> PyTree:

@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -346,8 +347,19 @@ def test_too_many_bad_files_end_the_run(spoilt):
     batches = _take(3, source, config)
     bad_images.count(batches[0])  # not all images have been read yet
     bad_images.count(batches[1])
-    with pytest.raises(TooManyBadImagesError, match=r"\d of the 24.*max_bad_share.*10.0%"):
+    with pytest.raises(TooManyBadImagesError, match=r"\d of the 24.*max_bad_share.*10.0%") as error:
         bad_images.count(batches[2])
+    advice = "; take such files out, or raise --config.data.max_bad_share to replace more"
+    assert str(error.value).endswith(advice)
+
+
+def test_what_failed_is_one_line_without_the_graphs_names(spoilt, caplog):
+    source, config = _open(spoilt)
+    with caplog.at_level(logging.INFO, logger="absl"):
+        _take(3, source, config)
+    (said,) = [text for text in caplog.messages if "each is guarded" in text]
+    assert len(said) < 260
+    assert not re.search(r"\n|\{\{|\[\[|\[Op", said)
 
 
 def test_nothing_but_bad_files_ends_the_run_whatever_the_share(tmp_path):

@@ -126,6 +126,17 @@ def test_a_file_without_its_record_or_of_another_size_is_started_anew(tmp_path):
         assert known(cache, 0)
 
 
+@pytest.mark.parametrize("suffix", ["tokens", "json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_what_is_no_file_is_refused(tmp_path, suffix, make):
+    make(tmp_path / f"00000-of-00001.{suffix}")
+    with (
+        pytest.raises(ConfigError, match=r"^config\.data\.token_cache: .*\Z"),
+        opened(str(tmp_path)),
+    ):
+        pass
+
+
 def test_two_runs_cannot_share_a_file(tmp_path):
     with (
         opened(str(tmp_path)),

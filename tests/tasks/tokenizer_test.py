@@ -21,12 +21,49 @@ from tests.tasks import tiny
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("tokenizer")
     config = jobs.parse_job(tiny.tokenizer().to_dict())
-    return workdir, config, tokenizer.run(config, workdir=str(workdir))
+    said = Said(logging.INFO)
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.addHandler(said)
+    logger.setLevel(logging.INFO)
+    try:
+        summary = tokenizer.run(config, workdir=str(workdir))
+    finally:
+        logger.removeHandler(said)
+        logger.setLevel(level)
+    return workdir, config, summary, said.lines
+
+
+class Said(logging.Handler):
+    """Keeps the lines of a log, also in a fixture of a module."""
+
+    def __init__(self, level: int):
+        super().__init__(level)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.mark.slow
+def test_the_log_counts_the_images_and_ends_with_where_the_results_lie(finished):
+    workdir, _, _, lines = finished
+    assert "images of embedded:64: 64 to train on, 12 held out" in lines
+    start, _, results = lines[-1].partition("; there: ")
+    assert start == f"done: 12 steps in {workdir}"
+    files = results.split(", ")
+    assert files == [
+        "summary.json",
+        "tokenizer.safetensors",
+        "reconstruction.png",
+        "checkpoints/12",
+    ]
+    assert all((workdir / name).exists() for name in files)
 
 
 @pytest.mark.slow
 def test_its_file_tokenises_images(finished):
-    workdir, config, summary = finished
+    workdir, config, summary, _ = finished
     settings = dataclasses.replace(config.tokenizer, path=summary["tokenizer"])
     params = load_params(settings)
     opened = open_tokenizer(settings)
@@ -39,7 +76,7 @@ def test_its_file_tokenises_images(finished):
 
 @pytest.mark.slow
 def test_it_reports_what_matters(finished):
-    _, config, summary = finished
+    _, config, summary, _ = finished
     assert 1 <= summary["code_perplexity"] <= summary["codes_used"] <= config.tokenizer.vocabulary
     assert summary["reconstruction_l1"] > 0
     assert summary["steps"] == 12

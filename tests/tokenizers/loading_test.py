@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -382,6 +383,63 @@ def test_no_flags_where_the_file_says_too_little(dvae_file):
     with pytest.raises(TokenizerFileError, match=r"levels, codebook_width differ too$") as error:
         load_params(dvae_file(metadata=metadata))
     assert len(one_line(error)) < 400
+
+
+@pytest.mark.parametrize("address", ["https://host/t.safetensors", "s3://bucket/t", "file:///t"])
+def test_an_address_that_is_not_read_is_one_line(address):
+    with pytest.raises(TokenizerFileError, match="download it first") as error:
+        load_params(dataclasses.replace(DVAE, path=address))
+    one_line(error)
+
+
+def test_neither_a_pipe_nor_a_device_is_read(tmp_path):
+    """A pipe waits for a writer, and /dev/zero has no end."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (str(pipe), "/dev/zero"):
+        with pytest.raises(TokenizerFileError, match="not a regular file") as error:
+            load_params(dataclasses.replace(DVAE, path=path))
+        one_line(error)
+
+
+def test_a_file_larger_than_the_memory_is_not_read(tmp_path):
+    path = tmp_path / "sparse.safetensors"
+    path.touch()
+    os.truncate(path, 1 << 42)
+    with pytest.raises(TokenizerFileError, match="more than this machine has memory"):
+        load_params(dataclasses.replace(DVAE, path=str(path)))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [np.float32(np.nan), np.float32(np.inf), np.float64(1e300)],
+    ids=["NaN", "infinity", "too large for float32"],
+)
+def test_numbers_that_are_none_are_refused(dvae_file, bad):
+    """Every token would be the first of them."""
+
+    def change(tensors):
+        changed = tensors["codebook"].astype(bad.dtype)
+        changed[0, 0] = bad
+        return tensors | {"codebook": changed}
+
+    with pytest.raises(TokenizerFileError, match="codebook holds NaN or numbers") as error:
+        load_params(dvae_file(change))
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["x\n03:00 step 7", "x" * 100_000])
+def test_a_tensors_name_is_quoted_short_and_on_one_line(dvae_file, name):
+    with pytest.raises(TokenizerFileError, match="is unexpected") as error:
+        load_params(dvae_file(lambda tensors: tensors | {name: np.zeros(1, np.float32)}))
+    assert len(one_line(error)) < 400
+
+
+def test_a_tensor_under_two_names_is_refused(dvae_file):
+    """Which of them counted would depend on the order in the file."""
+    twin = {"decoder.output.bias": np.zeros(3, np.float32)}
+    with pytest.raises(TokenizerFileError, match="one tensor under two names"):
+        load_params(dvae_file(lambda tensors: tensors | twin))
 
 
 def test_tensors_that_do_not_fit_are_all_named(dvae_file):

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from beit_jax.config import ConfigError
 from beit_jax.training import startup
 from tests.distributed.processes import losses, values
 
@@ -52,6 +53,12 @@ def test_a_folder_that_can_not_be_written_is_a_warning(settings, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     assert startup.keep_compiled(str(tmp_path / "file/folder"), workdir="w") == ""
     assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize("setting", ["https://host/a", "s3://bucket/a"])
+def test_an_address_that_jax_can_not_write_to_is_refused(settings, tmp_path, setting):
+    with pytest.raises(ConfigError, match=r"^config\.run\.compilation_cache: .* nor gs://$"):
+        startup.keep_compiled(setting, workdir=str(tmp_path))
 
 
 def test_times_add_up():
