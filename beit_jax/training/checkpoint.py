@@ -360,8 +360,11 @@ class Checkpoints:
         return self._best
 
     def check(self) -> None:
-        """Raises errors of the background thread."""
+        """Raises errors of the background thread; never waits for it."""
         self._manager.check_for_errors()
+        # Orbax' thread that completes a checkpoint takes the error before it can be asked for.
+        if not self._manager.is_saving_in_progress():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until the last save is complete."""

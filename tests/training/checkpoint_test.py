@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -375,3 +376,23 @@ def test_warm_start_takes_parameters_and_reports_what_does_not_fit(tmp_path, mad
         checkpoint.restore_params(str(tmp_path), shapes=wrong.params)
     with pytest.raises(ConfigError, match=r"config\.run\.init_from: no checkpoint in .*nowhere"):
         checkpoint.restore_params(str(tmp_path / "nowhere"), shapes=shapes.params)
+
+
+def test_a_save_that_failed_in_the_background_is_said_at_the_next_check(tmp_path, made):
+    _, state = made
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+    checkpoints.check()
+
+    def full(step):
+        raise OSError(28, "No space left on device")
+
+    checkpoints._manager._finalize_checkpoint = full
+    checkpoints.save(at_step(state, 2), step=2)
+    deadline, said = time.monotonic() + 60, ""
+    while not said and time.monotonic() < deadline:
+        try:
+            checkpoints.check()  # as often as a run logs
+        except OSError as error:
+            said = str(error)
+        time.sleep(0.05)
+    assert "No space left" in said
