@@ -3,13 +3,16 @@
     python bench/soak.py [--parts=kill,bits] [--scale=1.0] [--seed=0] [--json=FILE]
 
 What a part does, and what counts as survived, is in `tests/faults/PART.py`, whose test runs a small
-version of it. `--scale=0.1` tries a tenth. The exit code is 1 where something did not survive.
+version of it. `--scale=0.1` tries a tenth. A part prints its row when it ends; the full version of
+all of them takes hours, and a fault in a run (kill, disk, hosts) a minute or more on two cores. The
+exit code is 1 where something did not survive.
 """
 
 import argparse
 import importlib
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -36,12 +39,17 @@ PARTS = {
 
 def main() -> None:
     """Runs the parts one after the other; prints the table, and failures as they are found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    full = "  ".join(f"{name} {count:,}" for name, count in PARTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"The full version's faults: {full} (memory: minutes).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), help="which; all by default")
     parser.add_argument("--scale", type=float, default=1.0, help="times the full version's faults")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the faults' moments and places")
     parser.add_argument("--folder", default=None, help="where to write; the system's temporary one")
-    parser.add_argument("--json", default="")
+    parser.add_argument("--json", default="", help="a file for the results")
     flags = parser.parse_args()
     names = [name for name in flags.parts.split(",") if name]
     if not names:
@@ -52,11 +60,13 @@ def main() -> None:
     if not flags.scale > 0:
         parser.error(f"--scale: must be positive, not {flags.scale}")
 
+    counts = {name: max(1, round(PARTS[name] * flags.scale)) for name in names}
     rows = []
     for name in names:
+        print(f"{name}: {counts[name]} to try", flush=True)
         row = run_part(
             name,
-            count=max(1, round(PARTS[name] * flags.scale)),
+            count=counts[name],
             seed=flags.seed,
             folder=flags.folder,
         )
@@ -102,7 +112,7 @@ def run_part(name: str, *, count: int, seed: int, folder: str | None) -> dict[st
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as `docs/guarantees.md` has them."""
+    """The rows as a table in Markdown."""
     lines = ["| part | tried | as promised | |", "|---|---:|---:|---|"]
     for row in rows:
         lines.append(f"| {row['part']} | {row['tried']:,} | {row['survived']:,} | {row['note']} |")
@@ -110,4 +120,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    # Ended like Ctrl-C, so that no folder is left behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     main()

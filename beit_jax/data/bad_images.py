@@ -18,6 +18,8 @@ from beit_jax.types import HostBatch
 MIN_READ = 100
 # So many in a row end it whatever the share: the folder is gone, and what is left is grey.
 MAX_IN_A_ROW = 1000
+# Standard deviations, about, beyond which a share is no chance; it is tested after every batch.
+DEVIATIONS = 5
 NAMED = 3  # bad images in the error message
 
 
@@ -60,8 +62,9 @@ class BadImages:
         """Counts a batch of `pipeline.training_batches` or `pipeline.eval_batches`.
 
         Raises:
-          TooManyBadImagesError: the share is too high, or all images are bad; not before 100 images
-            or all of a smaller source have been read. Or the last 1000 images are all bad.
+          TooManyBadImagesError: the share is too high, of all images or by more than chance of
+            those read, or all are bad; not before 100 images or all of a smaller source have been
+            read. Or the last 1000 images are all bad.
         """
         replaced = batch["replaced"]
         if "valid" in batch:  # what is not is padding
@@ -78,8 +81,7 @@ class BadImages:
                 if index not in self._names:
                     self._names[index] = self._source.name(index)
                     logging.warning("Can't decode %s; replaced it.", self._names[index])
-        too_many = self.bad > self._max_share * self.read or self._all_bad()
-        if too_many and self.read >= self._min_read:
+        if (self._too_many() or self._all_bad()) and self.read >= self._min_read:
             raise self._error()
         if self._in_a_row >= MAX_IN_A_ROW:
             raise self._error(f"; the last {self._in_a_row} were all bad")
@@ -101,12 +103,22 @@ class BadImages:
         """Counts for the log of a run."""
         return {"replaced_images": float(self.bad), "images_by_pillow": float(self.by_pillow)}
 
+    def _too_many(self) -> bool:
+        """Whether the source's share is too high, and not only that of the images read so far.
+
+        Early in an epoch, half the share that is allowed exceeds it by chance in every third run.
+        """
+        expected = self._max_share * self.read
+        beyond_chance = self.bad > expected + DEVIATIONS * expected**0.5
+        certain = len(self._names) > self._max_share * len(self._source)
+        return self.bad > expected and (certain or beyond_chance)
+
     def _all_bad(self) -> bool:
         return self.bad == self.read > 0
 
     def _error(self, more: str = "") -> TooManyBadImagesError:
         allowed = f", more than config.data.max_bad_share allows ({self._max_share:.1%})"
-        too_many = self.bad > self._max_share * self.read
+        too_many = self._too_many()
         advice = "; take such files out, or raise --config.data.max_bad_share to replace more"
         return TooManyBadImagesError(
             f"{self.bad} of the {self.read} {self._what} read can't be decoded "

@@ -295,7 +295,7 @@ class _Keys:
             return
         self._numbers += 1
         if self._numbers > _MOST_NUMBER_KEYS:
-            raise pickle.UnpicklingError(f"more than {_MOST_NUMBER_KEYS} keys that are no texts")
+            raise pickle.UnpicklingError(f"more than {_MOST_NUMBER_KEYS} keys that are not strings")
         waiting, parts = [key], 0
         while waiting:  # hashing a tuple goes through all that is in it, however deep, each time
             part = waiting.pop()

@@ -26,16 +26,13 @@ def test_every_part_has_a_module_and_a_test(soak):
         assert (ROOT / "tests" / "faults" / f"{name}_test.py").is_file()
 
 
-@pytest.mark.parametrize(
-    ("parts", "said"), [("", "--parts: names none"), ("kill,rain", "--parts: no part rain")]
-)
-def test_parts_that_are_none_are_refused(soak, monkeypatch, capsys, parts, said):
+def test_no_part_at_all_is_refused(soak, monkeypatch, capsys):
     """An empty table with exit code 0 would look like a success."""
-    monkeypatch.setattr(sys, "argv", ["soak.py", f"--parts={parts}"])
+    monkeypatch.setattr(sys, "argv", ["soak.py", "--parts="])
     with pytest.raises(SystemExit) as ended:
         soak.main()
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert "--parts: names none" in capsys.readouterr().err
 
 
 def test_a_fault_that_was_not_survived_is_named_and_ends_with_1(

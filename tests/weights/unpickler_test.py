@@ -20,7 +20,7 @@ REFUSED = {
     "a wide key": "a key that is a",
     "deep dicts": "nested too deep",
     "keys that collide": "hash alike",
-    "many numbers": "keys that are no texts",
+    "many numbers": "keys that are not strings",
     "a set that collides": "hash alike",
     "set() that collides": "hash alike",
     "pairs that collide": "hash alike",
