@@ -42,6 +42,7 @@ _FAULTS = {
     errno.ENFILE: "too many files are open on this machine",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "a folder is in the file's place",
 }
 _ANYWHERE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -67,6 +67,8 @@ def run_job(config: C, *, build: Callable[[C, RunContext], Job], workdir: str) -
         context = RunContext(workdir=workdir, mesh=mesh, timer=timer, resources=resources)
         job = build(config, context)
         timer.done("data")
+        if not job.evaluate_only:
+            run_directory.check_pictures(workdir, ("first_batch", *job.pictures))
         settings = job.config or config
         start.check_data(source, settings, run=config.run)
         if job.evaluate_only:

@@ -12,9 +12,11 @@ images. A run starts from the first of these that exists:
 A checkpoint that cannot be read (truncated by an interrupted copy, say) or has another bit than was
 saved (`weights.digests`) is set aside under `unreadable_checkpoints/` with a loud warning, and the
 one before it is taken. So are best parameters, and the next evaluation's are then the best. Another
-model is no damage: it is refused by the setting that differs (`training/same_run.py`).
+model is no damage: it is refused by the setting that differs (`training/same_run.py`). Best
+parameters of a step that the run has not done are its own only where the settings are the same.
 """
 
+import errno
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -34,7 +36,7 @@ from beit_jax.files import write_json
 from beit_jax.models.functional import flatten
 from beit_jax.training import same_run
 from beit_jax.training.optim import path_name
-from beit_jax.training.run_directory import BEST, COUNTS, IDENTITY
+from beit_jax.training.run_directory import BEST, COUNTS, IDENTITY, check_kind
 from beit_jax.training.same_run import Settings as Settings
 from beit_jax.training.state import TrainState
 from beit_jax.types import JsonObject, Params, PyTree, Variables
@@ -88,8 +90,13 @@ class Checkpoints:
         self._last_save = time.monotonic()
         self._manager = self._open(self._root / "checkpoints", keep=run.keep_checkpoints)
         self._best: ocp.CheckpointManager | None = None
+        self._best_read = False
 
     def _open(self, path: epath.Path, *, keep: int) -> ocp.CheckpointManager:
+        if "://" not in str(path) and path.is_dir():
+            for entry in path.iterdir():  # Orbax reads them all, and would wait for a pipe
+                if native.is_step(entry.name):
+                    check_kind(entry / "_CHECKPOINT_METADATA")
         return ocp.CheckpointManager(
             path,
             options=ocp.CheckpointManagerOptions(
@@ -190,6 +197,8 @@ class Checkpoints:
             if state is not None and not failures:
                 # After all have read, since they compute the digests together.
                 problem = digests.arrays_problem(stored, _as_dict(state))
+                if not problem and int(state.step) != step:
+                    problem = f"it was saved at step {int(state.step)}, and renamed"
                 error = ValueError(problem) if problem else None
                 failures = [text for text in cluster.gather("restore", problem) if text]
             if not failures:
@@ -238,6 +247,7 @@ class Checkpoints:
 
     def _read(self, step: int, shapes: TrainState) -> tuple[TrainState, JsonObject | None]:
         """A checkpoint's state and the digests saved with it, not yet compared."""
+        native.check_files(self._root / "checkpoints" / str(step))
         stored = digests.read(self._root / "checkpoints" / str(step))
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(shapes)))
@@ -252,16 +262,27 @@ class Checkpoints:
         self._manager.close()
         if jax.process_index() == 0:
             for step in newer:
-                self._move_aside(self._root / "checkpoints" / str(step), str(step))
+                self._move_aside(
+                    self._root / "checkpoints" / str(step),
+                    str(step),
+                    folder=self._root / "unreadable_checkpoints",
+                )
         cluster.barrier("to set checkpoints aside")
         self._manager = self._open(self._root / "checkpoints", keep=self._run.keep_checkpoints)
 
-    def _move_aside(self, folder: epath.Path, name: str) -> None:
-        aside = self._root / "unreadable_checkpoints"
-        aside.mkdir(parents=True, exist_ok=True)
-        target = aside / f"{name}-{int(time.time())}"
-        folder.rename(target)
-        logging.error("unreadable checkpoint %s moved to %s", name, target)
+    def _move_aside(self, checkpoint: epath.Path, name: str, *, folder: epath.Path) -> None:
+        target = folder / f"{name}-{time.time_ns()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.rename(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # `checkpoints` is a link to another disk; here may be no room for a copy.
+            target = checkpoint.parent / folder.name / target.name
+            target.parent.mkdir(exist_ok=True)
+            checkpoint.rename(target)
+        logging.error("checkpoint %s moved to %s", name, target)
 
     def due(self, step: int, *, meeting: bool = True) -> bool:
         """Whether a checkpoint is due after `step` steps, by steps or by minutes.
@@ -300,7 +321,7 @@ class Checkpoints:
         Raises:
           UnreadableError: it is damaged and the config says to fail.
         """
-        first = self._best is None
+        first, self._best_read = not self._best_read, True
         step = self._best_manager().latest_step()
         if step is None:
             return None
@@ -325,13 +346,52 @@ class Checkpoints:
         logging.error("%s; the next evaluation's will be the best", reason)
         if self._run.on_corrupt_checkpoint == "fail":
             raise UnreadableError(reason) from error
-        self._set_best_aside(step)
+        self._set_best_aside([step], self._root / "unreadable_checkpoints")
         return None
 
-    def _set_best_aside(self, step: int) -> None:
+    def check_best(self, *, start: int) -> None:
+        """Sets best parameters aside that another run has left in the directory.
+
+        Those of steps up to the checkpoint's come from the run that goes on. Later ones, without a
+        checkpoint any, are done again: with the same settings they become the same, and are kept.
+
+        Args:
+          start: the step that the run starts from.
+        """
+        others: list[int] = []
+        if jax.process_index() == 0 and (self._root / "best" / "checkpoints").exists():
+            later = [step for step in self._best_manager().all_steps() if step > start]
+            for step in later:
+                difference = self._other_run(self._root / "best" / "checkpoints" / str(step))
+                if difference:
+                    others.append(step)
+                    logging.warning(
+                        "the best parameters in %s/best are of step %d, which this run has not"
+                        " done, with other settings (%s): the next evaluation's will be the best",
+                        *(self._root, step, difference),
+                    )
+        (others, *_) = cluster.gather("the best parameters", others)
+        if others:
+            self._set_best_aside(others, self._root / "best" / "aside")
+
+    def _other_run(self, best: epath.Path) -> str:
+        """How the best parameters' run differed from this one; "" where it did not."""
+        try:
+            saved = saved_config(str(best), name="the best parameters")
+        except (ConfigError, OSError):  # `best` will say
+            return ""
+        was, digest_of = saved.get(IDENTITY), self._identity.get
+        known = was if isinstance(was, dict) else {}
+        changed = list(same_run.lines(same_run.changes(saved, self._settings)).values())
+        changed += [f"{name}: its content" for name in known if known[name] != digest_of(name)]
+        return f"config.{changed[0]}" if changed else ""
+
+    def _set_best_aside(self, steps: list[int], folder: epath.Path) -> None:
         self._best_manager().close()
         if jax.process_index() == 0:
-            self._move_aside(self._root / "best" / "checkpoints" / str(step), f"best-{step}")
+            for step in steps:
+                best = self._root / "best" / "checkpoints" / str(step)
+                self._move_aside(best, f"best-{step}", folder=folder)
         cluster.barrier("to set the best parameters aside")
         self._best = self._open(self._root / "best" / "checkpoints", keep=1)
 
@@ -340,6 +400,8 @@ class Checkpoints:
     ) -> None:
         """Saves these parameters as the best ones, for `init_from` and export.
 
+        They replace those of the same step and of later ones: from before a restart.
+
         Args:
           params: nested dict of arrays.
           variables: the model's state that no gradient trains, where it has any.
@@ -347,8 +409,8 @@ class Checkpoints:
           note: saved with them and returned by `best`, their score for instance.
         """
         manager = self._best_manager()
-        if step in manager.all_steps():  # evaluated again after a restart
-            return
+        for repeated in [done for done in manager.all_steps() if done >= step]:
+            manager.delete(repeated)  # Orbax keeps what is of the latest step
         state = {"params": params} | ({"variables": variables} if variables else {})
         config = self._config | self._recorded() | {BEST: note | {"step": step}}
         manager.save(step, args=_items(state, config=config), force=True)

@@ -16,9 +16,12 @@ A holder that was stopped for longer than others had patience finds that its cla
 there is one of a later generation, and ends.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
+import re
 import secrets
 import threading
 import time
@@ -28,7 +31,7 @@ from typing import Literal
 from absl import logging
 from etils import epath
 
-from beit_jax.files import write_whole
+from beit_jax.files import open_regular, write_whole
 from beit_jax.json_text import JsonError, json_object
 from beit_jax.types import JsonObject
 
@@ -36,6 +39,7 @@ RENEWAL = 5.0  # seconds between two changes of a claim
 PATIENCE = 30.0  # seconds until a claim that does not change is dead
 _LARGEST = 10_000  # bytes of a claim
 _SUFFIX = ".json"
+_NAME = re.compile(r"[0-9a-f]{16}\.json")  # what has another name is no claim, and stays
 
 State = Literal["claiming", "holding"]
 
@@ -46,6 +50,10 @@ class InUseError(Exception):
     def __init__(self, holder: JsonObject):
         super().__init__("in use")
         self.holder = holder
+
+
+class NotAClaimError(OSError):
+    """Something that is no file has a claim's name: a folder or a pipe, `filename`."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -95,7 +103,7 @@ class Claim:
         not for long enough.
 
         Args:
-          folder: of the claims, made where it is missing; nothing else may be in it.
+          folder: of the claims, made where it is missing. Files of other names stay as they are.
           holder: what this process says of itself, for others' messages.
           on_lost: called in the thread, with the new holder ({} where none is seen), when another
             process has taken over.
@@ -104,6 +112,7 @@ class Claim:
 
         Raises:
           InUseError: another process holds the folder.
+          NotAClaimError: what is no file has a claim's name.
           OSError: the folder can't be written or read.
         """
         claim = cls(folder, holder=holder, on_lost=on_lost, renewal=renewal, patience=patience)
@@ -173,10 +182,10 @@ class Claim:
         found = {}
         for path in self._folder.iterdir():
             token = path.name.removesuffix(_SUFFIX)
-            if token == self._token or not path.name.endswith(_SUFFIX):
+            if token == self._token or not _NAME.fullmatch(path.name):
                 continue
             try:
-                found[token] = path.read_bytes()
+                found[token] = _content(path)
             except FileNotFoundError:
                 continue
         return found
@@ -202,6 +211,11 @@ class Claim:
                     if newer is None:
                         self._write()
                         continue
+                except NotAClaimError as error:
+                    logging.warning("%s %s: it is no claim", error.filename, error.strerror)
+                    with contextlib.suppress(OSError):
+                        self._write()
+                    continue
                 except OSError as error:
                     # Others will take this process for dead if it goes on; then the claim is gone.
                     logging.warning("the run's lock can't be renewed: %s", error)
@@ -217,6 +231,21 @@ class Claim:
             if claim.get("state") == "holding" and _generation(claim) > self._generation:
                 return claim
         return None if self._path.exists() else {}
+
+
+def _content(path: epath.Path) -> bytes:
+    """A file's first bytes; more than `_LARGEST` of them are no claim."""
+    if "://" in str(path):
+        return path.read_bytes()
+    if os.path.isdir(path):
+        raise NotAClaimError(errno.EISDIR, "is a folder", str(path))
+    try:
+        with open_regular(str(path)) as file:
+            return file.read(_LARGEST + 1)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise NotAClaimError(errno.EINVAL, "is no file", str(path)) from None
+        raise
 
 
 def _parsed(content: bytes) -> JsonObject:

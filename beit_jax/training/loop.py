@@ -149,6 +149,7 @@ def open_run(
     first = FirstBatch(job.feed.training, step=expected) if expected < run.steps else None
     try:
         train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
+        checkpoints.check_best(start=int(train_state.step))
         if jax.process_count() > 1:
             frozen = start.digest(job.task.frozen)
             cluster.check_agreement("parameters that are not trained", frozen)
@@ -401,7 +402,10 @@ class TrainingRun:
         if not candidates:
             return best
         value, weights, params = max(candidates, key=lambda candidate: candidate[0])
-        if best is None or value > best["value"]:
+        # Evaluated again after a restart, and not as before: there is nothing as good any more.
+        again = best is not None and best.get("step") == self.step and best["value"] != value
+        if best is None or again or value > best["value"]:
+            finite.check_state(self.state, mesh=self._mesh, saved=self._checkpoints.latest_step())
             note = {"metric": metric, "value": value, "weights": weights}
             self._checkpoints.save_best(
                 params, variables=self.state.variables, step=self.step, note=note

@@ -121,7 +121,7 @@ def _count(folder: str) -> int:
 def _holes(folder: str) -> int:
     """The bytes that files below a folder have been given without having taken them."""
     holes = 0
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             found = entry.stat()
             holes += max(found.st_size - 512 * found.st_blocks, 0)

@@ -163,6 +163,25 @@ def check_contents(workdir: str) -> None:
     _on_first_process(lambda: _check_contents(epath.Path(workdir)))
 
 
+def check_pictures(workdir: str, names: Iterable[str]) -> None:
+    """Checks that a run can leave its pictures behind, which it does at its end.
+
+    Args:
+      workdir: the run's directory.
+      names: of the pictures, without ".png".
+
+    Raises:
+      ConfigError: something is in the place of one that is no file.
+    """
+    root = epath.Path(workdir)
+
+    def check() -> None:
+        for name in names:
+            check_kind(root / f"{name}.png")
+
+    _on_first_process(check)
+
+
 def _on_first_process(check: Callable[[], None]) -> None:
     refused = ""
     if jax.process_index() == 0:
@@ -182,7 +201,7 @@ def _check_contents(root: epath.Path) -> None:
     for folder in (root, root / "best"):
         _check_checkpoints(folder / "checkpoints")
     for name in (*OWN, *LOGS, TOKENIZER):
-        _check_kind(root / name)
+        check_kind(root / name)
     if (root / TOKENIZER).exists() and not any((root / name).exists() for name in MARKS):
         raise _foreign(root / TOKENIZER, "is in a directory of no run")
     _check_files(root, OWN)
@@ -192,7 +211,7 @@ def _check_contents(root: epath.Path) -> None:
 def _check_files(root: epath.Path, names: Iterable[str]) -> None:
     """Moves damaged ones of these JSON files aside, or refuses them."""
     for name in names:
-        _check_kind(root / name)
+        check_kind(root / name)
         reason = _damage(root / name, OWN[name])
         if not reason:
             continue
@@ -205,15 +224,16 @@ def _check_files(root: epath.Path, names: Iterable[str]) -> None:
 
 def _remove_unfinished(root: epath.Path) -> None:
     """Removes what `files.write_whole` was writing when the run was killed."""
-    for path in root.iterdir() if root.exists() else ():
+    # Whose config has been understood as a run's; else they may be anybody's.
+    for path in root.iterdir() if (root / "config.json").exists() else ():
         whole = _UNFINISHED.fullmatch(path.name)
         if whole and path.is_file():
             logging.info("removed %s, left by a run that was killed", path)
             path.unlink(missing_ok=True)
 
 
-def _check_kind(path: epath.Path) -> None:
-    """Refuses what is no regular file, or a link to none."""
+def check_kind(path: epath.Path) -> None:
+    """Raises ConfigError for what is no regular file, or a link to none; it may be missing."""
     if "://" in str(path):
         if path.is_dir():
             raise _foreign(path, "is a folder")

@@ -113,6 +113,8 @@ def _take(workdir: str, stack: contextlib.ExitStack) -> None:
         claim = claims.Claim.take(folder, holder=me, on_lost=stop)
     except claims.InUseError as error:
         raise ConfigError(in_use(workdir, error.holder)) from None
+    except claims.NotAClaimError as error:
+        raise _not_a_lock(str(error.filename)) from None
     except (NotADirectoryError, FileExistsError):
         raise _not_a_lock(f"{workdir}/{CLAIMS}") from None
     stack.callback(claim.release)

@@ -173,7 +173,7 @@ def _check(problem: str) -> None:
         raise ValueError(problem)
 
 
-def _check_files(checkpoint: epath.Path) -> None:
+def check_files(checkpoint: epath.Path) -> None:
     """Raises ValueError for files that TensorStore would wait for, or end the process over."""
     if "://" in str(checkpoint):
         return
@@ -190,7 +190,7 @@ def _check_files(checkpoint: epath.Path) -> None:
 def _refusing_damage(checkpoint: epath.Path, *, name: str) -> Iterator[None]:
     """Whatever reading a checkpoint raises becomes one line, which names others beside it."""
     try:
-        _check_files(checkpoint)
+        check_files(checkpoint)
         yield
     except JsonError as error:
         raise ConfigError(f"{name}: {error}{_others(checkpoint)}") from error

@@ -1,10 +1,13 @@
 """Checkpoints are restored exactly, checked and never half-written; what a run starts from."""
 
 import dataclasses
+import errno
 import functools
 import json
 import logging
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -143,6 +146,107 @@ def test_digests_that_were_written_must_be_there(tmp_path, made, caplog):
         assert int(checkpoints.restore(shapes).step) == 2
     checkpoints.close()
     assert "its folder digests is missing" in caplog.text
+
+
+@pytest.fixture
+def never_waits():
+    """A pipe that is waited for ends the test instead of stopping it for ever."""
+
+    def waited(number, frame):
+        pytest.exit("a pipe was waited for", returncode=1)  # an exception may be caught on its way
+
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", ["digests/metadata", "config/metadata"])
+def test_a_pipe_in_a_checkpoint_is_damage_and_is_not_waited_for(tmp_path, made, never_waits, name):
+    shapes, state = made
+    write(tmp_path, state, [2, 4])
+    (tmp_path / "checkpoints/4" / name).unlink()
+    os.mkfifo(tmp_path / "checkpoints/4" / name)
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+    assert int(checkpoints.restore(shapes).step) == 2
+    checkpoints.close()
+
+
+def test_a_pipe_that_orbax_would_wait_for_is_refused_by_name(tmp_path, made, never_waits):
+    write(tmp_path, made[1], [2, 4])
+    (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").unlink()
+    os.mkfifo(tmp_path / "checkpoints/2/_CHECKPOINT_METADATA")
+    with pytest.raises(ConfigError, match=r"^--workdir: .*/2/_CHECKPOINT_METADATA is no regular f"):
+        checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+
+
+def test_best_parameters_replace_those_of_the_same_step_and_of_later_ones(tmp_path, made):
+    """What came after a checkpoint is done again; Orbax would keep the latest step's."""
+    _, state = made
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+    for step, value in ((4, 0.5), (4, 0.4), (3, 0.6), (5, 0.7)):
+        checkpoints.save_best(state.params, step=step, note={"value": value})
+        assert checkpoints.best() == {"value": value, "step": step}
+    checkpoints.close()
+    assert [p.name for p in (tmp_path / "best/checkpoints").iterdir()] == ["5"]
+
+
+@pytest.mark.parametrize("start", [2, 4])
+@pytest.mark.parametrize("changed", ["", "config", "identity"])
+def test_best_parameters_of_steps_not_done_with_these_settings_are_set_aside(
+    tmp_path, made, caplog, start, changed
+):
+    _, state = made
+    settings = {"run": RUN, "config": CONFIG, "identity": {"tokenizer.path": "a"}}
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), **settings)
+    checkpoints.save_best(state.params, step=4, note={"value": 0.5})
+    checkpoints.close()
+    other = {"config": CONFIG | {"seed": 5}, "identity": {"tokenizer.path": "b"}}
+    settings |= {name: value for name, value in other.items() if name == changed}
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), **settings)
+    with caplog.at_level(logging.WARNING):
+        checkpoints.check_best(start=start)
+    is_other = changed and start < 4
+    assert checkpoints.best() == (None if is_other else {"value": 0.5, "step": 4})
+    checkpoints.close()
+    aside = [path.name[:6] for path in (tmp_path / "best").glob("aside/*")]
+    assert aside == (["best-4"] if is_other else [])
+    assert ("which this run has not done" in caplog.text) == bool(is_other)
+
+
+def test_a_renamed_checkpoint_is_none(tmp_path, made):
+    """The newest for ever, it would hide what is saved after it."""
+    shapes, state = made
+    write(tmp_path, state, [2, 4])
+    (tmp_path / "checkpoints/4").rename(tmp_path / "checkpoints/30")
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), run=RUN, config=CONFIG)
+    assert int(checkpoints.restore(shapes).step) == 2
+    checkpoints.close()
+    (aside,) = (tmp_path / "unreadable_checkpoints").iterdir()
+    assert aside.name.startswith("30-")
+
+
+def test_checkpoints_on_another_disk_are_set_aside_there(tmp_path, made, monkeypatch):
+    shapes, state = made
+    write(tmp_path / "disk", state, [2, 4])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk/checkpoints")
+    damage(tmp_path / "disk", 4)
+    rename = os.rename
+
+    def of_one_disk(source, target, **options):
+        if "unreadable_checkpoints" in str(target) and "/checkpoints/unread" not in str(target):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", of_one_disk)
+    for _ in range(2):
+        checkpoints = checkpoint.Checkpoints(str(tmp_path / "run"), run=RUN, config=CONFIG)
+        assert int(checkpoints.restore(shapes).step) == 2
+        checkpoints.close()
+    (aside,) = (tmp_path / "disk/checkpoints/unreadable_checkpoints").iterdir()
+    assert aside.name.startswith("4-")
 
 
 def test_damaged_best_parameters_are_set_aside_and_found_again(tmp_path, made, caplog):

@@ -195,6 +195,39 @@ def test_best_parameters_that_an_old_run_did_not_save_are_saved(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text().startswith(before)
 
 
+def with_best(workdir, *, rate=0.3, held_out=21, run=RUN):
+    """The best of a run whose metric is its loss: the larger the better."""
+    return loop.train(
+        loop.Job(task=dataclasses.replace(regression(), best="loss"), feed=feed(held_out=held_out)),
+        run=run,
+        optimizer_config=dataclasses.replace(OPTIMIZER, learning_rate=rate),
+        config={"optimizer": {"learning_rate": rate}},
+        workdir=str(workdir),
+    ).best
+
+
+@pytest.mark.slow
+def test_the_best_parameters_of_another_run_are_not_this_runs(tmp_path):
+    """It was ended before its first checkpoint, and nothing that came after it was as good."""
+    good = with_best(tmp_path, rate=0.001)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert with_best(tmp_path, rate=0.001) == good
+    assert not (tmp_path / "best/aside").exists()
+    shutil.rmtree(tmp_path / "checkpoints")
+    best = with_best(tmp_path)
+    assert best["value"] < good["value"]
+    (step,) = (tmp_path / "best/checkpoints").iterdir()
+    assert int(step.name) == best["step"]
+    assert len(list((tmp_path / "best/aside").iterdir())) == 1
+
+
+def test_a_step_that_is_evaluated_again_has_its_last_result(tmp_path):
+    run = dataclasses.replace(RUN, steps=5, eval_every=0)
+    lines = [with_best(tmp_path, run=run, held_out=count) for count in (21, 8, 21)]
+    assert [line["step"] for line in lines] == [5, 5, 5]
+    assert lines[0] == lines[2] != lines[1]
+
+
 def test_what_other_settings_left_in_the_log_is_there_once(straight, tmp_path):
     """Fewer steps, another interval, more steps again: each logged step once, in order."""
     shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)

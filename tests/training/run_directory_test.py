@@ -218,6 +218,9 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     others = ("notes.txt.123.tmp", "config.json.tmp", "evaluation.json.123.tmp", "config.json.bak")
     for name in (*ours, *others):
         (tmp_path / name).write_text("half")
+    with run_directory.opened(str(tmp_path)):  # nothing says that this is a run's directory
+        assert {path.name for path in tmp_path.iterdir()} >= {*ours, *others}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with run_directory.opened(str(tmp_path)):
         left = {path.name for path in tmp_path.iterdir()}
     assert not left & set(ours)
@@ -233,3 +236,10 @@ def test_a_folder_with_a_number_that_is_no_step_is_refused(tmp_path, name):
     ):
         pass
     assert not native.is_checkpoint(str(tmp_path))
+
+
+def test_a_folder_in_a_pictures_place_is_refused_before_the_run(tmp_path):
+    (tmp_path / "reconstruction.png").mkdir()
+    run_directory.check_pictures(str(tmp_path), ["first_batch"])
+    with pytest.raises(ConfigError, match=r"^--workdir: .*reconstruction\.png is a folder"):
+        run_directory.check_pictures(str(tmp_path), ["first_batch", "reconstruction"])

@@ -216,6 +216,35 @@ def test_a_claim_that_does_not_change_is_dead(tmp_path, slow):
     claim.release()
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_and_has_a_claims_name_is_refused_and_kept(tmp_path, network_disk, make):
+    (tmp_path / "run.claims").mkdir()
+    path = tmp_path / "run.claims" / f"{'0' * 16}.json"
+    make(path)
+    refused = pytest.raises(ConfigError, match=rf"^--workdir: .*{path.name} is not the lock of a ")
+    with refused, run_lock.hold(str(tmp_path)):
+        pass
+    assert path.exists()
+
+
+def test_somebody_elses_files_among_the_claims_are_no_claims(tmp_path):
+    (tmp_path / "mine.json").write_text('{"my": "file"}')
+    os.mkfifo(tmp_path / "pipe.json")
+    claim = take(tmp_path, patience=1e9)
+    claim.release()
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.json", "pipe.json"}
+
+
+def test_a_holder_goes_on_where_what_is_no_claim_appears(tmp_path):
+    claim = take(tmp_path)
+    (tmp_path / f"{'0' * 16}.json").mkdir()
+    was, until = claim._path.read_bytes(), time.monotonic() + 30
+    while claim._path.read_bytes() == was and time.monotonic() < until:
+        time.sleep(0.05)
+    assert claim._path.read_bytes() != was
+    claim.release()
+
+
 def test_a_dead_process_of_this_machine_is_known_at_once(tmp_path):
     me = {**claims.myself(), "started": "1"}
     (tmp_path / f"{'0' * 16}.json").write_text(json.dumps({**me, "state": "holding"}))
