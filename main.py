@@ -23,6 +23,7 @@ _BEGAN = time.perf_counter()  # for the time to the first step: the slow imports
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+_LOG_LEVEL = os.environ.get("TF_CPP_MIN_LOG_LEVEL")  # before JAX, which sets it to 1
 _QUOTED = 80  # characters of a name or a value in a message
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -74,6 +75,11 @@ def main(argv: list[str]) -> int:
     # Imported here so that a wrong flag is reported without waiting for JAX.
     from beit_jax import jobs
     from beit_jax.training import startup
+
+    if _LOG_LEVEL is None:
+        # JAX has taken its level by now. TensorFlow, imported later, would log some lines for every
+        # image that it can't decode; the run itself names and counts these.
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
     startup.count_from(_BEGAN)
 

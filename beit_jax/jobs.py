@@ -9,6 +9,7 @@ import jax
 from beit_jax import storage
 from beit_jax.config import ConfigError, ModelConfig, RunError, check, one_of, parse, to_dict
 from beit_jax.config.unused import check_unused
+from beit_jax.data import quiet_import
 from beit_jax.distributed import cluster
 from beit_jax.models.attention import PLATFORMS
 from beit_jax.tasks import classify, pretrain, probe, quickstart, tokenizer
@@ -83,6 +84,7 @@ def run(values: Mapping[str, Json], *, workdir: str) -> JsonObject:
     run_directory.check_path(workdir)
     config = parse_job(values)
     check_platform(config, platform=jax.default_backend())
+    quiet_import.tensorflow()  # the first path that is opened would import it, loudly (etils.epath)
     startup.keep_compiled(config.run.compilation_cache, workdir=workdir)
     _, run_kind = JOBS[config.task]
     return run_kind(config, workdir=workdir)

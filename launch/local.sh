@@ -6,5 +6,4 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
 source launch/setup.sh
 setup_environment requirements.txt
-export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}" # TensorFlow reads images; its greetings are noise
 exec "$python" main.py --config=configs/quickstart.py "$@"
