@@ -21,8 +21,9 @@ _GREETINGS = (
 def tensorflow() -> None:
     """Imports TensorFlow, where it is installed.
 
-    What is written to stderr meanwhile follows afterwards, without the greetings. With TF_CPP_MIN_LOG_LEVEL=0 everything is shown as it comes. The operations that the greetings
-    are about stay on: without them a continued run's images could differ in their last bits.
+    What is written to stderr meanwhile follows afterwards, without the greetings. With
+    TF_CPP_MIN_LOG_LEVEL=0 everything is shown as it comes. The operations that the greetings are
+    about stay on: without them a continued run's images could differ in their last bits.
     """
     if "tensorflow" in sys.modules or importlib.util.find_spec("tensorflow") is None:
         return
