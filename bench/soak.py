@@ -30,7 +30,7 @@ PARTS = {
     "memory": 30,  # minutes
     "hosts": 40,
     "data": 5_000,
-    "supply": 2,
+    "supply": 3,
     "directory": 192,
     "hostile": 2_000,  # calls
     "settings": 100_000,

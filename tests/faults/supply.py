@@ -1,7 +1,9 @@
 """The lowest versions that are allowed, and the locked ones: installed, and tested.
 
 Each environment is made by pip from an index, and takes 3 GB on disk and some minutes. What makes
-it fail is a version range that promises too much, or a release that has been withdrawn.
+it fail is a version range that promises too much, or a release that has been withdrawn. Third, the
+locked versions are looked up among known vulnerabilities, where pip-audit is installed and reaches
+its database.
 """
 
 import os
@@ -48,10 +50,10 @@ def lowest(wanted: Sequence[Requirement]) -> list[str]:
 
 
 def soak(*, count: int, seed: int, folder: Path) -> Row:
-    """Installs and tests up to two environments, the lowest versions first.
+    """Installs and tests up to two environments, the lowest versions first; then asks pip-audit.
 
     Args:
-      count: environments.
+      count: of these three.
       seed: not used: versions are not drawn.
       folder: where the environments are made.
     """
@@ -68,13 +70,34 @@ def soak(*, count: int, seed: int, folder: Path) -> Row:
     for name in chosen:
         error = _try(folder / name, installs[name])
         failures += [f"{name}: {error}"] if error else []
+    tried, note = len(chosen), f"environments with the {' and the '.join(chosen)} versions"
+    if count > len(installs):
+        vulnerable = audit()
+        if vulnerable is None:
+            note += (
+                "; known vulnerabilities were not asked for: pip-audit or its database is missing"
+            )
+        else:
+            tried += 1
+            failures += [f"vulnerable: {vulnerable}"] if vulnerable else []
+            note += "; known vulnerabilities were asked for"
     return Row(
         part="supply",
-        tried=len(chosen),
-        survived=len(chosen) - len(failures),
+        tried=tried,
+        survived=tried - len(failures),
         failures=tuple(failures),
-        note=f"environments with the {' and the '.join(chosen)} versions",
+        note=note,
     )
+
+
+def audit() -> str | None:
+    """Known vulnerabilities of the locked versions, "" for none; None where nobody can say."""
+    lock = str(ROOT / "requirements" / "lock.txt")
+    command = [sys.executable, "-m", "pip_audit", "--require-hashes", "-r", lock, "-f", "columns"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        return "" if "No known vulnerabilities" in done.stderr + done.stdout else None
+    return " | ".join(done.stdout.splitlines()[2:]) if "Found" in done.stderr else None
 
 
 def _try(environment: Path, install: list[str]) -> str:

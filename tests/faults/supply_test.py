@@ -38,3 +38,19 @@ def test_a_failure_is_named(steps, tmp_path):
     assert (row.tried, row.survived) == (1, 0)
     assert row.failures[0].startswith("lowest: ")
     assert row.failures[0].endswith("ended with 1: one | two failed")
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "expected"),
+    [
+        (0, "No known vulnerabilities found", ""),
+        (0, "", None),  # every package was skipped: the index is not PyPI
+        (1, "/usr/bin/python: No module named pip_audit", None),
+        (1, "Found 1 known vulnerability in 1 package", "pillow 11.0 PYSEC-1"),
+    ],
+)
+def test_an_audit_says_yes_no_or_nothing(monkeypatch, code, said, expected):
+    table = "Name Version ID\n---- ------- --\npillow 11.0 PYSEC-1\n"
+    done = subprocess.CompletedProcess([], code, table if "Found" in said else "", said + "\n")
+    monkeypatch.setattr(supply.subprocess, "run", lambda *arguments, **options: done)
+    assert supply.audit() == expected
