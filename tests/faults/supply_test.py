@@ -44,7 +44,7 @@ def test_a_failure_is_named(steps, tmp_path):
     ("code", "said", "expected"),
     [
         (0, "No known vulnerabilities found", ""),
-        (0, "", None),  # every package was skipped: the index is not PyPI
+        (0, "No known vulnerabilities found\nName Skip Reason", None),  # the index is not PyPI
         (1, "/usr/bin/python: No module named pip_audit", None),
         (1, "Found 1 known vulnerability in 1 package", "pillow 11.0 PYSEC-1"),
     ],
