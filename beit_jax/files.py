@@ -134,13 +134,14 @@ def open_regular(path: str) -> BufferedReader:
 
 
 def read_regular(path: str) -> bytes:
-    """A local file's bytes; never waits, and never fills the memory.
+    """A file's bytes, local or gs://; never waits, and never fills the memory.
 
     Raises:
       OSError: it can't be opened or read, is no regular file, or does not fit in memory.
     """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+    remote = "://" in path
+    with epath.Path(path).open("rb") if remote else open_regular(path) as file:
+        size = epath.Path(path).stat().length if remote else os.fstat(file.fileno()).st_size
         if size > _memory():
             raise OSError(errno.ENOMEM, f"{size} bytes, more than this machine has memory", path)
         try:

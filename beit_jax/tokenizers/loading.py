@@ -202,7 +202,7 @@ def _read(config: TokenizerConfig, *, name: str) -> bytes:
     if path.is_dir():
         raise TokenizerFileError(f"{name}.path: {config.path} is a folder, not a safetensors file")
     try:
-        content = path.read_bytes() if "://" in config.path else read_regular(config.path)
+        content = read_regular(config.path)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.ENXIO):  # else a disk's fault
             raise

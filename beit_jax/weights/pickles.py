@@ -69,7 +69,7 @@ def read_bytes(path: str) -> bytes:
             raise WeightsError(f"{path} does not exist")
         if file.is_dir():
             raise WeightsError(f"{path} is a folder")
-        return file.read_bytes() if "://" in path else read_regular(path)
+        return read_regular(path)
     except WeightsError:
         raise
     except (OSError, ValueError) as error:  # no permission, NUL in a name
