@@ -86,7 +86,7 @@ class Checkpoints:
         self._settings = config
         self._config: JsonObject = config if isinstance(config, dict) else to_dict(config)
         self._identity, self._counts = dict(identity or {}), dict(counts or {})
-        self._read_only = read_only
+        self.read_only = read_only
         self._last_save = time.monotonic()
         self._manager = self._open(self._root / "checkpoints", keep=run.keep_checkpoints)
         self._best: ocp.CheckpointManager | None = None
@@ -103,8 +103,8 @@ class Checkpoints:
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                 # Left by a process killed while saving; or else being written just now. (Orbax'
                 # own `read_only` says the same, with five warnings.)
-                cleanup_tmp_directories=not self._read_only,
-                create=not self._read_only,
+                cleanup_tmp_directories=not self.read_only,
+                create=not self.read_only,
             ),
             item_names=("state", "config", digests.ITEM),
         )
@@ -173,7 +173,7 @@ class Checkpoints:
                 self._check_model(steps, shapes)
                 return self._restore(steps, shapes)
             except ConfigError:
-                if not self._read_only:
+                if not self.read_only:
                     raise
                 self._manager.reload()  # the run beside this one may have deleted what was read
                 if not cluster.gather("deleted", steps != self._steps())[0]:
@@ -202,7 +202,7 @@ class Checkpoints:
                 error = ValueError(problem) if problem else None
                 failures = [text for text in cluster.gather("restore", problem) if text]
             if not failures:
-                if first_error and not self._read_only:
+                if first_error and not self.read_only:
                     self._set_aside(above=step)
                 return state
             if error is not None and storage.passing(error):

@@ -493,5 +493,5 @@ def evaluate_only(
     if jax.process_index() == 0:
         path = f"{workdir}/evaluation.json"
         write_json(path, summary)
-        print(f"{job.headline(evaluation)}  {path}")
+        print(f"{job.headline(evaluation)}  (step {step})  {path}")
     return summary

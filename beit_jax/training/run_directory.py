@@ -48,18 +48,25 @@ _LONGEST_PATH, _INSIDE = 4096, 600
 
 
 def _is_config(value: Mapping[str, object]) -> bool:
-    return isinstance(value.get("run"), Mapping)
+    run = value.get("run")
+    return isinstance(run, Mapping) and isinstance(run.get("steps"), int)
 
 
-def _is_result(value: Mapping[str, object]) -> bool:
-    return any(name in value for name in ("steps", "seconds", "init_from"))
+def _is_summary(value: Mapping[str, object]) -> bool:
+    of_run = "steps" in value and ("images_per_second" in value or "time_to_first_step" in value)
+    of_probe = "init_from" in value and ("linear" in value or "knn" in value)
+    return "seconds" in value and (of_run or of_probe or "classify" in value)
+
+
+def _is_evaluation(value: Mapping[str, object]) -> bool:
+    return "steps" in value and all(isinstance(one, int | float) for one in value.values())
 
 
 # JSON files, and how this program's own are recognised.
 OWN: dict[str, Callable[[Mapping[str, object]], bool]] = {
     "config.json": _is_config,
-    "summary.json": _is_result,
-    EVALUATION: _is_result,
+    "summary.json": _is_summary,
+    EVALUATION: _is_evaluation,
 }
 
 

@@ -170,7 +170,9 @@ def _lock_file(path: str, *, workdir: str, me: JsonObject) -> int | None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, (json.dumps({_MARK: 1, **me}) + "\n").encode(), 0)
     except OSError as error:  # a full disk: the lock holds without a name in it
-        logging.warning("%s can't be written: %s", path, error)
+        logging.warning(
+            "%s can't be written (%s): a second run is refused, but not told by whom", path, error
+        )
     return descriptor
 
 

@@ -115,7 +115,7 @@ def check_settings(
     if refused:
         raise ConfigError(
             f"config.{refused[0]}: differs from the checkpoint in {where}"
-            f" ({_few(refused)}); choose another --workdir"
+            f"{_more(refused)}; choose another --workdir"
         )
 
 
@@ -189,8 +189,8 @@ def other_model(found: str, changed: Mapping[str, Mapping[str, Json]], *, where:
             " choose another --workdir"
         )
     return (
-        f"config.{causes[0]}: the checkpoints in {where} do not fit ({found};"
-        f" changed: {_few(causes)}); choose another --workdir"
+        f"config.{causes[0]}: the checkpoints in {where} do not fit ({found})"
+        f"{_more(causes)}; choose another --workdir"
     )
 
 
@@ -209,9 +209,12 @@ def _as_now(saved: JsonObject, settings: Settings) -> JsonObject:
         return saved
 
 
-def _few(texts: list[str]) -> str:
+def _more(texts: list[str]) -> str:
+    """The changes after the first one, in words; of many, a few."""
+    if len(texts) < 2:
+        return ""
     rest = len(texts) - 4
-    return "; ".join(texts[:4]) + (f"; and {rest} more" if rest > 0 else "")
+    return f" (also {'; '.join(texts[1:4])}{f'; and {rest} more' if rest > 0 else ''})"
 
 
 def _arrays(tree: PyTree) -> dict[str, str]:

@@ -91,7 +91,8 @@ def restore_or_init(
     """The state to start from; the order of precedence is `checkpoint`'s module docstring."""
     restored = checkpoints.restore(shapes)
     if restored is not None:
-        logging.info("resumed at step %d of %d", int(restored.step), run.steps)
+        text = "evaluating step %d of %d" if checkpoints.read_only else "resumed at step %d of %d"
+        logging.info(text, int(restored.step), run.steps)
         return restored
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     if run.init_from:

@@ -198,7 +198,8 @@ def test_an_evaluation_checks_only_what_it_writes(tmp_path):
 
 def test_a_whole_runs_files_are_left_as_they_are(tmp_path, caplog):
     with_checkpoint(tmp_path)
-    (tmp_path / "summary.json").write_text('{"steps": 10, "loss": NaN}')
+    summary = '{"steps": 10, "loss": NaN, "seconds": 3.0, "images_per_second": null}'
+    (tmp_path / "summary.json").write_text(summary)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     before = {path.name for path in tmp_path.iterdir()}
     with caplog.at_level(logging.WARNING), run_directory.opened(str(tmp_path)):
@@ -243,3 +244,20 @@ def test_a_folder_in_a_pictures_place_is_refused_before_the_run(tmp_path):
     run_directory.check_pictures(str(tmp_path), ["first_batch"])
     with pytest.raises(ConfigError, match=r"^--workdir: .*reconstruction\.png is a folder"):
         run_directory.check_pictures(str(tmp_path), ["first_batch", "reconstruction"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"run": {"command": "npm start"}, "precious": 1}'),
+        ("summary.json", '{"seconds": 12, "experiment": "mine"}'),
+        ("summary.json", '{"steps": 12, "reward": 3.5}'),
+        ("evaluation.json", '{"steps": 12, "model": "mine"}'),
+    ],
+)
+def test_one_key_in_common_makes_no_file_this_programs(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    refusal = pytest.raises(ConfigError, match=rf"^--workdir: .*{name} was written by another prog")
+    with refusal, run_directory.opened(str(tmp_path)):
+        pass
+    assert (tmp_path / name).read_text() == content
