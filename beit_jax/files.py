@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and the files under a folder."""
 
+import contextlib
 import errno
 import json
 import os
@@ -117,6 +118,20 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return "file" if entry.is_file() else "not a regular file"
     except OSError as error:  # a link to itself, a folder above that may not be entered
         return error.strerror or type(error).__name__
+
+
+def printable(name: str) -> str:
+    """A file's name for messages, on one line, whoever named the file.
+
+    A name may hold line breaks, which would forge a line of the log, codes that move a terminal's
+    cursor, and bytes that are not UTF-8: all of them become escapes such as "\\n" and "\\xe9".
+    """
+    with contextlib.suppress(UnicodeEncodeError):  # a surrogate that stands for no byte
+        name = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in name
+    )
 
 
 def open_regular(path: str) -> BufferedReader:

@@ -71,3 +71,18 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
     with pytest.raises(files.storage.StorageError, match="the disk is full"):
         files.write_together(tmp_path, NEW, needed_by_all="config.json")
     assert content(tmp_path) == OLD
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("photos/café 1.jpg", "photos/café 1.jpg"),
+        ("x\n03:00 step 20\r\x1b[31m\x9b.jpg", r"x\n03:00 step 20\r\x1b[31m\x9b.jpg"),
+        ("a\u2028b\u202egpj.exe", r"a\u2028b\u202egpj.exe"),
+        (os.fsdecode(b"caf\xe9.jpg"), r"caf\xe9.jpg"),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_a_name_in_a_message_is_one_line_without_control_characters(name, said):
+    assert files.printable(name) == said
+    assert files.printable(said) == said

@@ -12,6 +12,7 @@ from absl import logging
 
 from beit_jax.config import RunError
 from beit_jax.data.sources import Source
+from beit_jax.files import printable
 from beit_jax.types import HostBatch
 
 # Bad images end a run only once this many images, or a whole epoch, have been read.
@@ -79,7 +80,7 @@ class BadImages:
             self.bad += int(batch["replaced"].sum())
             for index in batch["index"][batch["replaced"]].tolist():
                 if index not in self._names:
-                    self._names[index] = self._source.name(index)
+                    self._names[index] = printable(self._source.name(index))
                     logging.warning("Can't decode %s; replaced it.", self._names[index])
         if (self._too_many() or self._all_bad()) and self.read >= self._min_read:
             raise self._error()

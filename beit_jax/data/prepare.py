@@ -14,7 +14,10 @@ are complete, and `prepared.json`, without which nothing reads the set, is writt
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import math
 import os
@@ -33,8 +36,15 @@ from beit_jax.config import ConfigError, RunError, SourceConfig, check
 from beit_jax.config.parse import shown
 from beit_jax.data import pipeline, sources
 from beit_jax.data.sources import Element, Source
-from beit_jax.data.sources.prepared import FORMAT, HEADER, LABELS, header_digest, shard_name
-from beit_jax.files import write_json
+from beit_jax.data.sources.prepared import (
+    FORMAT,
+    HEADER,
+    LABELS,
+    header_digest,
+    read_header,
+    shard_name,
+)
+from beit_jax.files import printable, write_json
 from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.preprocessing import MAX_PIXELS
 from beit_jax.types import Json, JsonObject
@@ -87,7 +97,8 @@ def prepare(config: PrepareConfig) -> JsonObject:
     """Writes the set, or what is missing of it, and returns its header.
 
     Raises:
-      ConfigError: the source can't be opened, or the folder holds something else.
+      ConfigError: the source can't be opened, the folder holds something else, or another command
+        is writing to it.
       RunError: too many images can't be decoded.
     """
     source = sources.open_source(
@@ -101,9 +112,46 @@ def prepare(config: PrepareConfig) -> JsonObject:
         training=True,
     )
     folder = Path(os.path.expanduser(config.output))
+    with _held(folder):
+        return _prepare(source, folder, config=config)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps a second command out of it, which would write the same files.
+
+    The kernel holds the lock on the folder itself, so that it ends with the process and leaves no
+    file. A network disk may have no such lock; there, the user keeps them apart.
+
+    Raises:
+      ConfigError: another command is writing to the folder, or it is none.
+    """
+    isnt_file = folder.is_dir() or not folder.exists()
+    check(isnt_file, "--output", f"{shown(str(folder))} is a file, not a folder")
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(descriptor)
+            raise ConfigError(
+                f"--output: another command is preparing {shown(str(folder))}; wait for it, end it,"
+                " or choose another folder"
+            ) from None
+        logging.info("%s has no locks: start no second command with this --output", folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _prepare(source: Source, folder: Path, *, config: PrepareConfig) -> JsonObject:
+    """Does the work of `prepare` in a folder that is this process's own."""
     settings = _settings(config, source)
     if (folder / HEADER).exists():
-        header = read_json_object(folder / HEADER)
+        header = read_header(folder, setting="--output")
         _check_same(header.get("settings"), settings, folder=folder)
         logging.info("%s: done already", folder)
         return header
@@ -160,7 +208,7 @@ def _write_shards(source: Source, folder: Path, *, config: PrepareConfig) -> lis
         if len(bad) > config.max_bad_share * last and (last >= 100 or number == shards - 1):
             raise RunError(
                 f"{len(bad)} of {last} images can't be decoded, more than --max_bad_share allows"
-                f" ({config.max_bad_share:.1%}), {source.name(bad[0])} among them"
+                f" ({config.max_bad_share:.1%}), {printable(source.name(bad[0]))} among them"
             )
     return notes
 
@@ -355,10 +403,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{header['images']} images, {len(header['classes'])} classes,"
         f" {len(header['shards'])} files, {size / 1e9:.2f} GB;"
-        f" {header['undecodable']} could not be decoded"
+        f" {header.get('undecodable')} could not be decoded"
     )
-    for name in header["undecodable_names"]:
-        print(f"  left out: {name}")
+    for name in header.get("undecodable_names") or ():
+        print(f"  left out: {printable(str(name))}")
     return 0
 
 

@@ -22,6 +22,7 @@ from beit_jax.evaluation.features import on_host
 from beit_jax.features.images import RESIZES, SUFFIXES, find_images, read_images
 from beit_jax.features.output import FORMATS, check_output, open_output
 from beit_jax.features.progress import Progress
+from beit_jax.files import printable
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.pretrained import EncoderOutput, PretrainedEncoder, load_encoder
 from beit_jax.training import sharding
@@ -323,7 +324,7 @@ def _embed(
         for name, image in images:
             if isinstance(image, str):
                 unreadable.append(name)
-                progress.say(f"warning: can't read {name}: {image}")
+                progress.say(f"warning: can't read {printable(name)}: {printable(image)}")
             else:
                 yield name, image
 
@@ -334,7 +335,8 @@ def _embed(
         finite = np.isfinite(features.reshape(len(names), -1)).all(axis=1)
         if not finite.all():
             raise ConfigError(
-                f"--dtype: features of {names[int(finite.argmin())]} are not finite in {dtype}"
+                f"--dtype: features of {printable(names[int(finite.argmin())])} are not finite in"
+                f" {dtype}"
             )
         add([_portable(name) for name in names], features)
         rows += len(names)

@@ -216,6 +216,7 @@ def open_cache(
             raise ConfigError(
                 f"config.data.token_cache: another run is using {path}; give each run its own"
             ) from error
+        _check_own(path, record)
         cache = TokenCache(file, rows=rows, images=images, tokens=tokens)
         size = rows * (ROW_HEADER.size + 4 * images + 2 * images * tokens)
         different = _differences(record, facts)
@@ -247,6 +248,28 @@ def _open(path: pathlib.Path) -> BinaryIO:
         if fault is not None and fault.number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise fault from error
         raise ConfigError(f"config.data.token_cache: {error}") from error
+
+
+def _check_own(path: pathlib.Path, record: pathlib.Path) -> None:
+    """Raises ConfigError where a file of somebody else's has a name that the cache would replace.
+
+    The file of ids is known by its record, or by the mark of its first row, which is 0 until that
+    is written. A record that can't be read belongs to a file of ids that has begun.
+    """
+    has_ids = path.stat().st_size > 0
+    try:
+        own = {"format", "rows"} <= read_json_object(record).keys()
+        others_record = not own
+    except JsonError:
+        own, others_record = False, record.exists() and not has_ids
+    with path.open("rb") as file:
+        known_start = file.read(4) in (bytes(4), struct.pack("<I", WRITTEN))
+    if others_record or (has_ids and not own and not known_start):
+        foreign = record if others_record else path
+        raise ConfigError(
+            f"config.data.token_cache: {foreign} is no file of token ids; move it away, or name"
+            " another folder"
+        )
 
 
 def _log_space(path: pathlib.Path, *, rows: int, size: int) -> None:

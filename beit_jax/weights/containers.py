@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from beit_jax.config.parse import shown
-from beit_jax.files import write_whole
+from beit_jax.files import printable, write_whole
 from beit_jax.json_text import JsonError, json_object
 from beit_jax.types import FlatParams, JsonObject
 from beit_jax.weights import pickles, unwrapping
@@ -115,17 +115,26 @@ def _unzipped(content: bytes, *, source: str) -> tuple[bytes, str]:
             return content, source
         files = [name for name in names if name.endswith(SUFFIXES)]
         if len(files) == 1:
-            return archive.read(files[0]), f"{source}/{files[0]}"
+            return archive.read(files[0]), f"{source}/{_name(files[0])}"
     except Exception as error:  # a damaged archive can raise anything
         raise WeightsError(
             f"{source} ({len(content)} bytes) is a zip file that is damaged, cut off or locked:"
             f" {' '.join(str(error).split())[:200]}"
         ) from None
-    what = f"{len(files)} files of weights ({', '.join(files[:5])})" if files else "no weights"
+    what = (
+        f"{len(files)} files of weights ({', '.join(map(_name, files[:5]))})"
+        if files
+        else "no weights"
+    )
     raise WeightsError(
         f"{source} is a zip file, but not one of torch.save, and holds {what}; unpack it and give"
         " a file or folder of it"
     )
+
+
+def _name(name: str) -> str:
+    """The name of a file in a zip, as it is where it makes a line, else its end."""
+    return printable(name[-_LONGEST_NAME:])
 
 
 def _is_hidden(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Batches are a function of (seed, step), for any number of hosts and with broken files."""
 
+import dataclasses
 import functools
 import io
 import itertools
@@ -340,6 +341,24 @@ def test_bad_files_are_counted_and_named_once(spoilt, caplog):
     assert bad_images.bad == 12
     for name in BAD_NAMES:
         assert caplog.text.count(name) == 1
+
+
+@pytest.mark.parametrize("escaped", [True, False], ids=["folder", "a source of one's own"])
+def test_a_bad_files_name_forges_no_line_of_the_log(tmp_path, caplog, escaped):
+    _write(tmp_path, 6)
+    name = "x\n03:00:00 step 20 \x1b[31m.jpg"
+    (tmp_path / "0" / name).write_bytes(b"no picture")
+    source, config = _open(tmp_path)
+    named = source if escaped else dataclasses.replace(source, name=lambda index: name)
+    bad_images = BadImages(named, max_share=0.0)
+    (batch,) = _take(1, source, config, batch_size=7)  # all of them
+    with (
+        caplog.at_level(logging.WARNING, logger="absl"),
+        pytest.raises(TooManyBadImagesError) as error,
+    ):
+        bad_images.count(batch)
+    assert all(said.isprintable() for said in (*caplog.messages, str(error.value)))
+    assert r"x\n03:00" in str(error.value)
 
 
 def test_too_many_bad_files_end_the_run(spoilt):

@@ -153,6 +153,42 @@ def test_a_set_is_complete_or_not_there(folder, finished, tmp_path, monkeypatch)
             assert json.loads(actual) == json.loads(path.read_text())
 
 
+def test_a_second_command_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch, capsys):
+    """Both would write the same files at once."""
+    from beit_jax.files import write_json
+
+    seen = []
+
+    def meanwhile(path, value):
+        if not seen:
+            seen.append(
+                prepare.main([f"--source=folder:{folder}", f"--output={tmp_path}", "--workers=2"])
+            )
+        write_json(path, value)
+
+    monkeypatch.setattr(prepare, "write_json", meanwhile)
+    prepare.prepare(_settings(folder, tmp_path))
+    assert seen == [2]
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("error:")] == [
+        f"error: --output: another command is preparing '{tmp_path}'; wait for it, end it, or"
+        " choose another folder"
+    ]
+    assert _open(tmp_path).size > 0
+
+
+def test_an_output_that_is_a_file_or_a_damaged_set_is_one_line(folder, finished, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"--output: .* is a file, not a folder"):
+        prepare.prepare(_settings(folder, tmp_path / "file"))
+    shutil.copytree(finished[0], tmp_path / "set")
+    header = json.loads((tmp_path / "set/prepared.json").read_text())
+    del header["shards"]
+    (tmp_path / "set/prepared.json").write_text(json.dumps(header))
+    with pytest.raises(ConfigError, match=r"--output: .*prepared\.json is damaged"):
+        prepare.prepare(_settings(folder, tmp_path / "set"))
+
+
 def test_a_damaged_set_is_refused(folder, tmp_path):
     output = tmp_path / "set"
     prepare.prepare(_settings(folder, output))

@@ -184,14 +184,16 @@ def test_unreadable_files_are_reported_by_name_and_left_out(weights, photos, tmp
     shutil.copytree(photos, folder)
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff and nothing")
     (folder / "a" / "empty.png").write_bytes(b"")
+    (folder / "forged\n\x1b[31m.png").write_bytes(b"")
     assert run(folder, weights, tmp_path / "f.npz", "--batch-size=2") == 0
     _, names, metadata = load(tmp_path / "f.npz")
     assert names == NAMES
-    assert metadata["unreadable"] == ["a/empty.png", "broken.jpg"]
+    assert metadata["unreadable"] == ["a/empty.png", "broken.jpg", "forged\n\x1b[31m.png"]
     said = capsys.readouterr().err
     assert "can't read a/empty.png: " in said
     assert "can't read broken.jpg: " in said
-    assert "2 of 9 images could not be read" in said
+    assert r"can't read forged\n\x1b[31m.png: " in said
+    assert "3 of 10 images could not be read" in said
     assert "1 other files left out" in said
 
 

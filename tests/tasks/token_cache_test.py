@@ -137,6 +137,35 @@ def test_what_is_no_file_is_refused(tmp_path, suffix, make):
         pass
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("00000-of-00001.tokens", b"somebody's tokens"),
+        ("00000-of-00001.json", b'{"shard": 0}'),
+        ("00000-of-00001.json", b"not JSON"),
+    ],
+)
+def test_a_file_of_somebody_else_is_refused_and_kept(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    refused = pytest.raises(ConfigError, match=f"config.data.token_cache: .*{name} is no file")
+    with refused, opened(str(tmp_path)):
+        pass
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_file_whose_writing_was_cut_off_before_its_record_is_started_anew(tmp_path):
+    """Killed between the two: the file is all zeros, or has rows and half a record."""
+    with opened(str(tmp_path)) as cache:
+        fill(cache, [3])
+    (tmp_path / "00000-of-00001.json").unlink()
+    with opened(str(tmp_path)) as cache:
+        assert not known(cache, 3)
+        fill(cache)
+    (tmp_path / "00000-of-00001.json").unlink()
+    with opened(str(tmp_path)) as cache:
+        assert not known(cache, 0)
+
+
 def test_two_runs_cannot_share_a_file(tmp_path):
     with (
         opened(str(tmp_path)),

@@ -10,7 +10,7 @@ from beit_jax.config import ConfigError
 from beit_jax.config.parse import shown
 from beit_jax.data.decode import EXTENSIONS, Window, decode_element
 from beit_jax.data.sources.source import Element, Request, Source, select_split
-from beit_jax.files import visible_files
+from beit_jax.files import printable, visible_files
 
 NAMED = 5  # skipped folders and files in the warning
 
@@ -46,7 +46,7 @@ def open_folder(request: Request) -> Source:
     labels = tf.constant([number[_top(name)] for name in names] if classes else [], tf.int32)
 
     def name(index: int) -> str:
-        return table[index].numpy().decode("utf-8", "backslashreplace")
+        return printable(os.fsdecode(table[index].numpy()))
 
     def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
         data = tf.io.read_file(tf.strings.join([start, table[index]], separator="/"))
@@ -113,11 +113,6 @@ def _walk(root: str) -> Iterator[str]:
             ", ".join(sorted(skipped)[:NAMED]),
             ", ..." if len(skipped) > NAMED else "",
         )
-
-
-def printable(name: str) -> str:
-    """A file's name for messages, which may hold bytes that are not UTF-8."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _walk_remote(root: str, prefix: str) -> Iterator[str]:

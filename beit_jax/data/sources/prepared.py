@@ -78,7 +78,7 @@ def open_set(path: str, *, setting: str) -> PreparedSet:
             f"{setting}: no {HEADER} in {shown(path)}: nothing was prepared there, or not to the"
             " end; python -m beit_jax.data.prepare writes it, and continues where it was stopped"
         )
-    header = _read_header(folder, setting=setting)
+    header = read_header(folder, setting=setting)
     paths = []
     for number, shard in enumerate(header["shards"]):
         file = folder / shard_name(number, shards=len(header["shards"]))
@@ -113,8 +113,12 @@ def open_set(path: str, *, setting: str) -> PreparedSet:
     )
 
 
-def _read_header(folder: Path, *, setting: str) -> JsonObject:
+def read_header(folder: Path, *, setting: str) -> JsonObject:
     """The content of `prepared.json`, of the types that it is read as.
+
+    Args:
+      folder: of the set.
+      setting: the setting that names it, for error messages.
 
     Raises:
       ConfigError: it is damaged, or of another format.
