@@ -92,6 +92,7 @@ def encoder(sources):
     return beit_jax.load_encoder(sources["run"])
 
 
+@pytest.mark.slow
 def test_apply_is_pure_and_has_a_gradient(encoder):
     images = encoder.normalize(uint8_images(40))
     out = jax.jit(encoder.apply)(encoder.params, images)

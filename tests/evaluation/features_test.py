@@ -13,6 +13,7 @@ from beit_jax.weights import native
 from tests.evaluation.examples import compiled_features
 
 
+@pytest.mark.slow
 def test_features_equal_means_of_raw_block_outputs(frozen, monkeypatch):
     """Blocks are counted from 1; images go through whole, or in parts of one image per device."""
     images = np.random.default_rng(0).normal(size=(16, 32, 32, 3)).astype(np.float32)
@@ -30,6 +31,7 @@ def test_features_equal_means_of_raw_block_outputs(frozen, monkeypatch):
                 np.testing.assert_allclose(pooled[image, i], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_uint8_images_are_normalised_first_and_erased_only_with_a_key(frozen):
     images = np.random.default_rng(1).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
     spec = features.FeatureSpec(blocks=(2,), normalization="imagenet", erase_probability=1.0)

@@ -37,6 +37,7 @@ def gradients(task, params, batch):
     return jax.jit(jax.grad(loss, has_aux=True))(params, batch)
 
 
+@pytest.mark.slow
 def test_loss_accuracy_and_gradients_equal_softmax_regression(frozen):
     """In float64, each block on its own; padding and unlabelled images do not count."""
     task, params = tiny_task(frozen)
@@ -68,6 +69,7 @@ def test_loss_accuracy_and_gradients_equal_softmax_regression(frozen):
     assert metrics["top1"] == max(metrics["top1_block_1"], metrics["top1_block_3"])
 
 
+@pytest.mark.slow
 def test_blocks_do_not_influence_one_another(frozen):
     """Other features and weights of one block leave the other's gradient bit-identical."""
     task, params = tiny_task(frozen)

@@ -245,6 +245,7 @@ def test_masked_positions_lists_every_masked_patch_once():
     assert positions[1][0] == 4
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_float32(batch):
     """bfloat16 keeps 8 bits: logits of size ~1 within a few hundredths."""
     images, mask, _ = batch

@@ -86,6 +86,7 @@ def test_a_classifier_gives_its_logits(kind, run, tmp_path):
         assert examples.relative_error(outputs[f"{name} logits"], expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", examples.PRETRAINED)
 def test_a_pre_training_checkpoint_gives_its_encoder(kind, run, tmp_path):
     """The tokens after the final norm; both normalisations and kinds of positions."""

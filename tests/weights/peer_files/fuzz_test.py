@@ -159,7 +159,7 @@ def run(
 both_parts = pytest.mark.parametrize(
     ("count", "seed"),
     [
-        pytest.param(EXAMPLES // 10, 1, id="fast"),
+        pytest.param(EXAMPLES // 20, 1, id="fast"),
         pytest.param(EXAMPLES, 2, id="slow", marks=pytest.mark.slow),
     ],
 )
