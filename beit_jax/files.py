@@ -13,6 +13,7 @@ from io import BufferedReader
 from etils import epath
 
 from beit_jax import storage
+from beit_jax.config.parse import ConfigError, shown
 from beit_jax.types import Json
 
 
@@ -24,9 +25,10 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
       content: the whole file.
 
     Raises:
+      ConfigError: the path is an address that nothing here writes to, such as "https://...".
       StorageError: the disk is full or can't be written to; an old file is as it was.
     """
-    target = epath.Path(path)
+    target = to_write(path)
     with storage.writing(path, needed=len(content)):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f"{target.name}.{os.getpid()}.tmp"
@@ -51,9 +53,10 @@ def write_together(
       needed_by_all: the one of them without which no reader takes the others.
 
     Raises:
+      ConfigError: the path is an address that nothing here writes to, such as "https://...".
       StorageError: the disk is full or can't be written to; old files are as they were.
     """
-    target = epath.Path(folder)
+    target = to_write(folder)
     names = [*(name for name in contents if name != needed_by_all), needed_by_all]
     temporary = {name: target / f"{name}.{os.getpid()}.tmp" for name in names}
     with storage.writing(folder, needed=sum(map(len, contents.values()))):
@@ -67,6 +70,14 @@ def write_together(
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
+
+
+def to_write(path: str | os.PathLike) -> epath.Path:
+    """The place to write to; raises ConfigError for one that nothing here writes to."""
+    name = os.fspath(path)
+    if is_elsewhere(name):
+        raise ConfigError(f"{shown(name)}: only local paths and gs:// are written to")
+    return epath.Path(path)
 
 
 def visible_files(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from beit_jax import files
+from beit_jax.config import ConfigError
 
 OLD = {"config.json": b"old", "weights": b"old", "card": b"old"}
 NEW = {"config.json": b"new", "weights": b"new", "card": b"new"}
@@ -86,3 +87,13 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
 def test_a_name_in_a_message_is_one_line_without_control_characters(name, said):
     assert files.printable(name) == said
     assert files.printable(said) == said
+
+
+@pytest.mark.parametrize("path", ["https://host/a", "s3://bucket/a", "file:///a"])
+def test_an_address_that_nothing_writes_to_is_one_line(path):
+    for write in (
+        lambda: files.write_whole(path, b""),
+        lambda: files.write_together(path, NEW, needed_by_all="config.json"),
+    ):
+        with pytest.raises(ConfigError, match="only local paths and gs:// are written to"):
+            write()

@@ -27,7 +27,7 @@ from etils import epath
 
 from beit_jax.config import ConfigError, TokenizerConfig, fixed_settings, parse
 from beit_jax.config.parse import shown
-from beit_jax.files import is_elsewhere, read_regular, write_whole
+from beit_jax.files import is_elsewhere, read_regular, to_write, write_whole
 from beit_jax.json_text import JsonError, json_object
 from beit_jax.models.functional import flatten, unflatten
 from beit_jax.tokenizers.kinds import KINDS
@@ -107,7 +107,7 @@ def save_params(path: str | os.PathLike, params: Params, *, config: TokenizerCon
     Raises:
       TokenizerFileError: `params` do not fit `config`.
     """
-    path = epath.Path(path)
+    path = to_write(path)
     tensors = {key: np.asarray(leaf) for key, leaf in flatten(params).items()}
     expected = _expected_tensors(config, tensors)
     _check_tensors(tensors, expected, path=str(path))
@@ -229,6 +229,11 @@ def _parse(content: bytes, *, path: str) -> tuple[dict[str, np.ndarray], JsonObj
         raise TokenizerFileError(
             f"{path} ({len(content)} bytes) is not a whole safetensors file:"
             f" {' '.join(str(error).split())[:200]}{hint}"
+        ) from None
+    # Of bfloat16 and 8-bit floats; of more numbers than there can be.
+    except (KeyError, ValueError) as error:
+        raise TokenizerFileError(
+            f"{path} holds a tensor of a type or shape that is not read: {shown(str(error))}"
         ) from None
     # safetensors.numpy drops the metadata. The file starts with the length of a JSON header, a
     # little-endian uint64; the load above has checked both.

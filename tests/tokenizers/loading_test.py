@@ -292,6 +292,22 @@ def test_a_flipped_bit_is_noticed(tmp_path, where, bit):
     assert str(path) in one_line(error)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"),
+    [("BF16", [1], 2), ("F8_E4M3", [1], 1), ("F32", [0, 2**62, 2**62], 0), ("F32", [0] * 80, 0)],
+    ids=["bfloat16", "8 bits", "huge", "80 dimensions"],
+)
+def test_a_tensor_that_numpy_does_not_have_is_one_line(tmp_path, dtype, shape, size):
+    path = tmp_path / "t.safetensors"
+    tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+    header = {"__metadata__": {"tokenizer": json.dumps(METADATA)}, "a": tensor}
+    content = json.dumps(header).encode()
+    path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(size))
+    with pytest.raises(TokenizerFileError, match="type or shape that is not read") as error:
+        load_params(dataclasses.replace(DVAE, path=str(path)))
+    one_line(error)
+
+
 def test_a_pickle_is_told_to_be_converted(tmp_path):
     path = tmp_path / "encoder.pkl"
     path.write_bytes(pickle.dumps(list(range(1000)), protocol=2))
