@@ -221,6 +221,7 @@ def _read_note(path: Path, *, first: int, last: int) -> JsonObject | None:
         note = read_json_object(path)
         counts = [len(note["labels"]), len(note["bad"]), note["images"]]
         whole = all(type(number) is int for number in (*note["labels"], *note["bad"], counts[2]))
+        whole = whole and set(range(first, last)).issuperset(note["bad"])
     except (JsonError, LookupError, TypeError):
         whole, counts = False, [0, 0, 0]
     labels, bad, images = counts

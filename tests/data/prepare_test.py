@@ -177,6 +177,15 @@ def test_a_second_command_in_the_same_folder_is_refused(folder, tmp_path, monkey
     assert _open(tmp_path).size > 0
 
 
+@pytest.mark.parametrize("bad", [10**9, -1, 5])
+def test_a_note_of_images_that_its_file_has_not_is_damaged(tmp_path, bad):
+    note = tmp_path / "note.json"
+    note.write_text(json.dumps({"images": 4, "bad": [bad], "labels": []}))
+    assert prepare._read_note(note, first=0, last=5) is None
+    note.write_text(json.dumps({"images": 4, "bad": [4], "labels": []}))
+    assert prepare._read_note(note, first=0, last=5) is not None
+
+
 def test_an_output_that_is_a_file_or_a_damaged_set_is_one_line(folder, finished, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match=r"--output: .* is a file, not a folder"):
