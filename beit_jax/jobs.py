@@ -113,7 +113,11 @@ def run_on_cluster(
     except (ConfigError, TokenizerFileError, FileNotFoundError, RunError) as error:
         return cluster.end(code=cluster.EXIT_SETTINGS, error=error, message=str(error))
     except KeyboardInterrupt as error:
-        return cluster.end(code=130, error=error, message="interrupted")
+        message = (
+            "interrupted: steps since the last checkpoint are lost (SIGTERM saves them); the same"
+            " command continues"
+        )
+        return cluster.end(code=130, error=error, message=message)
     except Exception as error:
         fault = storage.explain(error)
         if fault is not None:
