@@ -31,6 +31,11 @@ from beit_jax.weights import digests
 _LARGEST_INDEX = 1 << 30  # bytes of a file that lists others; thousands of hosts have 1 MB
 _MOST_NUMBERS = 10**11  # parameters; a hundred times those of the largest BEiT
 _REASON = 160  # characters of another library's message
+# Numbers of a summary or a log that say nothing of the parameters.
+_NO_FIGURES = (
+    *("step", "steps", "seconds", "seconds_left", "data_wait_share", "mfu", "skipped"),
+    *("images_per_second", "images_per_second_per_chip", "skipped_in_row"),
+)
 # Names in a checkpoint's folder, Orbax' marks included.
 CONTENT = ("state", "config", digests.ITEM, "_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -223,20 +228,41 @@ def _others(checkpoint: epath.Path) -> str:
 
 
 def saved_metrics(source: str) -> JsonObject:
-    """The run's `summary.json`; else the last numbers in `metrics.jsonl`; else nothing."""
-    here = epath.Path(source)
-    for folder in (here, here.parent.parent):  # a workdir, or <workdir>/checkpoints/<step>
-        if (folder / "summary.json").exists():
-            try:
-                return read_json_object(folder / "summary.json", finite=False)
-            except JsonError as error:
-                logging.warning("no summary of the run, only its log: %s", error)
-        if (folder / "metrics.jsonl").exists():
-            numbers: JsonObject = {}
-            for line in metrics_file.read(folder / "metrics.jsonl"):
-                numbers |= line
-            return numbers
-    return {}
+    """The numbers that a run reached at a checkpoint's step: "step", and what was logged there.
+
+    Those of other steps, newer ones of the same run among them, are no figures of these parameters.
+
+    Args:
+      source: a checkpoint or a run's directory (its newest checkpoint is meant); what is neither
+        has no numbers.
+    """
+    try:
+        checkpoint = state_folder(source, name="checkpoint").parent
+    except ConfigError:
+        return {}
+    if not is_step(checkpoint.name):
+        return {}
+    step, run = int(checkpoint.name), checkpoint.parent.parent
+    numbers: JsonObject = {}
+    if run.name == "best":
+        run = run.parent
+    elif (run / "summary.json").exists():
+        try:
+            summary = read_json_object(run / "summary.json", finite=False)
+            numbers = summary if summary.get("steps") == step else {}
+        except JsonError as error:
+            logging.warning("no summary of the run, only its log: %s", error)
+    if not numbers and (run / "metrics.jsonl").exists():
+        for line in metrics_file.read(run / "metrics.jsonl"):
+            numbers |= line if line["step"] == step else {}
+    reached = {
+        name: value
+        for name, value in numbers.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and name not in _NO_FIGURES
+    }
+    return {"step": step} | reached
 
 
 def read_params(

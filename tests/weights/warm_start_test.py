@@ -319,9 +319,36 @@ def test_export_of_a_run_takes_the_newest_checkpoint_and_its_numbers(tmp_path):
     card = (tmp_path / "hf" / "README.md").read_text()
     for fact in ("folder:/pictures", "0.0015", "| accuracy | 0.1234 |", "RANDOM weights"):
         assert fact in card
+    assert "| step | 20 |" in card
     older = convert.read_any(str(tmp_path / "run" / "checkpoints" / "10"))[0]
     expected = examples.random_params(PRETRAINED, 1)
     np.testing.assert_array_equal(older["lm_head/kernel"], expected["lm_head/kernel"])
+
+
+def test_the_numbers_of_a_checkpoint_are_those_of_its_step(tmp_path):
+    """Exported while the run goes on, or an older one: its card showed the newest numbers."""
+    run = tmp_path / "run"
+    for name in ("10", "20"):
+        for item in ("state", "config"):
+            (run / "checkpoints" / name / item).mkdir(parents=True)
+    (run / "best" / "checkpoints" / "10" / "state").mkdir(parents=True)
+    (run / "best" / "checkpoints" / "10" / "config").mkdir()
+    lines = [
+        {"step": 10, "loss": 3.0, "images_per_second": 9.0},
+        {"step": 10, "eval_loss": 2.5, "eval_top1": 0.0},
+        {"step": 20, "loss": 2.0},
+        {"step": 25, "loss": 1.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert native.saved_metrics(str(run)) == {"step": 20, "loss": 2.0}
+    at_10 = {"step": 10, "loss": 3.0, "eval_loss": 2.5, "eval_top1": 0.0}
+    assert native.saved_metrics(str(run / "checkpoints" / "10")) == at_10
+    assert native.saved_metrics(str(run / "best")) == at_10
+    summary = {"steps": 20, "top1": 0.5, "best": {"value": 0.5}, "seconds": 7.0}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert native.saved_metrics(str(run)) == {"step": 20, "top1": 0.5}
+    assert native.saved_metrics(str(run / "checkpoints" / "10")) == at_10
+    assert native.saved_metrics(str(tmp_path)) == {}
 
 
 def test_a_key_that_export_needs_in_the_config_is_named(tmp_path):

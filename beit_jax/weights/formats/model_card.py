@@ -46,7 +46,7 @@ def model_card(
       description: what the model is.
       class_name: of the class in transformers that loads it.
       config: the run's config.
-      metrics: the run's last numbers; empty where there are none.
+      metrics: the numbers of these parameters' step; empty where there are none.
       source: the checkpoint.
       name: the folder's name.
     """
@@ -131,7 +131,7 @@ def _metrics(metrics: JsonObject) -> list[str]:
     if not metrics:
         return []
     lines = ["", "## Metrics", "", "| | |", "|---|---|"]
-    return lines + [f"| {k.replace('_', ' ')} | {_number(v)} |" for k, v in metrics.items() if v]
+    return lines + [f"| {k.replace('_', ' ')} | {_number(v)} |" for k, v in metrics.items()]
 
 
 def _number(value: Json) -> str:
