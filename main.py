@@ -15,10 +15,25 @@ import logging as python_logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
+from types import FrameType
 
 _BEGAN = time.perf_counter()  # for the time to the first step: the slow imports come after it
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ends the program on a signal that comes before there is a run that could save."""
+    code, reason = (130, "interrupted") if number == signal.SIGINT else (75, "stopped by SIGTERM")
+    os.write(2, f"error: {reason} before the run began; the same command starts it\n".encode())
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    for _number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(_number) is not signal.SIG_IGN:  # nohup's, say
+            signal.signal(_number, _leave)
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
@@ -86,6 +101,8 @@ def main(argv: list[str]) -> int:
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     if _PLAN.value is not None:
         return _plan(values, workdir=_WORKDIR.value or f"runs/{name}")
+    if signal.getsignal(signal.SIGINT) is _leave:  # from here on `run_on_cluster` answers
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return jobs.run_on_cluster(
         values,
         workdir=_WORKDIR.value or f"runs/{name}",

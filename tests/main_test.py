@@ -117,3 +117,15 @@ def test_a_run_counts_as_cpu_only_if_it_is_certain(tmp_path, flags, environment,
         text=True,
     )
     assert done.stdout.strip() == str(expected), done.stderr
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_signal_before_there_is_a_run_is_one_line(tmp_path, name, code):
+    """It comes while the config file is being read, which is as long as imports take."""
+    config = tmp_path / "config.py"
+    config.write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n")
+    done = call(f"--config={config}", workdir=tmp_path / "run")
+    assert done.returncode == code
+    assert done.stderr.endswith("before the run began; the same command starts it\n")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
