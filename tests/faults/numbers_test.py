@@ -43,6 +43,6 @@ def test_a_run_that_does_not_skip_is_noticed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_cases_drawn_by_chance(tmp_path):
-    row = numbers.soak(count=6, seed=1, folder=tmp_path)
+    row = numbers.soak(count=1, seed=1, folder=tmp_path)
     assert row.failures == ()
-    assert row.survived == row.tried == 6
+    assert row.survived == row.tried == 1
