@@ -26,6 +26,7 @@ from absl import logging as absl_logging
 from beit_jax.config.parse import RunError, shown
 
 EXIT_STORAGE = 74  # EX_IOERR
+_LONGEST_PATH = 200  # characters of a path that a message shows whole
 
 # What an error means. Of those in `_ANYWHERE` the number alone shows that a disk is meant; the
 # others also come from sockets and processes, and count only where a file is named.
@@ -75,7 +76,9 @@ class StorageError(RunError):
         return self.number in _NO_ROOM
 
     def _line(self) -> str:
-        where = f"{shown(self.path)[1:-1]}: " if self.path else ""
+        # A path is what the reader needs most: more of it is shown than of another value.
+        whole = self.path.isprintable() and len(self.path) <= _LONGEST_PATH
+        where = f"{self.path if whole else shown(self.path)[1:-1]}: " if self.path else ""
         facts = []
         if self.of_room and self.needed is not None:
             facts.append(f"{size(self.needed)} needed")

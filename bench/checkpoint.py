@@ -161,7 +161,7 @@ def measure(size: tuple[int, int, int], *, repeats: int, folder: str | None) -> 
             )
             times = [time.perf_counter()]
             with timed(digests, "item", seconds["save_digests"]):
-                checkpoints.save(train_state, step=1)
+                checkpoints.save(train_state, step=int(train_state.step))
             times.append(time.perf_counter())
             checkpoints.close()
             times.append(time.perf_counter())

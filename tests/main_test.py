@@ -1,6 +1,7 @@
 """Bad input on the command line is one line and exit code 2, before anything is written."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +125,14 @@ def test_a_signal_before_there_is_a_run_is_one_line(tmp_path, name, code):
     """It comes while the config file is being read, which is as long as imports take."""
     config = tmp_path / "config.py"
     config.write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n")
-    done = call(f"--config={config}", workdir=tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "main.py", f"--workdir={tmp_path / 'run'}", f"--config={config}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        # In a shell's background job, where tests may run, SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert done.returncode == code
     assert done.stderr.endswith("before the run began; the same command starts it\n")
     assert "Traceback" not in done.stderr

@@ -115,9 +115,10 @@ def record(workdir: str, process: int) -> None:
     indices = open(f"{workdir}.{process}.indices", "a")  # noqa: SIM115
 
     def audit(event, arguments):
-        if event == "open" and isinstance(arguments[0], str) and arguments[1] is not None:
-            path, mode = arguments[0], arguments[1]
-            if path.startswith(f"{workdir}/") and set(mode) & set("wax+"):
+        if event == "open" and isinstance(arguments[0], str):
+            path, mode, flags = arguments
+            writing = set(mode) & set("wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR)
+            if path.startswith(f"{workdir}/") and writing:
                 # `files.write_whole` writes beside the file and renames.
                 whole = path[len(workdir) + 1 :].removesuffix(f".{os.getpid()}.tmp")
                 print(whole, file=writes, flush=True)

@@ -38,6 +38,6 @@ def test_a_run_killed_three_times_ends_as_one_that_was_left_alone(tmp_path):
 
 @pytest.mark.slow
 def test_programs_of_every_kind_survive(tmp_path):
-    row = kill.soak(count=6, seed=1, folder=tmp_path)
+    row = kill.soak(count=2, seed=1, folder=tmp_path)
     assert row.failures == ()
-    assert row.tried >= 6
+    assert row.tried >= 2
