@@ -9,6 +9,7 @@ from tests.faults import kill
 from tests.faults.zygote import Zygote
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_one_that_was_left_alone(tmp_path):
     with Zygote(modules=("beit_jax.jobs", "tests.distributed.worker"), folder=tmp_path) as zygote:
         failures, tried = kill.try_command(

@@ -211,6 +211,7 @@ def test_blocks_after_the_last_one_asked_for_do_not_run(batch):
     assert cost(2) - cost(1) == cost(3) - cost(2) > 0
 
 
+@pytest.mark.slow
 def test_drop_path_drops_whole_samples_at_the_linear_rate():
     """A branch is there, scaled by 1 / (1 - p), or not at all; block 0 always is."""
     factors = np.asarray(drop_path_factors(jax.random.key(0), rate=0.3, layers=3, batch=20_000))

@@ -101,6 +101,7 @@ def test_both_containers_give_the_same_file(files, tmp_path):
     assert digests["zip"] == digests["legacy"]
 
 
+@pytest.mark.slow
 def test_converted_modules_give_the_packages_tokens(torch, modules, files, tmp_path):
     """At least 99.9 % of the token ids agree in float32, and the decoder's pictures agree."""
     from dall_e.utils import map_pixels, unmap_pixels
