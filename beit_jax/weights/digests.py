@@ -33,6 +33,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from beit_jax.config.parse import shown
+from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.models.functional import flatten
 from beit_jax.types import Json, JsonObject, PyTree
 
@@ -100,14 +101,14 @@ def read(checkpoint: epath.Path) -> JsonObject | None:
             raise ValueError(f"its folder {ITEM} is missing")
         return None
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json_object(path)
         valid = (
             found["kind"] == KIND
             and isinstance(found["config"], str)
             and all(len(entry) == 3 for entry in found["arrays"].values())
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        valid = False
+    except (JsonError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} can't be read") from error
     if not valid:
         raise ValueError(f"{path} can't be read")
     return found

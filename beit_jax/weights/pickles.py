@@ -75,8 +75,6 @@ def read_bytes(path: str) -> bytes:
     except (OSError, ValueError) as error:  # no permission, NUL in a name
         why = getattr(error, "strerror", None) or error
         raise WeightsError(f"{path} can't be read: {why}") from None
-    except MemoryError:
-        raise WeightsError(f"{path} does not fit in memory") from None
 
 
 def loads(content: bytes, *, source: str) -> PyTree:
