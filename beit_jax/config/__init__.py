@@ -28,6 +28,12 @@ from beit_jax.config.parse import (
     unit_setting,
 )
 from beit_jax.config.run import RunConfig
+from beit_jax.config.segment import (
+    InferenceConfig,
+    SegmentAugmentConfig,
+    SegmentDataConfig,
+    SegmentHeadConfig,
+)
 from beit_jax.config.tokenizer import TokenizerConfig
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "ClassifyAugmentConfig",
     "ConfigError",
     "DataConfig",
+    "InferenceConfig",
     "LabelledDataConfig",
     "MaskConfig",
     "MixingConfig",
@@ -43,6 +50,9 @@ __all__ = [
     "OptimizerConfig",
     "RunConfig",
     "RunError",
+    "SegmentAugmentConfig",
+    "SegmentDataConfig",
+    "SegmentHeadConfig",
     "SourceConfig",
     "TokenizerConfig",
     "check",
