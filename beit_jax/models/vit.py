@@ -116,15 +116,20 @@ class Encoder(nnx.Module):
         return self.norm(tokens) if hasattr(self, "norm") else tokens
 
     def block_outputs(
-        self, images: jax.Array, *, blocks: Sequence[int], mask: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        blocks: Sequence[int],
+        mask: jax.Array | None = None,
+        drop_path_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Raw outputs of some blocks, at inference. Blocks after the last asked for do not run.
+        """Raw outputs of some blocks. Blocks after the last asked for do not run.
 
         Args:
           images: normalised, float `[b, s, s, 3]`.
           blocks: numbers from 1 to l; 0 stands for the embeddings, the first block's input. Any
             order, repeats allowed. Only these outputs are kept in memory.
-          mask: as for `__call__`.
+          mask, drop_path_key: as for `__call__`.
 
         Returns:
           `[len(blocks), b, n, d]` in the residual dtype and in the order of `blocks`; no final norm
@@ -138,7 +143,9 @@ class Encoder(nnx.Module):
             raise ValueError(f"blocks must be numbers from 0 to {layers}, got {list(blocks)}")
         embedded = self.embed(images, mask=mask)
         wanted = sorted(set(blocks))
-        _, kept = self._run_blocks(embedded, kept=[block for block in wanted if block])
+        _, kept = self._run_blocks(
+            embedded, drop_path_key=drop_path_key, kept=[block for block in wanted if block]
+        )
         assert kept is not None
         if wanted[0] == 0:
             kept = jnp.concatenate([embedded[None], kept])
@@ -208,7 +215,7 @@ class Encoder(nnx.Module):
         depth = config.layers
         if kept is not None:
             depth = kept[-1] if kept else 0
-            params = jax.tree.map(lambda stacked: stacked[:depth], params)
+            params, factors = jax.tree.map(lambda stacked: stacked[:depth], (params, factors))
             # The index of every block's output among the kept ones; out of range: not kept.
             numbers = np.arange(1, depth + 1)
             slots = np.where(np.isin(numbers, kept), np.searchsorted(kept, numbers), len(kept))
@@ -216,16 +223,19 @@ class Encoder(nnx.Module):
         if depth == 0:
             return x, outputs
 
+        def run(x: jax.Array, params: PyTree, factors: jax.Array | None) -> jax.Array:
+            return nnx.merge(graphdef, params)(x, shared_bias=shared_bias, factors=factors)
+
+        run = _rematerialized(run, kind=config.remat)
+
         def body(carry: PyTree, layer: PyTree) -> tuple[PyTree, None]:
             x, outputs = carry
             params, factors, slot = layer
-            block = nnx.merge(graphdef, params)
-            x = block(x, shared_bias=shared_bias, factors=factors)
-            if outputs is not None:
+            x = run(x, params, factors)
+            if outputs is not None:  # outside `run`, whose inputs are kept for every block
                 outputs = outputs.at[slot].set(x, mode="drop")
             return (x, outputs), None
 
-        body = _rematerialized(body, kind=config.remat)
         unroll = min(config.blocks_per_step, depth)
         (x, outputs), _ = jax.lax.scan(body, (x, outputs), (params, factors, slots), unroll=unroll)
         return x, outputs

@@ -50,6 +50,7 @@ LAYER_RULES: Rules[str] = (
     (r"encoder/relative_position_bias/table$", HEAD),
     (r"(encoder/norm|fc_norm)/(scale|bias)$", HEAD),
     (r"(head|lm_head|probe)/(kernel|bias)$", HEAD),
+    (r"(neck|head|auxiliary)/(\w+/)+(kernel|scale|bias)$", HEAD),
 )
 
 

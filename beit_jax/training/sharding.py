@@ -50,6 +50,14 @@ _HEADS: Rules[PartitionSpec] = (
     (r"fc_norm/(scale|bias)$", REPLICATED),
     (r"probe/(kernel|bias)$", REPLICATED),
 )
+_SEGMENTERS: Rules[PartitionSpec] = (
+    # The number of classes is rarely divisible.
+    (r"(head|auxiliary)/classifier/kernel$", PartitionSpec(None, None, FSDP, None)),
+    (r"(head|auxiliary)/\w+/conv/kernel$", PartitionSpec(None, None, None, FSDP)),
+    (r"neck/(up4/conv[12]|up2/conv)/kernel$", PartitionSpec(None, None, None, FSDP)),
+    (r"neck/(up4/conv[12]|up2/conv)/bias$", REPLICATED),
+    (r"(neck|head|auxiliary)/(\w+/)?(norm|classifier)/(scale|bias)$", REPLICATED),
+)
 _TOKENIZERS: Rules[PartitionSpec] = (  # small
     (r"codebook$", REPLICATED),
     (r"(encoder|decoder)/level_\d+/(resample|conv_\d)/(kernel|bias)$", REPLICATED),
@@ -60,6 +68,7 @@ SHARDING_RULES: Rules[PartitionSpec] = (
     (r"variables/", REPLICATED),  # of a train state: what no gradient trains is small
     *_ENCODER,
     *_HEADS,
+    *_SEGMENTERS,
     *_TOKENIZERS,
     (r"(step|count|skipped|skipped_in_row)$", REPLICATED),  # of a train state
 )
