@@ -105,6 +105,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1.5e-3  # paper table 12; absolute, not scaled
+    config.optimizer.schedule = "cosine"
     config.optimizer.min_learning_rate = 1e-5  # paper table 12
     config.optimizer.warmup_steps = 10 * STEPS_PER_EPOCH  # paper table 12: 10 epochs
     config.optimizer.beta1 = 0.9  # paper table 12
@@ -116,6 +117,7 @@ def get_config() -> ConfigDict:
     config.optimizer.max_bad_steps = 10
     config.optimizer.layer_decay = 1.0
     config.optimizer.decay_relative_positions = True
+    config.optimizer.decay_class_token = False
     config.optimizer.hold_steps = 1
     config.optimizer.ema_decay = placeholder(float)  # None: no moving average
     return config

@@ -102,6 +102,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 4e-3  # --lr 4e-3
+    config.optimizer.schedule = "cosine"
     config.optimizer.min_learning_rate = 1e-6  # --min_lr, code default
     config.optimizer.warmup_steps = 20 * STEPS_PER_EPOCH  # --warmup_epochs 20
     config.optimizer.beta1 = 0.9
@@ -113,6 +114,7 @@ def get_config() -> ConfigDict:
     config.optimizer.max_bad_steps = 10
     config.optimizer.layer_decay = 0.65  # --layer_decay 0.65
     config.optimizer.decay_relative_positions = True
+    config.optimizer.decay_class_token = False
     config.optimizer.hold_steps = 1
     config.optimizer.ema_decay = placeholder(
         float

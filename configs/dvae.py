@@ -98,6 +98,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4  # DALL-E A.2
+    config.optimizer.schedule = "cosine"
     config.optimizer.min_learning_rate = 1.25e-6  # DALL-E A.2
     config.optimizer.warmup_steps = 1000
     config.optimizer.beta1 = 0.9
@@ -109,6 +110,7 @@ def get_config() -> ConfigDict:
     config.optimizer.max_bad_steps = 10
     config.optimizer.layer_decay = 1.0
     config.optimizer.decay_relative_positions = True
+    config.optimizer.decay_class_token = False
     config.optimizer.hold_steps = 1
     config.optimizer.ema_decay = placeholder(float)  # None: no moving average
     return config

@@ -12,7 +12,11 @@ from tests.tasks import tiny
 # Of every job, a value that asks for something each of its unused settings cannot do.
 REFUSED = {
     "classify": {"run.picture_every": 100},
-    "probe": {"run.picture_every": 100, "optimizer.decay_relative_positions": False},
+    "probe": {
+        "run.picture_every": 100,
+        "optimizer.decay_relative_positions": False,
+        "optimizer.decay_class_token": True,
+    },
     "tokenizer": {
         "tokenizer.path": "tokenizer.safetensors",
         "tokenizer.random_weights": True,
@@ -26,6 +30,7 @@ REFUSED = {
         "data.mask.max_block": 9,
         "data.mask.min_aspect": 0.5,
         "optimizer.decay_relative_positions": False,
+        "optimizer.decay_class_token": True,
     },
     "quickstart": {
         "pretrain.tokenizer.path": "tokenizer.safetensors",

@@ -68,6 +68,7 @@ class ProbeConfig:
     UNUSED: ClassVar[dict[str, Unused]] = {
         "run.picture_every": Unused("a probe draws no pictures"),
         "optimizer.decay_relative_positions": Unused("the encoder is frozen"),
+        "optimizer.decay_class_token": Unused("the encoder is frozen"),
     }
 
     task: Annotated[str, OneOf("probe")] = "probe"

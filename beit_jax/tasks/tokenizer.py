@@ -94,6 +94,7 @@ class TokenizerTaskConfig:
             "a tokenizer sees whole images", (MaskConfig(kind="random", count=1, min_block=1),)
         ),
         "optimizer.decay_relative_positions": Unused("a tokenizer has no relative positions"),
+        "optimizer.decay_class_token": Unused("a tokenizer has no class token"),
     }
 
     task: Annotated[str, OneOf("tokenizer")] = "tokenizer"

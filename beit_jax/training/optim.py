@@ -26,6 +26,8 @@ Rules: TypeAlias = tuple[tuple[str, T], ...]
 # A path as `jax.tree_util` gives it.
 KeyPath: TypeAlias = tuple[Any, ...]
 
+WARMUP_RATIO = 1e-6  # of the "poly" schedule: `warmup_ratio` of the official segmentation configs
+
 # First match wins. A path has its names joined by "/". The official code exempts
 # everything 1-D from decay (optim_factory.py:65); stacked blocks add an axis, so names decide here.
 # Easy to miss: mask_token and the relative-position tables are decayed.
@@ -84,16 +86,24 @@ def by_rules(tree: PyTree, rules: Rules[T], *, what: str) -> PyTree:
     return result
 
 
-def decay_mask(params: Params, *, relative_positions: bool = True) -> PyTree:
+def decay_mask(
+    params: Params, *, relative_positions: bool = True, class_token: bool = False
+) -> PyTree:
     """Booleans in the structure of `params`: whether weight decay applies.
 
     Args:
       params: nested dict of arrays or shapes.
       relative_positions: whether it applies to relative-position tables (official
         `--disable_weight_decay_on_rel_pos_bias`).
+      class_token: whether it applies to the class token and absolute positions. In the official
+        segmentation code it does: names there start with "backbone.", which the list of exceptions
+        does not know.
     """
-    tables = ((r"relative_position_bias/table$", relative_positions),)
-    return by_rules(params, tables + DECAY_RULES, what="weight-decay")
+    chosen = (
+        (r"relative_position_bias/table$", relative_positions),
+        (r"(cls_token|pos_embed)$", class_token),
+    )
+    return by_rules(params, chosen + DECAY_RULES, what="weight-decay")
 
 
 def layer_multipliers(params: Params, *, decay: float, layers: int) -> PyTree:
@@ -164,7 +174,17 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
 
 
 def learning_rate(config: OptimizerConfig, *, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """The official schedule (utils.py:383-400) as a function of the step, counted from 0.
+    """The rate as a function of the step, counted from 0.
+
+    Args:
+      config: names the schedule, `_cosine` or `_poly`.
+      steps: length of the run.
+    """
+    return _poly(config, steps=steps) if config.schedule == "poly" else _cosine(config, steps=steps)
+
+
+def _cosine(config: OptimizerConfig, *, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """The official schedule of pre-training and classification (utils.py:383-400).
 
     Warm-up is `linspace(0, peak, warmup_steps)` with both ends: step 0 has rate exactly 0 and the
     last warm-up step the peak. Then half a cosine of `steps - warmup_steps` samples, which starts
@@ -187,6 +207,27 @@ def learning_rate(config: OptimizerConfig, *, steps: int) -> Callable[[jax.Array
     return schedule
 
 
+def _poly(config: OptimizerConfig, *, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """The official schedule of segmentation (mmcv 1.3.0's PolyLrUpdaterHook of power 1).
+
+    The line from the peak to the minimum starts at step 0, under the warm-up, which multiplies it
+    by a factor that rises from 1e-6. mmcv counts iterations, of which `accumulate` make a step,
+    and moves the rate with each: a step has the rate of its last one.
+    """
+    peak, low, per_step = config.learning_rate, config.min_learning_rate, config.accumulate
+    length, warmup = steps * per_step, config.warmup_steps * per_step
+
+    def schedule(step: jax.Array) -> jax.Array:
+        iteration = (jnp.asarray(step).astype(jnp.float32) + 1) * per_step - 1
+        rate = low + (peak - low) * (1 - iteration / length)
+        share = iteration / max(warmup, 1)
+        # mmcv's 1 - (1 - share)(1 - ratio), which float32 would round at the start.
+        rising = share + (1 - share) * WARMUP_RATIO
+        return jnp.where(iteration < warmup, rate * rising, rate)
+
+    return schedule
+
+
 def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Adam's direction plus decoupled decay, to be multiplied by minus the learning rate.
 
@@ -195,7 +236,11 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     `update` takes one argument more than optax's, `finite`: where it is false the state is kept and
     the returned directions are meaningless.
     """
-    decayed = functools.partial(decay_mask, relative_positions=config.decay_relative_positions)
+    decayed = functools.partial(
+        decay_mask,
+        relative_positions=config.decay_relative_positions,
+        class_token=config.decay_class_token,
+    )
     steps = [
         _scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from beit_jax.config import OptimizerConfig
+from beit_jax.config import ConfigError, OptimizerConfig
 from beit_jax.models.functional import flatten
 from beit_jax.models.heads import masked_image_model
 from beit_jax.training import optim
@@ -39,6 +39,41 @@ def test_schedule_is_the_official_array():
     # The authors' log of the last epoch averages these 625 (unilm issue 383).
     np.testing.assert_allclose(reference[-625:].mean(), 1.0014606556134688e-05, rtol=1e-6)
     np.testing.assert_allclose(actual[-625:].mean(), 1.0014606556134688e-05, rtol=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_poly_schedule_is_mmcvs_iteration_by_iteration(accumulate):
+    """Two hooks' arithmetic: the line first, then the warm-up's factor; an update has the rate of
+    the last iteration it sums up."""
+    steps, warmup, base, low = 60, 12, 3e-5, 1e-6
+    config = OptimizerConfig(
+        learning_rate=base,
+        min_learning_rate=low,
+        warmup_steps=warmup,
+        schedule="poly",
+        accumulate=accumulate,
+    )
+    reference = []
+    for iteration in range(steps * accumulate):
+        rate = (base - low) * (1 - iteration / (steps * accumulate)) ** 1.0 + low
+        if iteration < warmup * accumulate:
+            rate *= 1 - (1 - iteration / (warmup * accumulate)) * (1 - 1e-6)
+        if (iteration + 1) % accumulate == 0:
+            reference.append(rate)
+    actual = np.asarray(optim.learning_rate(config, steps=steps)(jnp.arange(steps)))
+    np.testing.assert_allclose(actual, reference, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hold_steps": 7}, 'hold_steps: 7, but the "poly" schedule changes with every step'),
+        ({"min_learning_rate": 1.0}, "min_learning_rate: 1.0 is more than learning_rate, 0.0015"),
+    ],
+)
+def test_what_the_poly_schedule_cannot_do_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(CONFIG, schedule="poly", **change)
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
@@ -86,6 +121,22 @@ def test_decay_list_by_name():
         "encoder/pos_embed",
         "lm_head/bias",
     }
+
+
+def test_the_class_token_and_positions_can_be_decayed():
+    """As the official segmentation code does, and nothing else with them."""
+    plain = dataclasses.replace(MODEL, positions="absolute")
+    shapes = masked_image_model(plain, vocabulary=8).shapes()
+    usual = flatten(optim.decay_mask(shapes))
+    found = flatten(optim.decay_mask(shapes, class_token=True))
+    changed = {name for name in usual if usual[name] != found[name]}
+    assert changed == {"encoder/cls_token", "encoder/pos_embed"}
+    ones = {"encoder": {"cls_token": np.ones((1, 1, 2), np.float32)}}
+    for decayed in (False, True):
+        optimizer = optim.adamw(dataclasses.replace(CONFIG, decay_class_token=decayed))
+        zeros = jax.tree.map(np.zeros_like, ones)
+        updates, _ = optimizer.update(zeros, optimizer.init(ones), ones)
+        assert (updates["encoder"]["cls_token"] == np.float32(0.05 * decayed)).all()
 
 
 def test_probe_heads_are_decayed_whole():
