@@ -96,8 +96,9 @@ class SourceConfig:
     """Where images come from, and how they are read.
 
     `source`: "embedded[:N]" (made by code), "folder:PATH" (images at any depth, local or gs://; the
-    first folder under PATH is an image's class, for jobs that need one), "prepared:PATH"
-    (written by `data/prepare.py`), "tfds:NAME" (any TFDS data set with an image feature).
+    first folder under PATH is an image's class, for jobs that need one), "pairs:FOLDER" (of
+    `images` and `labels`, or "pairs:IMAGES,LABELS": with label maps), "prepared:PATH" (written by
+    `data/prepare.py`), "tfds:NAME" (any TFDS data set with an image feature).
     `eval_source`: the held-out images; "" withholds `holdout` images of `source` from training (not
     of a TFDS data set).
     """

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from beit_jax.config.segment import IGNORE
 from beit_jax.data.decode import Window
 from beit_jax.data.order import permute
 from beit_jax.data.sources import Element, Source
@@ -19,6 +20,7 @@ def load_image(
     *,
     guarded: bool,
     window: Callable[[tf.Tensor], Window] | None = None,
+    accept: Callable[[Element], Element] | None = None,
 ) -> Element:
     """Loads an image. If guarded, an image that fails is replaced, always by the same other one.
 
@@ -32,18 +34,23 @@ def load_image(
       element: `index`, `key` and, for a source without random access, the record.
       guarded: replace an image that fails; otherwise the error ends the batch.
       window: a function from the key to the part of the image that is needed.
+      accept: a function from what `source.load` returns to what is taken in its place. An image for
+        which it fails counts as one that fails to load.
 
     Returns:
-      What `source.load` returns, with `replaced` and `by_pillow`, bool scalars.
+      What `source.load` returns, or `accept` makes of it, with `replaced` and `by_pillow`, bool
+      scalars.
     """
     request = element if source.sequence is not None else element["index"]
 
     def load(request: tf.Tensor | Element, *, replaced: bool) -> Element:
         part = window(element["key"]) if window else None
         loaded = {"by_pillow": tf.constant(False), **source.load(request, window=part)}
+        if accept is not None:
+            loaded = accept(loaded)
         return {**loaded, "replaced": tf.constant(replaced)}
 
-    if source.reliable or not guarded:
+    if (source.reliable and accept is None) or not guarded:
         return load(request, replaced=False)
 
     first = tf.data.Dataset.from_tensors(request).map(lambda request: load(request, replaced=False))
@@ -69,7 +76,7 @@ def _first_good(elements: tf.data.Dataset, *, fields: tuple[str, ...]) -> Elemen
     grey = {
         "image": tf.fill([GREY_SIDE, GREY_SIDE, 3], tf.constant(128, tf.uint8)),
         "label": tf.constant(-1),
-        "segmentation": tf.zeros([GREY_SIDE, GREY_SIDE], tf.uint8),
+        "segmentation": tf.fill([GREY_SIDE, GREY_SIDE], tf.constant(IGNORE, tf.uint8)),
     }
     grey = {name: grey[name] for name in fields}
     grey |= {"replaced": tf.constant(True), "by_pillow": tf.constant(False)}

@@ -59,6 +59,8 @@ class Views:
       fields: fields of the source that are needed besides `image`.
       window: a function from the key to the part of the image that `training` needs, where that is
         not all of it.
+      accept: a function from what the source loads to what `training` and `evaluation` are given;
+        where it fails, the image counts as one that can't be decoded, and is replaced.
     """
 
     training: Callable[[Element, tf.Tensor], Element]
@@ -66,6 +68,7 @@ class Views:
     batch: Callable[[Element], Element] = lambda batch: {}
     fields: tuple[str, ...] = ()
     window: Callable[[tf.Tensor], Window] | None = None
+    accept: Callable[[Element], Element] | None = None
 
 
 def training_batches(
@@ -249,7 +252,11 @@ class _Training:
         seed, epoch, index = tf.unstack(element["key"])
         key = tf.stack([seed, self._in_cycle(epoch, copies=self.repeats), index])
         loaded = load_image(
-            self.source, {**element, "key": key}, guarded=guarded, window=self.views.window
+            self.source,
+            {**element, "key": key},
+            guarded=guarded,
+            window=self.views.window,
+            accept=self.views.accept,
         )
         kept = {name: element[name] for name in ("index", "key")}
         kept |= {name: loaded[name] for name in ("replaced", "by_pillow")}
@@ -297,7 +304,7 @@ def eval_batches(
     local = _check(source, views, batch_size, shard=shard, shards=shards)
 
     def view(element: Element, *, guarded: bool) -> Element:
-        loaded = load_image(source, element, guarded=guarded)
+        loaded = load_image(source, element, guarded=guarded, accept=views.accept)
         kept = {name: element[name] for name in ("index", "key", "valid")}
         kept |= {name: loaded[name] & element["valid"] for name in ("replaced", "by_pillow")}
         return views.evaluation(loaded) | kept

@@ -42,6 +42,7 @@ from beit_jax.config import ConfigError, RunError
 from beit_jax.config.parse import shown
 from beit_jax.data import (
     decode,  # noqa: F401  (a service needs its Python function, see there)
+    label_maps,  # noqa: F401  (and this one's)
     peers,
 )
 from beit_jax.types import HostBatch

@@ -51,6 +51,12 @@ def _open_folder(request: "Request") -> "Source":
     return folder.open_folder(request)
 
 
+def _open_pairs(request: "Request") -> "Source":
+    from beit_jax.data.sources import pairs
+
+    return pairs.open_pairs(request)
+
+
 def _open_prepared(request: "Request") -> "Source":
     from beit_jax.data.sources import prepared
 
@@ -83,6 +89,7 @@ def _wrong_name(value: str) -> str:
 KINDS = {
     "embedded": Kind("embedded, embedded:NUMBER", _open_embedded, _wrong_number),
     "folder": Kind("folder:PATH", _open_folder, _wrong_path),
+    "pairs": Kind("pairs:FOLDER, pairs:IMAGES,LABELS", _open_pairs, _wrong_path),
     "prepared": Kind("prepared:PATH", _open_prepared, _wrong_path),
     "tfds": Kind("tfds:NAME", _open_tfds, _wrong_name),
 }

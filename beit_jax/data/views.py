@@ -4,8 +4,8 @@ import dataclasses
 
 import tensorflow as tf
 
-from beit_jax.config import DataConfig, LabelledDataConfig
-from beit_jax.data import augment, classify_views, masking
+from beit_jax.config import DataConfig, LabelledDataConfig, SegmentDataConfig
+from beit_jax.data import augment, classify_views, label_maps, masking, segment_views
 from beit_jax.data.decode import Window
 from beit_jax.data.pipeline import Views
 from beit_jax.data.sources import Element
@@ -135,6 +135,33 @@ def classification_views(config: LabelledDataConfig) -> Views:
         return {"image": image, "label": loaded["label"]}
 
     return Views(training=training, evaluation=evaluation, fields=("label",))
+
+
+def segmentation_views(config: SegmentDataConfig, *, classes: int) -> Views:
+    """Views for semantic segmentation.
+
+    In training as `segment_views.training_view` makes them. In evaluation as they are: `image`
+    uint8 [h, w, 3] and `segmentation` uint8 [h, w], of which only batches of one can be made. In
+    maps 255 is what neither trains nor counts; of a grey image, which stands for one that can't be
+    used, that is all of it.
+
+    Args:
+      config: crop, scales and ranges, and which label is ignored.
+      classes: the number of classes; a map with another label makes a bad image.
+    """
+
+    def accept(loaded: Element) -> Element:
+        return label_maps.with_classes(loaded, config=config, classes=classes)
+
+    def training(loaded: Element, key: tf.Tensor) -> Element:
+        return segment_views.training_view(
+            loaded["image"], loaded["segmentation"], two_numbers(key), config=config
+        )
+
+    def evaluation(loaded: Element) -> Element:
+        return {name: loaded[name] for name in ("image", "segmentation")}
+
+    return Views(training=training, evaluation=evaluation, fields=("segmentation",), accept=accept)
 
 
 def two_numbers(key: tf.Tensor) -> tf.Tensor:

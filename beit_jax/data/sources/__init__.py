@@ -1,4 +1,4 @@
-"""Where images come from: made by code, a folder of files, a prepared set, or a TFDS data set.
+"""Where images come from: made by code, files, a prepared set, or a TFDS data set.
 
 `open_source` turns `config.source` into a `Source`: a number of images, a name for each, and a
 function that loads one inside a tf.data graph.

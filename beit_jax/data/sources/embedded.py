@@ -58,6 +58,7 @@ def open_embedded(request: Request) -> Source:
         load=load,
         fields=("image", "label", "segmentation"),
         classes=TEXTURES,
+        segmentation_classes=("background", *SHAPES),
         reliable=True,
     )
 

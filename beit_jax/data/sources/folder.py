@@ -23,11 +23,9 @@ def open_folder(request: Request) -> Source:
     """
     path, config = request.value, request.config
     root = path if "://" in path else os.path.expanduser(path)
-    # (TensorFlow's isdir takes only paths that are UTF-8.)
-    is_folder = tf.io.gfile.isdir if "://" in path else os.path.isdir
     if not path or not is_folder(root):
         raise ConfigError(f"{request.setting}: no such folder: {shown(path)}")
-    found = _list_images(root)
+    found = list_files(root, EXTENSIONS)
     if not found:
         raise ConfigError(
             f"{request.setting}: no images in {shown(path)} at any depth; looked for"
@@ -73,12 +71,26 @@ def _top(name: str) -> str:
     return name.split("/")[0]
 
 
-def _list_images(root: str) -> list[str]:
-    """Paths of all images under `root`, relative to it, sorted so that all hosts agree."""
+def is_folder(path: str) -> bool:
+    """Whether there is such a folder, local or in an object store."""
+    # (TensorFlow's isdir takes only paths that are UTF-8.)
+    return bool(tf.io.gfile.isdir(path) if "://" in path else os.path.isdir(path))
+
+
+def list_files(root: str, extensions: tuple[str, ...]) -> list[str]:
+    """Paths of all images under a folder, at any depth, sorted so that all hosts agree.
+
+    Args:
+      root: the folder, local or in an object store.
+      extensions: what counts as an image, in small letters.
+
+    Returns:
+      Paths relative to `root`, with "/" between folders.
+    """
     names: list[str] = []
     others: list[str] = []
-    for name in _walk(root):
-        (names if name.lower().endswith(EXTENSIONS) else others).append(name)
+    for name in _walk(root, extensions):
+        (names if name.lower().endswith(extensions) else others).append(name)
     if others:
         logging.info(
             "%s: %d files are not images by their extension and are skipped, such as %s",
@@ -89,19 +101,19 @@ def _list_images(root: str) -> list[str]:
     return sorted(names)
 
 
-def _walk(root: str) -> Iterator[str]:
+def _walk(root: str, extensions: tuple[str, ...] = EXTENSIONS) -> Iterator[str]:
     """All files under `root` except hidden ones, as relative paths with "/"; follows links.
 
     Folders that can't be listed, and what is named like an image but is no regular file, are left
     out with a warning.
     """
     if "://" in root:
-        yield from _walk_remote(root, "")
+        yield from _walk_remote(root, "", extensions)
         return
     skipped: list[str] = []
 
     def note(path: str, reason: str) -> None:
-        if not path or path.lower().endswith(("/", *EXTENSIONS)):
+        if not path or path.lower().endswith(("/", *extensions)):
             skipped.append(f"{printable(path)} ({reason})")
 
     yield from visible_files(root, skipped=note)
@@ -115,16 +127,16 @@ def _walk(root: str) -> Iterator[str]:
         )
 
 
-def _walk_remote(root: str, prefix: str) -> Iterator[str]:
+def _walk_remote(root: str, prefix: str, extensions: tuple[str, ...]) -> Iterator[str]:
     """`_walk` for object stores. tf.io.gfile.walk would make a request for every file."""
     for entry in tf.io.gfile.listdir(f"{root.rstrip('/')}/{prefix}"):
         name = prefix + entry.rstrip("/")
         if not entry.rstrip("/") or entry.startswith("."):
             continue
-        is_image = entry.lower().endswith(EXTENSIONS)
+        is_image = entry.lower().endswith(extensions)
         if entry.endswith("/") or (
             not is_image and tf.io.gfile.isdir(f"{root.rstrip('/')}/{name}")
         ):
-            yield from _walk_remote(root, name + "/")
+            yield from _walk_remote(root, name + "/", extensions)
         else:
             yield name

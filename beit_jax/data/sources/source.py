@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from beit_jax.config import SourceConfig, check
+from beit_jax.config import SegmentDataConfig, SourceConfig, check
 from beit_jax.config.parse import shown
 
 # Tensors by name: an image with its label, say.
@@ -29,6 +29,7 @@ class Source:
         `window=`, a `Window` or None, `image` is only that part of it; `segmentation` stays whole.
       fields: the names of what `load` returns.
       classes: class names, where images have labels; a label is an index into this tuple.
+      segmentation_classes: names of what `segmentation` holds, where they are known.
       reliable: `load` can't fail.
       portable: `load` also works in another process (`data/service.py`), since its graph is pure
         TensorFlow.
@@ -44,6 +45,7 @@ class Source:
     load: Callable[..., Element]
     fields: tuple[str, ...] = ("image",)
     classes: tuple[str, ...] = ()
+    segmentation_classes: tuple[str, ...] = ()
     reliable: bool = False
     sequence: Callable[..., tf.data.Dataset] | None = None
     portable: bool = True
@@ -72,6 +74,11 @@ class Request:
     def withholds(self) -> bool:
         """Whether the evaluation images are taken out of this same source."""
         return not self.config.eval_source
+
+    @property
+    def label_maps(self) -> bool:
+        """Whether the job reads label maps. Files that hold them are not read for any other job."""
+        return isinstance(self.config, SegmentDataConfig)
 
 
 def check_holdout(config: SourceConfig) -> None:
