@@ -139,7 +139,7 @@ def build(config: Any) -> Step:
     import jax
     import numpy as np
 
-    from beit_jax.planning.ahead_of_time import batch_shapes
+    from beit_jax.planning.workloads import batch_shapes
     from beit_jax.training import optim, sharding, state
 
     mesh = sharding.make_mesh(fsdp=config.run.fsdp)
@@ -394,11 +394,11 @@ def weak_row(config: Any, tpu_slice: Any, compiled: Any) -> dict[str, Any]:
     Raises:
       RuntimeError: the compiler gave no program (it does not fit, or its text can't be had).
     """
-    from beit_jax.planning import estimate
+    from beit_jax.planning import estimate, workloads
 
     if compiled.program is None:
         raise RuntimeError(f"{tpu_slice.name}: {compiled.missing}")
-    work = estimate.workload(config)
+    work = workloads.workload(config)
     images = config.run.batch_size // tpu_slice.chips
     seconds = estimate.step_time(
         compiled.program,

@@ -48,7 +48,7 @@ from beit_jax.models.blocks import Block
 from beit_jax.models.flops import encoder_flops, matmul_flops, patch_embedding_flops
 from beit_jax.models.initialization import PRETRAINING
 from beit_jax.models.kernels import fused_attention
-from beit_jax.planning import ahead_of_time, estimate, hlo, slices
+from beit_jax.planning import ahead_of_time, estimate, hlo, slices, workloads
 from beit_jax.tokenizers.loading import open_tokenizer
 
 SMALLEST = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
@@ -423,7 +423,7 @@ def step_table(chip: str, size: str, flags: argparse.Namespace) -> list[dict[str
                 "GiB": compiled.needed / 2**30,
             }
         ]
-    task = ahead_of_time.task_of_shapes(config)
+    task = workloads.task_of_shapes(config)
     sizes = {"batch": flags.batch, "tokens": model.tokens + 1, "heads": model.heads}
     parts = program_seconds(chip, compiled.program, **sizes)
     time_of = estimate.step_time(

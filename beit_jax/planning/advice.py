@@ -2,12 +2,8 @@
 
 from beit_jax.planning.estimate import Plan
 from beit_jax.planning.report import gib
-from beit_jax.tasks.pretrain import PretrainConfig
+from beit_jax.planning.workloads import PlannedConfig
 from beit_jax.training import sharding
-
-# Decode, crop, jitter and resize in the official order: about 150 images/s of one core, and two
-# vCPUs are one core.
-IMAGES_PER_VCPU = 75
 
 
 def bound(plan: Plan) -> str:
@@ -16,7 +12,7 @@ def bound(plan: Plan) -> str:
         return "memory: it does not fit"
     if plan.time is None:
         return f"unknown: {plan.missing}"
-    if plan.host_images_per_vcpu > IMAGES_PER_VCPU:
+    if plan.host_images_per_vcpu > plan.workload.images_per_vcpu:
         return "the hosts' input"
     t = plan.time
     if t.collectives > 0.3 * t.seconds:
@@ -28,7 +24,7 @@ def bound(plan: Plan) -> str:
     return "memory traffic and vector work around the matrix products"
 
 
-def advice(plan: Plan, config: PretrainConfig) -> list[str]:
+def advice(plan: Plan, config: PlannedConfig) -> list[str]:
     """Changes to make, one sentence per change; empty where the run fits and wastes no chips."""
     lines = _memory_advice(plan, config)
     held = plan.memory.parameters + plan.memory.optimizer
@@ -37,11 +33,12 @@ def advice(plan: Plan, config: PretrainConfig) -> list[str]:
             f"config.run.fsdp = 1 would fit too, the state is {gib(held * config.run.fsdp)} whole:"
             " plan both; gathers cost time, a sharded optimizer saves some"
         )
-    if plan.host_images_per_vcpu > IMAGES_PER_VCPU:
+    possible = plan.workload.images_per_vcpu
+    if plan.host_images_per_vcpu > possible:
         lines.append(
             f"input-bound: {plan.host_images_per_vcpu:.0f} images/s of each vCPU; about"
-            f" {IMAGES_PER_VCPU} is what one decodes and crops: expect"
-            f" {IMAGES_PER_VCPU / plan.host_images_per_vcpu:.0%} of this speed"
+            f" {possible:g} is what one decodes and crops: expect"
+            f" {possible / plan.host_images_per_vcpu:.0%} of this speed"
         )
     if plan.time is not None:
         if plan.time.collectives > 0.2 * plan.time.seconds:
@@ -57,7 +54,7 @@ def advice(plan: Plan, config: PretrainConfig) -> list[str]:
     return lines
 
 
-def _memory_advice(plan: Plan, config: PretrainConfig) -> list[str]:
+def _memory_advice(plan: Plan, config: PlannedConfig) -> list[str]:
     memory = plan.memory
     fixed = memory.parameters + memory.optimizer + memory.tokenizer + memory.batch
     if memory.needed is None:
@@ -72,7 +69,7 @@ def _memory_advice(plan: Plan, config: PretrainConfig) -> list[str]:
     return []
 
 
-def _too_big(plan: Plan, config: PretrainConfig, *, needed: float, fixed: float) -> list[str]:
+def _too_big(plan: Plan, config: PlannedConfig, *, needed: float, fixed: float) -> list[str]:
     """Lists changes that make a run fit: smaller micro-batches, recomputation, sharding.
 
     Args:

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
@@ -28,12 +27,9 @@ from beit_jax.config import RunError
 from beit_jax.models.attention import resolve_implementation
 from beit_jax.planning import hlo
 from beit_jax.planning.slices import Slice
-from beit_jax.tasks.pretrain import PretrainConfig, task_from_config
-from beit_jax.tokenizers.loading import open_tokenizer
+from beit_jax.planning.workloads import PlannedConfig, batch_shapes, planned, task_of_shapes
 from beit_jax.training import optim, sharding, state
-from beit_jax.training.state import Task, TrainState
-
-SHALLOW_LAYERS = (2, 4)
+from beit_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,43 +62,22 @@ def have_compiler() -> bool:
     )
 
 
-def for_tpu(config: PretrainConfig) -> PretrainConfig:
+def for_tpu(config: PlannedConfig) -> PlannedConfig:
     """Resolves every "auto" as a TPU would, not as the machine that compiles."""
-    model, tokenizer = config.model, config.tokenizer
-    if model.dtype == "auto":
-        model = dataclasses.replace(model, dtype="bfloat16")
-    if tokenizer.dtype == "auto":
-        tokenizer = dataclasses.replace(tokenizer, dtype="bfloat16")
+    resolved: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        if getattr(section, "dtype", "") == "auto":
+            resolved[field.name] = dataclasses.replace(section, dtype="bfloat16")
+    model = resolved.get("model", config.model)
     chosen = resolve_implementation(
         model.attention, head_width=model.width // model.heads, platform="tpu"
     )
-    model = dataclasses.replace(model, attention=chosen)
-    return dataclasses.replace(config, model=model, tokenizer=tokenizer)
+    resolved["model"] = dataclasses.replace(model, attention=chosen)
+    return dataclasses.replace(config, **resolved)
 
 
-def batch_shapes(config: PretrainConfig, *, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as the host sends it (`data.pipeline.training_batches`)."""
-    size, token_size, grid = (
-        config.model.image_size,
-        config.tokenizer.image_size,
-        config.model.grid,
-    )
-    return {
-        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
-        "token_image": jax.ShapeDtypeStruct((batch_size, token_size, token_size, 3), jnp.uint8),
-        "mask": jax.ShapeDtypeStruct((batch_size, grid, grid), jnp.bool_),
-    }
-
-
-@functools.cache
-def task_of_shapes(config: PretrainConfig) -> Task:
-    """The run's task on shapes: the tokenizer's weights are not read."""
-    tokenizer = open_tokenizer(config.tokenizer)
-    shapes = jax.eval_shape(tokenizer.init, jax.random.key(0))
-    return task_from_config(config, tokenizer_params=shapes)
-
-
-def compile_step(config: PretrainConfig, tpu_slice: Slice) -> Compiled:
+def compile_step(config: PlannedConfig, tpu_slice: Slice) -> Compiled:
     """Compiles the train step for a slice and reads the compiler's numbers.
 
     Raises:
@@ -218,7 +193,7 @@ def devices(tpu_slice: Slice) -> list[jax.Device]:
         ) from error
 
 
-def lower_step(config: PretrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+def lower_step(config: PlannedConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The run's train step on `mesh`, traced and lowered for TPUs, with nothing materialised."""
     task = task_of_shapes(config)
     optimizer = optim.adamw(config.optimizer)
@@ -256,18 +231,12 @@ def memory_exceeded(message: str) -> float | None:
     return float(found.group(1)) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found.group(2)]
 
 
-def compile_shallow(config: PretrainConfig, tpu_slice: Slice) -> Compiled:
+def compile_shallow(config: PlannedConfig, tpu_slice: Slice) -> Compiled:
     """Compiles two shallow programs and extrapolates linearly to the model's depth."""
-    low, high = (
-        compile_step(
-            dataclasses.replace(
-                config, model=dataclasses.replace(config.model, layers=n, scan_unroll=0)
-            ),
-            tpu_slice,
-        )
-        for n in SHALLOW_LAYERS
-    )
-    reach = (config.model.layers - SHALLOW_LAYERS[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
+    shallow = planned(config).shallow(config)
+    low, high = (compile_step(job, tpu_slice) for job in shallow)
+    depths = [job.model.layers for job in shallow]
+    reach = (config.model.layers - depths[0]) / (depths[1] - depths[0])
 
     def line(a: float, b: float) -> float:
         # More layers do not take less: programs differ by more than their layers, and from two

@@ -4,22 +4,22 @@
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from beit_jax.config import check
-from beit_jax.models.flops import encoder_flops, matmul_flops, mim_head_flops, student_flops
-from beit_jax.models.heads import masked_image_model
 from beit_jax.planning import hlo
-from beit_jax.planning.ahead_of_time import batch_shapes, task_of_shapes
 from beit_jax.planning.slices import Slice
-from beit_jax.tasks.pretrain import PretrainConfig, scored_positions
-from beit_jax.tokenizers.loading import open_tokenizer
+from beit_jax.planning.workloads import (
+    PlannedConfig,
+    Workload,
+    array_bytes,
+    batch_shapes,
+    task_of_shapes,
+)
 from beit_jax.training import optim, sharding, state
-from beit_jax.types import PyTree
 
 # The two runs the cycles were compared with took 0.93 and 0.89 of the estimate; the rest of the
 # range is judgement.
@@ -32,33 +32,12 @@ PUBLISHED_MFU = (0.30, 0.55)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What is counted without a compiler.
-
-    Attributes:
-      parameters: the trained ones by part, and those of the tokenizer that stay on the chips.
-      flops: per image: "encoder" and "head" forward, "student" (both, forward and backward),
-        "tokenizer" forward, "step" (student and tokenizer).
-      input_bytes: bytes of one image as the host sends it.
-      batch_size: images of a step on all chips.
-      micro_batches: forward and backward passes per step.
-      steps: length of the recipe.
-    """
-
-    parameters: dict[str, int]
-    flops: dict[str, float]
-    input_bytes: int
-    batch_size: int
-    micro_batches: int
-    steps: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes on one chip.
 
     Attributes:
-      parameters, optimizer, tokenizer, batch: from shapes and shardings.
+      parameters, optimizer, tokenizer, batch: from shapes and shardings; `optimizer` is all of
+        the train state but its parameters, `tokenizer` all that is not trained.
       arguments: all of them as the compiler lays them out, padding included.
       temporary: activations, gradients and whatever else lives during a step.
       code: the program itself.
@@ -147,42 +126,7 @@ class Plan:
     advice: tuple[str, ...]
 
 
-@functools.cache
-def workload(config: PretrainConfig) -> Workload:
-    """Counts parameters, FLOPs and input bytes."""
-    scored = scored_positions(config)
-    tokenizer = open_tokenizer(config.tokenizer)
-    model = masked_image_model(config.model, vocabulary=tokenizer.vocabulary)
-    shapes = model.shapes()
-    whole_tokenizer = jax.eval_shape(tokenizer.init, jax.random.key(0))
-    size = tokenizer.image_size
-    tokenization = matmul_flops(
-        tokenizer.encode, whole_tokenizer, jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
-    )
-    encoder = encoder_flops(config.model)
-    head = mim_head_flops(config.model, vocabulary=tokenizer.vocabulary, slots=scored)
-    student = student_flops(config.model, vocabulary=tokenizer.vocabulary, slots=scored)
-    return Workload(
-        parameters={
-            "encoder": _count(shapes["encoder"]),
-            "head": _count(shapes["lm_head"]),
-            "tokenizer": _count(tokenizer.encoding_params(whole_tokenizer)),
-        },
-        flops={
-            "encoder": encoder,
-            "head": head,
-            "student": student,
-            "tokenizer": tokenization,
-            "step": student + tokenization,
-        },
-        input_bytes=sum(_bytes(leaf) for leaf in batch_shapes(config, batch_size=1).values()),
-        batch_size=config.run.batch_size,
-        micro_batches=config.optimizer.accumulate,
-        steps=config.run.steps,
-    )
-
-
-def memory_of_state(config: PretrainConfig, tpu_slice: Slice) -> Memory:
+def memory_of_state(config: PlannedConfig, tpu_slice: Slice) -> Memory:
     """Bytes of the train state and a batch on one chip, from shapes and sharding rules alone.
 
     Raises:
@@ -215,8 +159,8 @@ def memory_of_state(config: PretrainConfig, tpu_slice: Slice) -> Memory:
     return Memory(
         parameters=parameters,
         optimizer=total - parameters,
-        tokenizer=sum(_bytes(leaf) for leaf in jax.tree.leaves(task.frozen)),
-        batch=sum(_bytes(leaf) for leaf in batch_shapes(config, batch_size=images).values()),
+        tokenizer=sum(array_bytes(leaf) for leaf in jax.tree.leaves(task.frozen)),
+        batch=sum(array_bytes(leaf) for leaf in batch_shapes(config, batch_size=images).values()),
         available=tpu_slice.chip.hbm,
     )
 
@@ -288,14 +232,6 @@ def step_time(
         hbm=None if hbm_bytes is None else hbm_bytes / chip.hbm_bandwidth,
         collectives=hidden + exposed,
     )
-
-
-def _count(tree: PyTree) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:

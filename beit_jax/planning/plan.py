@@ -1,4 +1,4 @@
-"""Predicts the memory and time of a pre-training run on a TPU slice before one is rented.
+"""Predicts the memory and time of a run on a TPU slice before one is rented.
 
     python main.py --config=configs/beit_large.py --plan=v4-128
     python main.py --config=configs/beit_base.py --plan=v4-8,v5litepod-16,v6e-8
@@ -10,7 +10,8 @@ libtpu only the numbers that can be counted by hand are printed.
 
 The numbers:
 - Parameters and FLOPs are counted exactly: two per multiply-add, matrix products and convolutions
-  only, the head on the scored patches, the tokenizer once forward, recomputation not counted.
+  only, recomputation not counted. In pre-training the head counts on the scored patches and the
+  tokenizer once forward.
 - Memory is the compiler's own assignment of buffers.
 - The step time is a model, not a measurement: the compiler's `estimated_cycles` of every
   instruction, over the chip's clock, and the collectives, which have no cycles, as bytes over
@@ -36,12 +37,11 @@ import jax
 from absl import logging
 from etils import epath
 
-from beit_jax.config import ConfigError, one_of
+from beit_jax.config import one_of
 from beit_jax.files import write_json
 from beit_jax.planning import report
 from beit_jax.planning.advice import advice, bound
 from beit_jax.planning.ahead_of_time import (
-    SHALLOW_LAYERS,
     Compiled,
     compile_shallow,
     compile_step,
@@ -52,14 +52,12 @@ from beit_jax.planning.estimate import (
     PUBLISHED_MFU,
     Plan,
     StepTime,
-    Workload,
     memory_of_state,
     step_time,
     traffic,
-    workload,
 )
 from beit_jax.planning.slices import Slice
-from beit_jax.tasks.pretrain import PretrainConfig
+from beit_jax.planning.workloads import PlannedConfig, Workload, planned, workload
 from beit_jax.training import sharding
 
 PROGRAMS = ("full", "shallow")
@@ -68,24 +66,21 @@ NO_COMPILER = "libtpu is not installed"
 
 
 def run(
-    config: object, *, slices: Sequence[Slice], program: str = "full", workdir: str
+    config: PlannedConfig, *, slices: Sequence[Slice], program: str = "full", workdir: str
 ) -> list[Plan]:
     """Plans the run on every slice, prints tables and writes `plan.json` into `workdir`.
 
     Args:
-      config: a pre-training config.
+      config: of a job in `workloads.PLANNED`.
       slices: from `parse_slices`.
       program: "full" or "shallow", see the module's docstring.
       workdir: where the JSON goes.
 
     Raises:
-      ConfigError: the config does not fit a slice, or is not one of a pre-training run.
+      ConfigError: the config does not fit a slice, or such jobs can't be planned.
     """
     one_of(program, "--plan_program", *PROGRAMS)
-    if not isinstance(config, PretrainConfig):
-        raise ConfigError(
-            "--plan: only pre-training runs can be planned (config.task = 'pretrain')"
-        )
+    planned(config)
     # A plan is made on the CPU even where there is a TPU: of libtpu only the compiler is used.
     jax.config.update("jax_platforms", "cpu")
     for tpu_slice in slices:
@@ -106,7 +101,7 @@ def run(
     return plans
 
 
-def make_plan(config: PretrainConfig, tpu_slice: Slice, *, program: str) -> Plan:
+def make_plan(config: PlannedConfig, tpu_slice: Slice, *, program: str) -> Plan:
     """The plan for one slice.
 
     Args:
@@ -116,11 +111,12 @@ def make_plan(config: PretrainConfig, tpu_slice: Slice, *, program: str) -> Plan
     """
     config = for_tpu(config)
     model = config.model
+    depths = [job.model.layers for job in planned(config).shallow(config)]
     if program == "none":
         compiled, described = None, f"none compiled: {NO_COMPILER}"
-    elif program == "shallow" and model.layers > max(SHALLOW_LAYERS):
+    elif program == "shallow" and model.layers > max(depths):
         compiled = compile_shallow(config, tpu_slice)
-        shown = " and ".join(map(str, SHALLOW_LAYERS))
+        shown = " and ".join(map(str, depths))
         described = f"compiled with {shown} layers, unrolled; continued to {model.layers} layers"
     else:
         compiled = compile_step(config, tpu_slice)
@@ -131,7 +127,7 @@ def make_plan(config: PretrainConfig, tpu_slice: Slice, *, program: str) -> Plan
 
 
 def assemble(
-    config: PretrainConfig, tpu_slice: Slice, *, compiled: Compiled | None, described: str
+    config: PlannedConfig, tpu_slice: Slice, *, compiled: Compiled | None, described: str
 ) -> Plan:
     """Puts counts, memory, time and advice together.
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from beit_jax.planning.estimate import PUBLISHED_MFU, Plan, StepTime
 from beit_jax.planning.slices import GIB
+from beit_jax.planning.workloads import FROZEN, Workload
 from beit_jax.text_table import text_table
 
 _Rows = list[tuple[str, str, str]]  # name, value, explanation
@@ -27,8 +28,6 @@ def _run_rows(plan: Plan) -> _Rows:
     """The slice, the run, and the numbers that need no compiler."""
     work = plan.workload
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    count, flops = work.parameters, work.flops
-    trained = count["encoder"] + count["head"]
     return [
         (
             "slice",
@@ -45,18 +44,32 @@ def _run_rows(plan: Plan) -> _Rows:
         ("program", "", plan.program),
         (
             "parameters",
-            f"{trained / 1e6:.2f} M",
-            f"encoder {count['encoder']:,}, head {count['head']:,}; tokenizer"
-            f" {count['tokenizer']:,}, frozen",
+            f"{sum(work.trained.values()) / 1e6:.2f} M",
+            _parameters(work),
         ),
         (
             "FLOPs per image",
-            f"{flops['step'] / 1e9:.2f} G",
-            f"student {flops['student'] / 1e9:.2f} (forward: encoder {flops['encoder'] / 1e9:.2f},"
-            f" head {flops['head'] / 1e9:.2f}; backward twice that), tokenizer"
-            f" {flops['tokenizer'] / 1e9:.2f}",
+            f"{work.flops['step'] / 1e9:.2f} G",
+            _flops(work),
         ),
     ]
+
+
+def _parameters(work: Workload) -> str:
+    trained = ", ".join(f"{part} {count:,}" for part, count in work.trained.items())
+    if FROZEN not in work.parameters:
+        return trained
+    return f"{trained}; {FROZEN} {work.parameters[FROZEN]:,}, frozen"
+
+
+def _flops(work: Workload) -> str:
+    parts = [part for part in work.trained if part in work.flops]
+    forward = ", ".join(f"{part} {work.flops[part] / 1e9:.2f}" for part in parts)
+    trained = f"forward: {forward}; backward twice that"
+    if FROZEN not in work.flops:
+        return trained
+    student, frozen = work.flops["student"] / 1e9, work.flops[FROZEN] / 1e9
+    return f"student {student:.2f} ({trained}), {FROZEN} {frozen:.2f}"
 
 
 def _memory_rows(plan: Plan) -> _Rows:
@@ -65,7 +78,7 @@ def _memory_rows(plan: Plan) -> _Rows:
         ("memory per chip", "", ""),
         ("  parameters", gib(memory.parameters), "float32"),
         ("  optimizer", gib(memory.optimizer), "Adam's moments, float32"),
-        ("  tokenizer", gib(memory.tokenizer), "float32"),
+        *([("  tokenizer", gib(memory.tokenizer), "float32")] if memory.tokenizer else []),
         ("  batch", gib(memory.batch), f"uint8, {plan.workload.input_bytes / 1e3:.0f} kB an image"),
     ]
     if None not in (memory.arguments, memory.temporary, memory.code):

@@ -107,17 +107,11 @@ def build_job(config: ClassifyConfig, context: RunContext) -> Job:
     """Opens the images, whose classes complete the config, and builds the model."""
     feed, classes = labelled_feed(config.data, run=config.run)
     config = with_classes(config, classes)
-    model = classifier(
-        config.model,
-        classes=config.classes,
-        pooling=config.pooling,
-        init_scale=config.head_init_scale,
-    )
     if config.reference:
         logging.info("published reference: %s", config.reference)
     draw = functools.partial(first_batch_picture, config=config)
     return Job(
-        task=classify_task(model, config=config),
+        task=task_from_config(config),
         feed=draw_first_batch(feed, draw, workdir=context.workdir),
         finish=figures,
         config=config,
@@ -140,6 +134,17 @@ def with_classes(config: ClassifyConfig, classes: tuple[str, ...]) -> ClassifyCo
         f"these are not the classes of {config.data.source}; leave it empty",
     )
     return dataclasses.replace(config, classes=len(classes), labels=classes)
+
+
+def task_from_config(config: ClassifyConfig) -> Task:
+    """The task of a config that says how many classes there are, with its model."""
+    model = classifier(
+        config.model,
+        classes=config.classes,
+        pooling=config.pooling,
+        init_scale=config.head_init_scale,
+    )
+    return classify_task(model, config=config)
 
 
 def classify_task(model: Functional, *, config: ClassifyConfig) -> Task:

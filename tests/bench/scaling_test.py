@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from beit_jax.planning import estimate, hlo
+from beit_jax.planning import hlo, workloads
 from beit_jax.planning.ahead_of_time import Compiled
 
 FOLDER = Path(__file__).parent.parent.parent / "bench"
@@ -73,7 +73,7 @@ def test_weak_scaling_compares_slices(bench):
     """A compiler that says 2 % more cycles on the larger slice; gradients summed in the open."""
 
     def compile_program(config, tpu_slice):
-        work = estimate.workload(config)
+        work = workloads.workload(config)
         gradients = 4.0 * (work.parameters["encoder"] + work.parameters["head"])
         reduce = hlo.Collective(
             kind="all-reduce",

@@ -13,11 +13,11 @@ import pytest
 
 from beit_jax import jobs
 from beit_jax.config import ConfigError
-from beit_jax.planning import ahead_of_time, estimate, hlo, plan, report, slices
+from beit_jax.planning import ahead_of_time, estimate, hlo, plan, report, slices, workloads
 from beit_jax.tasks import pretrain
 from beit_jax.tokenizers.loading import open_tokenizer
 from beit_jax.training import sharding
-from configs import beit_base, beit_large
+from configs import beit_base, beit_base_ft1k, beit_large
 from tests.tasks import tiny
 
 needs_libtpu = pytest.mark.skipif(
@@ -41,7 +41,7 @@ def tiny_config(**settings):
     [(beit_base, 91_965_776, 35.13, 107.98), (beit_large, 311_534_016, 123.11, 372.8)],
 )
 def test_parameters_and_flops_of_the_recipes(recipe, parameters, encoder, student):
-    work = estimate.workload(config_of(recipe.get_config()))
+    work = workloads.workload(config_of(recipe.get_config()))
     assert work.parameters["encoder"] + work.parameters["head"] == parameters
     assert work.flops["encoder"] / 1e9 == pytest.approx(encoder, abs=0.01)
     assert work.flops["student"] / 1e9 == pytest.approx(student, abs=0.05)
@@ -50,11 +50,30 @@ def test_parameters_and_flops_of_the_recipes(recipe, parameters, encoder, studen
     assert work.input_bytes == 224 * 224 * 3 + 112 * 112 * 3 + 14 * 14
 
 
+def test_a_classifiers_parameters_flops_and_input():
+    config = config_of(beit_base_ft1k.get_config())
+    work = workloads.workload(config)
+    # 86,530,984: the encoder without mask token and final norm, `fc_norm`, 768 × 1000 and 1000.
+    assert work.parameters == {"encoder": 85_760_448, "head": 2 * 768 + 769_000}
+    assert work.flops["encoder"] / 1e9 == pytest.approx(35.13, abs=0.01)
+    assert work.flops["head"] == 2 * 768 * 1000
+    assert work.flops["step"] == 3 * (work.flops["encoder"] + work.flops["head"])
+    assert work.input_bytes == 224 * 224 * 3 + 4
+    made = plan.make_plan(config, slices.parse_slice("v4-32"), program="none")
+    assert made.images_per_chip == 64
+    assert made.memory.parameters == 4 * sum(work.parameters.values())
+    assert made.memory.tokenizer == 0
+    printed = report.table(made)
+    assert "encoder 85,760,448, head 770,536 " in f"{printed} ".replace("\n", " ")
+    assert "forward: encoder 35.13, head 0.00; backward twice that" in printed
+    assert "tokenizer" not in printed
+
+
 def test_planned_flops_equal_those_of_the_runs_own_mfu():
     config = config_of(beit_base.get_config())
     tokenizer = open_tokenizer(config.tokenizer)
     logged = pretrain.flops_per_image(tokenizer, config=config, slots=75)
-    assert estimate.workload(config).flops["step"] == logged
+    assert workloads.workload(config).flops["step"] == logged
 
 
 def test_days_and_input_follow_from_the_speed():
@@ -102,13 +121,22 @@ def test_settings_that_do_not_divide_are_refused_at_once(settings, name, message
         plan.run(tiny_config(**settings), slices=slices.parse_slices(name), workdir=str(tmp_path))
 
 
-def test_other_jobs_than_pretraining_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="only pre-training"):
-        plan.run(
-            jobs.parse_job(tiny.tokenizer().to_dict()),
-            slices=slices.parse_slices("v4-8"),
-            workdir=str(tmp_path),
-        )
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            tiny.tokenizer(),
+            "config.task = 'tokenizer' can't be planned, only 'pretrain', 'classify'",
+        ),
+        (tiny.story(), "config.task = 'quickstart'"),
+        (tiny.classify(), "config.classes: 0 means as many as the images have"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(values, message, tmp_path):
+    config = jobs.parse_job(values.to_dict())
+    with pytest.raises(ConfigError, match=message) as refused:
+        plan.run(config, slices=slices.parse_slices("v4-8"), workdir=str(tmp_path))
+    assert "\n" not in str(refused.value)
 
 
 def test_without_libtpu_there_is_the_analytic_part_and_a_note(tmp_path, monkeypatch, capsys):
@@ -465,6 +493,7 @@ def test_auto_is_resolved_for_the_slice_and_not_for_this_machine():
     config = ahead_of_time.for_tpu(tiny_config())
     assert config.model.dtype == "bfloat16"
     assert config.tokenizer.dtype == "bfloat16"
+    assert ahead_of_time.for_tpu(config_of(tiny.classify())).model.dtype == "bfloat16"
     settings = {"model.dtype": "float32", "tokenizer.dtype": "float32"}
     config = ahead_of_time.for_tpu(tiny_config(**settings))
     assert config.model.dtype == config.tokenizer.dtype == "float32"
