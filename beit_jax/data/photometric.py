@@ -134,7 +134,8 @@ def to_rgb(
       shape: of the image, [h, w, 3].
 
     Returns:
-      uint8 [h, w, 3]. (OpenCV fuses products and sums: one in 20,000 levels differs by one.)
+      uint8 [h, w, 3]. (OpenCV fuses products and sums, so that one in 20,000 levels differs by one,
+      and rounds in the last few pixels of rows that don't fill its vectors.)
     """
     sixths = tf.cast(hue, tf.float32) * (6 / HUES)
     share = tf.cast(saturation, tf.float32) * (1 / 255)

@@ -23,8 +23,6 @@ Parameters = dict[str, tf.Tensor | photometric.Parameters]
 
 # Crops that are drawn before one is taken unseen (mmseg's RandomCrop).
 CROP_TRIES = 10
-# OpenCV's weights of bilinear interpolation are whole numbers of 1/2048.
-_WEIGHTS = 2048
 
 
 def draw_parameters(key: tf.Tensor, *, config: SegmentDataConfig) -> Parameters:
@@ -136,17 +134,29 @@ def _nearest(labels: tf.Tensor, *, box: tf.Tensor, size: tf.Tensor) -> tf.Tensor
 
     def sources(axis: int) -> tf.Tensor:
         position = tf.cast(tf.range(first[axis], last[axis]), tf.float64)
-        step = 1 / (tf.cast(size[axis], tf.float64) / tf.cast(full[axis], tf.float64))
-        return tf.minimum(tf.cast(tf.floor(position * step), tf.int32), full[axis] - 1)
+        position = tf.floor(position * _step(full[axis], size[axis]))
+        return tf.minimum(tf.cast(position, tf.int32), full[axis] - 1)
 
     return tf.gather(tf.gather(labels, sources(0)), sources(1), axis=1)
 
 
-def resize_box(image: tf.Tensor, *, box: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-    """A box of an image that is resized without antialiasing, as cv2's INTER_LINEAR does it.
+def _step(full: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """From one pixel of the resized image to the next, in pixels of the image; float64 scalar.
 
-    Rows and columns are resized one after the other, with the image transposed between, as in
-    `resizing.py`: whole rows are mixed.
+    OpenCV's is the reciprocal of a quotient, which in one size of 25 leads to another pixel than
+    the quotient turned round. Of this kind of division TensorFlow's optimiser leaves both.
+    """
+    return tf.math.reciprocal(
+        tf.math.divide_no_nan(tf.cast(size, tf.float64), tf.cast(full, tf.float64))
+    )
+
+
+def resize_box(image: tf.Tensor, *, box: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """A box of an image that is resized without antialiasing, as with cv2's INTER_LINEAR.
+
+    OpenCV's own result depends on the processor: it drops bits on the way, and is up to one level
+    darker. Rows and columns are resized one after the other, with the image transposed
+    between, as in `resizing.py`: whole rows are mixed.
 
     Args:
       image: uint8 [h, w, 3].
@@ -175,13 +185,11 @@ def _neighbours(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The two pixels between which each new one lies, int32, and where between them, float32."""
     position = tf.cast(tf.range(first, first + number), tf.float64)
-    step = 1 / (tf.cast(size, tf.float64) / tf.cast(full, tf.float64))
-    position = (position + 0.5) * step - 0.5
+    position = (position + 0.5) * _step(full, size) - 0.5
     position = tf.clip_by_value(position, 0, tf.cast(full, tf.float64) - 1)
-    before = tf.floor(position)
-    at = tf.round((position - before) * _WEIGHTS) / _WEIGHTS
-    before = tf.cast(before, tf.int32)
-    return before, tf.minimum(before + 1, full - 1), tf.cast(at, tf.float32)
+    before = tf.cast(tf.floor(position), tf.int32)
+    at = tf.cast(position - tf.floor(position), tf.float32)
+    return before, tf.minimum(before + 1, full - 1), at
 
 
 def _mix(rows: tf.Tensor, first: tf.Tensor, second: tf.Tensor, at: tf.Tensor) -> tf.Tensor:
