@@ -15,8 +15,14 @@ import tensorflow as tf
 from absl import logging as absl_logging
 from PIL import Image
 
-from beit_jax.config import AugmentConfig, ConfigError, DataConfig, MaskConfig
-from beit_jax.data import pipeline, sources, views
+from beit_jax.config import (
+    AugmentConfig,
+    ConfigError,
+    DataConfig,
+    MaskConfig,
+    SegmentDataConfig,
+)
+from beit_jax.data import label_maps, pipeline, sources, views
 from beit_jax.data.bad_images import BadImages, TooManyBadImagesError
 from beit_jax.data.order import permute
 from beit_jax.training import device_jitter
@@ -580,7 +586,7 @@ TFDS_SIZES = {"train": 21, "validation": 11}
 
 @functools.cache  # TFDS takes a name once
 def _tiny_photos() -> type:
-    """A tiny data set: image i has level i everywhere and the label i % 3."""
+    """A tiny data set: image i has level i everywhere, label i % 3, and a map of i % 3 and 255."""
     import tensorflow_datasets as tfds
 
     class TinyPhotos(tfds.core.GeneratorBasedBuilder):
@@ -593,6 +599,7 @@ def _tiny_photos() -> type:
                 {
                     "image": tfds.features.Image(shape=(None, None, 3)),
                     "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
+                    "annotation": tfds.features.Image(shape=(None, None, 1)),
                     "text": tfds.features.Text(),
                 }
             )
@@ -604,7 +611,10 @@ def _tiny_photos() -> type:
         def _generate_examples(self, number):
             for position in range(number):
                 image = np.full((30 + position, 40, 3), position, np.uint8)
-                yield position, {"image": image, "label": position % 3, "text": "unused"}
+                labels = np.full((30 + position, 40, 1), position % 3, np.uint8)
+                labels[0] = 255
+                record = {"image": image, "label": position % 3, "annotation": labels}
+                yield position, record | {"text": "unused"}
 
     return TinyPhotos
 
@@ -689,6 +699,26 @@ def test_tfds_splits_of_splits(tfds_source):
     assert len(_values(_evaluate(source, config, batch_size=4))) == 5
     with pytest.raises(ConfigError, match=r"config.data.split: .*'nope'.*train, validation"):
         open_it(split="nope")
+
+
+def test_tfds_maps_are_the_image_that_is_called_so(tfds_source):
+    """For the job that reads them; the others' fields are as they were."""
+    _, open_it = tfds_source
+    assert open_it(training=False)[0].fields == ("image", "label")
+    config = SegmentDataConfig(source="tfds:tiny_photos", image_size=32, workers=1)
+    source = sources.open_source(config, training=False)
+    assert source.fields == ("image", "label", "segmentation")
+    label_maps.check_labels(source, config=config, classes=3)
+    with pytest.raises(ConfigError, match=r"label 2 in the map of tiny_photos validation"):
+        label_maps.check_labels(source, config=config, classes=2)
+    made = views.segmentation_views(config, classes=3)
+    batches = list(pipeline.eval_batches(source, config=config, views=made, batch_size=1))
+    assert sorted(_values(batches)) == list(range(11))
+    for batch in batches:
+        level = int(batch["image"][0, 0, 0, 0])
+        assert batch["segmentation"].shape == (1, 30 + level, 40)
+        assert (batch["segmentation"][0, 0] == 255).all()
+        assert (batch["segmentation"][0, 1:] == level % 3).all()
 
 
 def test_tensorflow_leaves_accelerators_alone():

@@ -9,17 +9,21 @@ import hashlib
 import os
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
 from beit_jax.config import ConfigError, check
 from beit_jax.config.parse import shown
 from beit_jax.data.decode import Window, decode_element
+from beit_jax.data.label_maps import decode_labels
 from beit_jax.data.sources.source import Element, Request, Source
 
 # A sequential source draws at random from this many records in memory (about 110 kB each in
 # ImageNet).
 SHUFFLE_RECORDS = 4096
+# What data sets call the image that is a label map.
+MAPS = ("segmentation", "annotation", "segmentation_mask", "segmentation_label", "label_map")
 
 
 def open_tfds(request: Request) -> Source:
@@ -55,7 +59,9 @@ def open_tfds(request: Request) -> Source:
         raise ConfigError(f"{split_setting}: {name} has no {shown(split)}, but {known}") from error
     check(size > 0, split_setting, f"{shown(split)} of {name} is empty")
 
-    image_feature, label_feature = _features(builder, setting=request.setting)
+    image_feature, label_feature, map_feature = _features(
+        builder, setting=request.setting, label_maps=request.label_maps
+    )
     records = _Records(
         builder=builder,
         name=name,
@@ -63,6 +69,7 @@ def open_tfds(request: Request) -> Source:
         size=size,
         image_feature=image_feature,
         label_feature=label_feature,
+        map_feature=map_feature,
         exif_orientation=config.exif_orientation,
         max_pixels=config.max_pixels,
     )
@@ -88,6 +95,7 @@ class _Records:
       size: records in the split.
       image_feature: the name of the image feature.
       label_feature: the name of the class label; None where there is none.
+      map_feature: the name of the label map; None where there is none, or the job reads none.
       exif_orientation: turn photographs upright.
       max_pixels: that an image may have.
     """
@@ -98,12 +106,19 @@ class _Records:
     size: int
     image_feature: str
     label_feature: str | None
+    map_feature: str | None
     exif_orientation: bool
     max_pixels: int
 
     @property
+    def encoded(self) -> list[str]:
+        """The features that are read as the files they were: the image and, if read, the map."""
+        return [name for name in (self.image_feature, self.map_feature) if name]
+
+    @property
     def fields(self) -> tuple[str, ...]:
-        return ("image", "label") if self.label_feature else ("image",)
+        label = ("label",) if self.label_feature else ()
+        return ("image", *label, *(("segmentation",) if self.map_feature else ()))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -111,33 +126,49 @@ class _Records:
             return ()
         return tuple(self.builder.info.features[self.label_feature].names)
 
-    def decode(self, data: tf.Tensor, label: tf.Tensor | None, *, window: Window | None) -> Element:
-        decoded = decode_element(
-            data,
+    @property
+    def segmentation_classes(self) -> tuple[str, ...]:
+        """A map's names, where TFDS has them (its feature LabeledImage)."""
+        if not self.map_feature:
+            return ()
+        return tuple(getattr(self.builder.info.features[self.map_feature], "names", None) or ())
+
+    def decode(
+        self, files: tf.Tensor, label: tf.Tensor | None, *, window: Window | None
+    ) -> Element:
+        """What `Source.load` returns, of the encoded image and map, string [1 or 2]."""
+        element = decode_element(
+            files[0],
             window=window,
             exif_orientation=self.exif_orientation,
             max_pixels=self.max_pixels,
         )
-        return decoded | ({"label": tf.cast(label, tf.int32)} if self.label_feature else {})
+        if self.label_feature:
+            element["label"] = tf.cast(label, tf.int32)
+        if self.map_feature:
+            element["segmentation"] = decode_labels(files[1], max_pixels=self.max_pixels)
+        return element
 
 
 def _random_access(records: _Records) -> Source:
     """A source of ArrayRecord files."""
     import tensorflow_datasets as tfds
 
-    image_feature, label_feature = records.image_feature, records.label_feature
+    encoded, label_feature = records.encoded, records.label_feature
     # (A data source takes no PartialDecoding.)
     stored = records.builder.as_data_source(
-        split=records.split, decoders={image_feature: tfds.decode.SkipDecoding()}
+        split=records.split, decoders={name: tfds.decode.SkipDecoding() for name in encoded}
     )
 
-    def read(index: int) -> tuple[bytes, int]:
+    def read(index: int) -> tuple[np.ndarray, int]:
         record = stored[int(index)]
-        return record[image_feature], record[label_feature] if label_feature else -1
+        files = np.array([record[name] for name in encoded], object)
+        return files, record[label_feature] if label_feature else -1
 
     def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
-        data, label = tf.numpy_function(read, [index], [tf.string, tf.int64], stateful=False)
-        return records.decode(tf.ensure_shape(data, []), tf.ensure_shape(label, []), window=window)
+        files, label = tf.numpy_function(read, [index], [tf.string, tf.int64], stateful=False)
+        files = tf.ensure_shape(files, [len(encoded)])
+        return records.decode(files, tf.ensure_shape(label, []), window=window)
 
     return Source(
         size=records.size,
@@ -145,6 +176,7 @@ def _random_access(records: _Records) -> Source:
         load=load,
         fields=records.fields,
         classes=records.classes,
+        segmentation_classes=records.segmentation_classes,
         portable=False,
     )
 
@@ -153,11 +185,10 @@ def _in_order(records: _Records) -> Source:
     """A source of files that can only be read from front to back."""
     import tensorflow_datasets as tfds
 
-    builder, image_feature = records.builder, records.image_feature
-    label_feature = records.label_feature
-    wanted = {image_feature: True} | ({label_feature: True} if label_feature else {})
+    builder, encoded, label_feature = records.builder, records.encoded, records.label_feature
+    wanted = dict.fromkeys([*encoded, *([label_feature] if label_feature else [])], True)
     partial = tfds.decode.PartialDecoding(
-        wanted, decoders={image_feature: tfds.decode.SkipDecoding()}
+        wanted, decoders={name: tfds.decode.SkipDecoding() for name in encoded}
     )
 
     def sequence(*, seed: int | None, epoch: int, shard: int, shards: int) -> tf.data.Dataset:
@@ -181,7 +212,8 @@ def _in_order(records: _Records) -> Source:
 
         def with_index(position: tf.Tensor, record: Element) -> Element:
             label = {"label": record[label_feature]} if label_feature else {}
-            return {"index": start + position, "data": record[image_feature]} | label
+            files = tf.stack([record[name] for name in encoded])
+            return {"index": start + position, "files": files} | label
 
         return dataset.enumerate().map(with_index)
 
@@ -189,28 +221,41 @@ def _in_order(records: _Records) -> Source:
         size=records.size,
         name=lambda index: f"{records.name} {records.split}, image {index} in that epoch's order",
         load=lambda record, *, window=None: records.decode(
-            record["data"], record.get("label"), window=window
+            record["files"], record.get("label"), window=window
         ),
         fields=records.fields,
         classes=records.classes,
+        segmentation_classes=records.segmentation_classes,
         sequence=sequence,
     )
 
 
-def _features(builder: Any, *, setting: str) -> tuple[str, str | None]:
-    """The names of the image feature and, where there is one, of the class label."""
+def _features(
+    builder: Any, *, setting: str, label_maps: bool
+) -> tuple[str, str | None, str | None]:
+    """The names of the image feature and, where there are such, of class label and label map."""
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features.items())
     images = [name for name, kind in features.items() if isinstance(kind, tfds.features.Image)]
+    maps = [
+        *(name for name in MAPS if name in images),
+        *(name for name in images if isinstance(features[name], tfds.features.LabeledImage)),
+    ]
     labels = [name for name, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)]
-    if not images:
+    pictures = [name for name in images if name not in maps]
+    if not pictures:
         raise ConfigError(
             f"{setting}: {builder.name} has no image feature, but {', '.join(sorted(features))}"
         )
-    image = "image" if "image" in images else images[0]
+    if label_maps and not maps:
+        raise ConfigError(
+            f"{setting}: {builder.name} has no label maps: none of its images is called"
+            f" {', '.join(MAPS)}, or is a LabeledImage, but it has {', '.join(sorted(features))}"
+        )
+    image = "image" if "image" in pictures else pictures[0]
     label = "label" if "label" in labels else (labels[0] if len(labels) == 1 else None)
-    return image, label
+    return image, label, maps[0] if label_maps else None
 
 
 def _how_to_prepare(name: str, *, setting: str) -> str:

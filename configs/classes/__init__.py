@@ -1,0 +1,1 @@
+"""Names of the classes of data sets, one file for each: `CLASSES`."""
