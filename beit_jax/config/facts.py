@@ -59,6 +59,26 @@ def _both_classify(source: JsonObject, target: JsonObject) -> bool:
     return source.get("task") == target.get("task") == "classify"
 
 
+def _both_with_classes(source: JsonObject, target: JsonObject) -> bool:
+    return source.get("task") == target.get("task") and source.get("task") in (
+        "classify",
+        "segment",
+    )
+
+
+def _both_segment(source: JsonObject, target: JsonObject) -> bool:
+    return source.get("task") == target.get("task") == "segment"
+
+
+def _same_items(there: Json, here: Json) -> bool:
+    """Whether two lists, or tuples before they are written as JSON, are the same."""
+    return list(there) == list(here)
+
+
+def _items(value: Json) -> str:
+    return f"({', '.join(map(str, value))},)" if len(value) == 1 else str(tuple(value))
+
+
 def _same_vocabulary(source: JsonObject, target: JsonObject) -> bool:
     """A head for another number of tokens is refused, or starts anew, by its shape."""
     both = source.get("task") == target.get("task") == "pretrain"
@@ -69,7 +89,7 @@ def _same_vocabulary(source: JsonObject, target: JsonObject) -> bool:
 def _as_many_labels(source: JsonObject, target: JsonObject) -> bool:
     """A head for another number of classes is refused, or starts anew, by its shape."""
     there, here = (value_of(config, "labels") or () for config in (source, target))
-    return _both_classify(source, target) and len(there) in (0, len(here))
+    return _both_with_classes(source, target) and len(there) in (0, len(here))
 
 
 def _no_label_moved(there: Json, here: Json) -> bool:
@@ -103,6 +123,20 @@ FACTS: dict[str, Fact] = {
     ),
     "pooling": Fact(
         setting="pooling", why="the head is given other features", compared=_both_classify
+    ),
+    "blocks": Fact(
+        setting="head.blocks",
+        why="the head is given the outputs of other blocks",
+        compared=_both_segment,
+        same=_same_items,
+        show=_items,
+    ),
+    "pool_scales": Fact(
+        setting="head.pool_scales",
+        why="the head pools to other sizes",
+        compared=_both_segment,
+        same=_same_items,
+        show=_items,
     ),
     "tokenizer": Fact(
         setting="tokenizer.kind",

@@ -19,7 +19,7 @@ parameters of a step that the run has not done are its own only where the settin
 import errno
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,7 +33,6 @@ from beit_jax import storage
 from beit_jax.config import ConfigError, RunConfig, to_dict
 from beit_jax.distributed import cluster
 from beit_jax.files import write_json
-from beit_jax.models.functional import flatten
 from beit_jax.training import same_run
 from beit_jax.training.optim import path_name
 from beit_jax.training.run_directory import BEST, COUNTS, IDENTITY, check_kind
@@ -44,6 +43,7 @@ from beit_jax.weights import digests, native
 
 # Part of this module's interface: rule 2 above, and how tools read a checkpoint.
 from beit_jax.weights.convert import restore_params as restore_params
+from beit_jax.weights.convert import restore_variables as restore_variables
 from beit_jax.weights.native import saved_config as saved_config
 from beit_jax.weights.native import saved_params_shapes as saved_params_shapes
 
@@ -436,33 +436,6 @@ class Checkpoints:
             self._manager.close()
             if self._best is not None:
                 self._best.close()
-
-
-def restore_variables(
-    source: str, *, shapes: Variables, fresh: Callable[[], Variables]
-) -> Variables:
-    """Variables for a warm start: those of `source` where they are the same ones, else fresh.
-
-    Running statistics fit only the layers they were taken at, so they are not adapted as parameters
-    are: another name or shape anywhere, or a source that has none, gives fresh ones.
-
-    Args:
-      source: the value of `config.run.init_from`.
-      shapes: the wanted variables, `ShapeDtypeStruct`s with shardings.
-      fresh: gives new variables, placed as `shapes`.
-    """
-    if not shapes:
-        return {}
-    if native.is_checkpoint(source):
-        stored = native.saved_params_shapes(source, part="variables")
-        if _names_and_shapes(stored) == _names_and_shapes(shapes):
-            return native.read_params(source, shapes=shapes, part="variables")
-    logging.info("%s lacks this model's running statistics: they start fresh", source)
-    return fresh()
-
-
-def _names_and_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
 
 
 def _say(error: Exception | None) -> str:

@@ -112,6 +112,7 @@ def restore_or_init(
             fresh=lambda: jax.jit(
                 functools.partial(state.init_variables, task), out_shardings=shardings.variables
             )(jax.random.key(run.seed)),
+            allow_unused=run.init_allow_unused,
         )
         fresh = functools.partial(
             state.state_from_params, optimizer=optimizer, average=bool(shapes.ema)

@@ -15,7 +15,12 @@ BLOCK_TABLE = "encoder/blocks/attention/relative_position_bias/table"
 POSITIONS = "encoder/pos_embed"
 GAMMA = "encoder/blocks/gamma_1"
 # Parameters whose last axis is the number of classes or tokens.
-HEADS = {"lm_head/kernel": "tokens (vocabulary)", "head/kernel": "classes"}
+HEADS = {
+    "lm_head/kernel": "tokens (vocabulary)",
+    "head/kernel": "classes",
+    "head/classifier/kernel": "classes",
+    "auxiliary/classifier/kernel": "classes",
+}
 
 
 def per_block(params: FlatParams, *, layers: int | None = None) -> dict[str, np.ndarray]:
@@ -147,8 +152,8 @@ def _other_heads(
         module = name.removesuffix("/kernel")
         if not (allowed(name, allow_missing) and allowed(name, allow_unused)):
             raise WeightsError(
-                f"{source}: {module} is for {params[name].shape[1]} {what}, needed"
-                f" {wanted[name][1]}; to start it anew: --config.run.init_allow_missing={module}"
+                f"{source}: {module} is for {params[name].shape[-1]} {what}, needed"
+                f" {wanted[name][-1]}; to start it anew: --config.run.init_allow_missing={module}"
                 f" --config.run.init_allow_unused={module}"
             )
         dropped += [other for other in params if other.startswith(f"{module}/")]

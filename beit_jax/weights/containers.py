@@ -220,9 +220,12 @@ def combined_sha256(digests: Iterable[tuple[str, str]]) -> str:
 
 
 def safetensors_bytes(state: FlatParams, *, metadata: dict[str, str]) -> bytes:
-    """A safetensors file of float32 tensors."""
+    """A safetensors file of float32 tensors, and of int64 ones as they are."""
     # safetensors writes the bytes as they lie in memory: a transposed view would come out wrong.
-    tensors = {key: np.array(array, np.float32, order="C") for key, array in state.items()}
+    tensors = {
+        key: np.array(array, np.int64 if array.dtype == np.int64 else np.float32, order="C")
+        for key, array in state.items()
+    }
     return safetensors.numpy.save(tensors, metadata=metadata)
 
 

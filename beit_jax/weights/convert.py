@@ -20,9 +20,9 @@ from absl import logging
 from beit_jax.config import ConfigError, check, one_of
 from beit_jax.config.facts import FACTS
 from beit_jax.models.functional import flatten, unflatten
-from beit_jax.types import FlatParams, JsonObject, Params, PyTree
+from beit_jax.types import FlatParams, JsonObject, Params, PyTree, Variables
 from beit_jax.weights import adapt, foreign, hub, native, opening
-from beit_jax.weights.description import Description, describe, to_config
+from beit_jax.weights.description import KINDS, Description, describe, to_config
 from beit_jax.weights.formats import FORMATS, Export, Format, Written
 from beit_jax.weights.formats.format import NOTHING_STATED, STATED_ELSEWHERE, Stated
 from beit_jax.weights.report import Report, WeightsError, check_names
@@ -81,6 +81,7 @@ def export_checkpoint(
     read = read_any(
         source, sha256=sha256, stated=stated, allow_missing=allow_missing, allow_unused=left
     )
+    _check_kind(target, read.description, source=source)
     params, unused = _fitting(read, source=source, allow_unused=left)
     params, description, copied = _with_tables(params, read.description, per_block=per_block)
     params, description, reshaped = resized(params, description, image_size=image_size)
@@ -102,6 +103,7 @@ def export_checkpoint(
         rebuilt=written.rebuilt,
         reshaped=(*copied, *reshaped, *written.reshaped),
         cast=(),
+        notes=(*read.report.notes, *written.notes),
     )
     return Exported(output=output, report=report, load=written.load, commit=commit)
 
@@ -114,6 +116,16 @@ def _target(format: str, *, output: str, push: str, private: bool) -> Format:
     if push:
         hub.check(push)
     return FORMATS[format]
+
+
+def _check_kind(target: Format, description: Description, *, source: str) -> None:
+    """Raises WeightsError where a format has no models of this kind."""
+    if description.task not in target.kinds:
+        others = [row.name for row in FORMATS.values() if description.task in row.kinds]
+        raise WeightsError(
+            f"{source} is {KINDS[description.task].head(description)}, which {target.name} does"
+            f" not hold; {' and '.join(others)} can"
+        )
 
 
 def _fitting(
@@ -184,7 +196,8 @@ def import_checkpoint(
     )
     params, description, more = resized(params, description, image_size=image_size)
     config = to_config(description) | _imported_from(source, checkpoint)
-    native.write_params(output, unflatten(params), config=config)
+    trained, variables = description.split(params)
+    native.write_params(output, unflatten(trained), config=config, variables=unflatten(variables))
     report = dataclasses.replace(checkpoint.report, reshaped=(*reshaped, *more))
     return report, description, checkpoint.sha256
 
@@ -260,7 +273,54 @@ def _foreign_params(source: str, *, allow_unused: Iterable[str]) -> dict[str, np
     guessed = tuple(f"{k} {text}" for k, text in checkpoint.guessed.items() if k not in FACTS)
     report = dataclasses.replace(checkpoint.report, guessed=guessed)
     logging.info("%s: SHA-256 %s\n%s", source, checkpoint.sha256, report)
-    return checkpoint.params
+    params, _ = checkpoint.description.split(checkpoint.params)
+    return params
+
+
+def restore_variables(
+    source: str,
+    *,
+    shapes: Variables,
+    fresh: Callable[[], Variables],
+    allow_unused: Iterable[str] = (),
+    name: str = "config.run.init_from",
+) -> Variables:
+    """Variables for a warm start: those of `source` where they are the same ones, else fresh.
+
+    Running statistics fit only the layers they were taken at, so they are not adapted as parameters
+    are: another name or shape anywhere, or a source that has none, gives fresh ones.
+
+    Args:
+      source: as for `restore_params`.
+      shapes: the wanted variables, `ShapeDtypeStruct`s with shardings.
+      fresh: gives new variables, placed as `shapes`.
+      allow_unused: foreign keys without a parameter that may be left over.
+      name: the setting `source` came from, for messages.
+
+    Raises:
+      ConfigError: there is no such checkpoint, or it can't be read.
+    """
+    if not shapes:
+        return {}
+    wanted = flatten(shapes)
+    if native.is_checkpoint(source) or not opening.is_foreign(source):
+        stored = flatten(native.saved_params_shapes(source, name=name, part="variables"))
+        if _shapes_of(stored) == _shapes_of(wanted):
+            return native.read_params(source, shapes=shapes, name=name, part="variables")
+    else:
+        try:
+            checkpoint = foreign.read(source, stated=STATED_ELSEWHERE, allow_unused=allow_unused)
+        except WeightsError as error:
+            raise WeightsError(f"{name}: {error}") from None
+        _, found = checkpoint.description.split(checkpoint.params)
+        if _shapes_of(found) == _shapes_of(wanted):
+            return unflatten({path: to_devices(found[path], wanted[path]) for path in wanted})
+    logging.info("%s lacks this model's running statistics: they start fresh", source)
+    return fresh()
+
+
+def _shapes_of(flat: Mapping[str, PyTree]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in flat.items()}
 
 
 def to_devices(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -275,7 +335,7 @@ class Read(NamedTuple):
     """A checkpoint in memory.
 
     Attributes:
-      params: flat, float32.
+      params: flat, float32; the variables of a model that has some are among them.
       description: what they are.
       config: as saved with them.
       report: of a foreign checkpoint's keys; empty for one of this project's.
@@ -327,6 +387,8 @@ def read_any(
     if not native.saved_params_shapes(source, part=part):
         raise WeightsError(f"{source} has no average of its weights: --weights model")
     params = flatten(native.read_params(source, part=part))
+    if description.variables():
+        params |= flatten(native.read_params(source, part="variables"))
     params = {name: np.asarray(array, np.float32) for name, array in params.items()}
     guessed = config.get("imported_from", {}).get("guessed", {})
     report = Report(guessed=tuple(f"{name} {text}" for name, text in guessed.items()))

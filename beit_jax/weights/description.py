@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -11,13 +12,17 @@ from flax import nnx
 from beit_jax.config import ConfigError, ModelConfig, check, one_of, parse, to_dict
 from beit_jax.config.bounds import INT32
 from beit_jax.config.parse import shown
+from beit_jax.config.segment import SegmentHeadConfig
 from beit_jax.models.blocks import layer_norm
 from beit_jax.models.functional import Functional, flatten, functional
 from beit_jax.models.heads import classifier, masked_image_model
+from beit_jax.models.segmenter import segmenter
 from beit_jax.models.vit import Encoder
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.types import JsonObject
 from beit_jax.weights.report import WeightsError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,16 +30,18 @@ class Description:
     """The kind and sizes of a checkpoint.
 
     Attributes:
-      task: a key of `KINDS`: "pretrain" (encoder and `lm_head`), "classify" (encoder and `head`)
-        or "encoder" (no head, as timm's and Hugging Face's bare models).
+      task: a key of `KINDS`: "pretrain" (encoder and `lm_head`), "classify" (encoder and `head`),
+        "segment" (encoder, `neck`, `head` and `auxiliary`) or "encoder" (no head, as timm's and
+        Hugging Face's bare models).
       model: the encoder.
-      outputs: vocabulary ("pretrain") or classes ("classify"); 0 for "encoder".
+      outputs: vocabulary ("pretrain") or classes ("classify", "segment"); 0 for "encoder".
       pooling: "classify": "mean" or "cls". "encoder": "mean" where there is an `fc_norm`, "cls"
         where the encoder ends in its norm, "none" where there is neither.
       mask_token: whether the encoder has one; read for "encoder" only, since the other tasks
         determine it.
       normalization: of the pixels, a key of `preprocessing.NORMALIZATIONS`.
       labels: names of the classes; empty where they are unknown.
+      head: "segment": what is on the encoder; None for the others.
     """
 
     task: str
@@ -44,20 +51,41 @@ class Description:
     mask_token: bool = False
     normalization: str = "half"
     labels: tuple[str, ...] = ()
+    head: SegmentHeadConfig | None = None
 
     def __post_init__(self) -> None:
         one_of(self.task, "task", *KINDS)
+        check((self.task == "segment") == (self.head is not None), "head", "only of a segmenter")
         one_of(self.pooling, "pooling", "mean", "cls", "none")
         one_of(self.normalization, "normalization", *NORMALIZATIONS)
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The parameters' names ("encoder/cls_token"), shapes and dtypes."""
-        return dict(_shapes(self))
+        """Names ("encoder/cls_token"), shapes and dtypes of all that a checkpoint of it holds.
+
+        These are the parameters, and behind them the variables where the model has any.
+        """
+        params, variables = _shapes(self)
+        return {**params, **variables}
+
+    def variables(self) -> frozenset[str]:
+        """The names among `shapes` of what no gradient trains: BatchNorm's running statistics."""
+        return frozenset(_shapes(self)[1])
+
+    def split(self, flat: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+        """Splits a flat tree of both into parameters and variables."""
+        names = self.variables()
+        params = {name: leaf for name, leaf in flat.items() if name not in names}
+        return params, {name: leaf for name, leaf in flat.items() if name in names}
+
+
+Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]
 
 
 @functools.cache
-def _shapes(description: Description) -> dict[str, jax.ShapeDtypeStruct]:
-    return flatten(KINDS[description.task].build(description).shapes())
+def _shapes(description: Description) -> tuple[Shapes, Shapes]:
+    """Of the parameters and of the variables."""
+    model = KINDS[description.task].build(description)
+    return flatten(model.shapes()), flatten(model.variables_shapes())
 
 
 class _Headless(nnx.Module):
@@ -91,6 +119,11 @@ class Kind:
     head: Callable[[Description], str]
 
 
+def _head(description: Description) -> SegmentHeadConfig:
+    assert description.head is not None  # `__post_init__` has checked
+    return description.head
+
+
 KINDS = {
     "pretrain": Kind(
         required=("tokenizer",),
@@ -110,6 +143,20 @@ KINDS = {
         build=lambda it: classifier(it.model, classes=it.outputs, pooling=it.pooling),
         head=lambda it: f"classification, {it.outputs} classes, pooling {it.pooling}",
     ),
+    "segment": Kind(
+        required=("classes", "head"),
+        outputs=lambda config: config["classes"],
+        settings=lambda it: {
+            "classes": it.outputs,
+            "labels": list(it.labels),
+            "head": to_dict(_head(it)),
+        },
+        build=lambda it: segmenter(it.model, head=_head(it), classes=it.outputs),
+        head=lambda it: (
+            f"segmentation by {_head(it).kind}, {it.outputs} classes, of blocks"
+            f" {', '.join(map(str, _head(it).blocks))}"
+        ),
+    ),
     "encoder": Kind(
         required=("pooling", "mask_token"),
         outputs=lambda config: 0,
@@ -126,7 +173,7 @@ def describe(config: JsonObject) -> Description:
     Args:
       config: `to_dict(PretrainConfig)` for a pre-training run; otherwise a dict with `task`,
         `model`, `data: {"normalization"}` and, for "classify", `classes`, `pooling` and perhaps
-        `labels`, as `to_config` writes it.
+        `labels`, for "segment" `head` in place of `pooling`, as `to_config` writes it.
 
     Raises:
       ConfigError: a key is missing or wrong, or this kind of run has no foreign format.
@@ -165,6 +212,7 @@ def describe(config: JsonObject) -> Description:
         mask_token=mask_token,
         normalization=normalization,
         labels=tuple(labels),
+        head=parse(SegmentHeadConfig, config["head"], path="head") if task == "segment" else None,
     )
 
 

@@ -9,11 +9,12 @@ The formats themselves are in `formats`; nothing here depends on a particular on
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
 
+from beit_jax.config import ConfigError
 from beit_jax.models.relative_positions import relative_position_index
 from beit_jax.types import JsonObject
 from beit_jax.weights import keys, opening
@@ -36,7 +37,8 @@ class Checkpoint:
     """A foreign checkpoint in this project's tree.
 
     Attributes:
-      params: flat, "encoder/cls_token" → float32 array.
+      params: flat, "encoder/cls_token" → float32 array; the variables of a model that has some are
+        among them (`Description.split`).
       description: the kind and sizes of the model.
       report: of foreign keys.
       guessed: facts that the file does not say → what was taken for them and why.
@@ -113,7 +115,10 @@ def _convert(
     """Compares every key and shape, then converts. Raises WeightsError."""
     description = described.description
     table = reader.table(description)
-    shapes = {name: leaf.shape for name, leaf in description.shapes().items()}
+    try:
+        shapes = {name: leaf.shape for name, leaf in description.shapes().items()}
+    except ConfigError as error:  # of a head that does not fit the encoder
+        raise WeightsError(f"{opened.path}: {error}") from None
     wanted = keys.foreign_shapes(shapes, table)
     rebuilt = [key for key in opened.state if reader.rebuilt(key)]
     left_out = [
@@ -131,7 +136,8 @@ def _convert(
         " also what is missing, --allow-missing, for a warm start that draws it anew)",
     )
     used = {key: opened.state[key] for key in wanted if key in opened.state}
-    _check_numbers(used, source=opened.path)
+    counts = {row.foreign for row in table if row.transform.counts}
+    _check_numbers(used, counts=counts, source=opened.path)
     _check_index(opened, rebuilt, grid=description.model.grid)
     params = keys.to_native(used, table, layers=description.model.layers)
     report = Report(
@@ -140,7 +146,11 @@ def _convert(
         unused=tuple(unused),
         left_out=tuple(left_out),
         rebuilt=tuple(rebuilt),
-        cast=tuple(f"{k} ({a.dtype})" for k, a in used.items() if a.dtype != np.float32),
+        cast=tuple(
+            f"{key} ({array.dtype})"
+            for key, array in used.items()
+            if array.dtype != np.float32 and key not in counts
+        ),
         guessed=tuple(f"{name} {text}" for name, text in described.guessed.items()),
         notes=(*opened.notes, *described.notes),
     )
@@ -164,9 +174,16 @@ def _check_index(opened: Opened, rebuilt: Iterable[str], *, grid: int) -> None:
             )
 
 
-def _check_numbers(state: State, *, source: str) -> None:
-    """Raises WeightsError for tensors of whole numbers, NaN or infinities."""
+def _check_numbers(state: State, *, counts: Collection[str], source: str) -> None:
+    """Raises WeightsError for tensors of whole numbers, NaN or infinities, and odd `counts`."""
     for key, array in state.items():
+        if key in counts:
+            is_whole = np.issubdtype(array.dtype, np.integer)
+            if not is_whole or not 0 <= int(array) <= keys.LARGEST_COUNT:
+                raise WeightsError(
+                    f"{source}: {key} is {array.dtype} {array}, no count up to {keys.LARGEST_COUNT}"
+                )
+            continue
         if not _is_float(array):
             raise WeightsError(f"{source}: {key} is {array.dtype}, no float")
         finite = np.isfinite(array)
@@ -194,7 +211,7 @@ def _whose(state: State) -> str:
     """What is known of keys that are in no format."""
     modules = {key.split(".")[0] for key in state}
     if modules & {"decode_head", "auxiliary_head"}:
-        return "a segmentation model's, which is not read"
+        return "a segmentation model's, but neither the official one's nor transformers'"
     if "backbone.cls_token" in state:
         return "OpenMMLab's (mmpretrain), which are not read"
     return "not a BEiT's"

@@ -24,6 +24,7 @@ def inspect(source: str) -> str:
     """
     if native.is_checkpoint(source):
         shapes = flatten(native.saved_params_shapes(source))
+        shapes |= flatten(native.saved_params_shapes(source, part="variables"))
         lines = ["format: beit_jax", f"checkpoint: {native.state_folder(source, name='').parent}"]
         config = native.saved_config(source)
         lines.append(sentence(describe(config)))

@@ -24,10 +24,12 @@ class Transform:
     Attributes:
       to_native: foreign array → native arrays, one per path.
       to_foreign: native arrays → foreign array.
+      counts: whether the foreign array is a whole number, not of floats.
     """
 
     to_native: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     to_foreign: Callable[..., np.ndarray]
+    counts: bool = False
 
 
 SAME = Transform(lambda x: (x,), lambda x: x)
@@ -35,6 +37,16 @@ SAME = Transform(lambda x: (x,), lambda x: x)
 LINEAR = Transform(lambda w: (w.T,), lambda kernel: kernel.T)
 # Convolutions: (out, in, height, width) ↔ (height, width, in, out).
 CONV = Transform(lambda w: (w.transpose(2, 3, 1, 0),), lambda kernel: kernel.transpose(3, 2, 0, 1))
+# Transposed convolutions: (in, out, height, width) ↔ (height, width, in, out).
+TRANSPOSED_CONV = Transform(
+    lambda w: (w.transpose(2, 3, 0, 1),), lambda kernel: kernel.transpose(2, 3, 0, 1)
+)
+# How many batches a BatchNorm has averaged over: PyTorch's int64 ↔ float32, which is exact up to
+# `LARGEST_COUNT`.
+COUNT = Transform(
+    lambda n: (n.astype(np.float32),), lambda count: count.astype(np.int64), counts=True
+)
+LARGEST_COUNT = 1 << 24
 # Query, key and value in one matrix (3 · out, in), rows in this order (modeling_finetune.py).
 FUSED_QKV = Transform(
     lambda w: tuple(part.T for part in np.split(w, 3)),
@@ -87,6 +99,16 @@ def norm(foreign: str, native: str) -> Table:
     return row(f"{foreign}.weight", f"{native}/scale"), row(f"{foreign}.bias", f"{native}/bias")
 
 
+def batch_norm(foreign: str, native: str) -> Table:
+    """Rows for a BatchNorm: its two parameters and its three running statistics."""
+    return (
+        *norm(foreign, native),
+        row(f"{foreign}.running_mean", f"{native}/mean"),
+        row(f"{foreign}.running_var", f"{native}/var"),
+        row(f"{foreign}.num_batches_tracked", f"{native}/count", COUNT),
+    )
+
+
 def to_foreign(params: FlatParams, table: Table) -> dict[str, np.ndarray]:
     """Renames parameters to foreign keys, in the order of the table, block after block.
 
@@ -122,7 +144,8 @@ def to_native(state: FlatParams, table: Table, *, layers: int) -> dict[str, np.n
             continue
         parts = [row.transform.to_native(state[key]) for key in keys]
         for path, arrays in zip(row.native, zip(*parts, strict=True), strict=True):
-            whole = np.stack(arrays) if row.per_block else np.ascontiguousarray(arrays[0])
+            # Not `ascontiguousarray`, which gives a single number an axis.
+            whole = np.stack(arrays) if row.per_block else np.asarray(arrays[0], order="C")
             params[path] = whole.astype(np.float32, copy=False)
     return params
 

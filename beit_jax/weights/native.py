@@ -25,7 +25,7 @@ from etils import epath
 from beit_jax import metrics_file, storage
 from beit_jax.config import ConfigError
 from beit_jax.json_text import JsonError, read_json_object
-from beit_jax.types import JsonObject, Params, PyTree
+from beit_jax.types import JsonObject, Params, PyTree, Variables
 from beit_jax.weights import digests
 
 _LARGEST_INDEX = 1 << 30  # bytes of a file that lists others; thousands of hosts have 1 MB
@@ -316,13 +316,16 @@ def _restore(
     return restored[part]
 
 
-def write_params(path: str, params: Params, *, config: JsonObject) -> None:
-    """Writes a checkpoint of parameters alone, good for `config.run.init_from` and `export`.
+def write_params(
+    path: str, params: Params, *, config: JsonObject, variables: Variables | None = None
+) -> None:
+    """Writes a checkpoint without an optimizer, good for `config.run.init_from` and `export`.
 
     Args:
       path: the folder to make, local or gs://; a checkpoint that is there is replaced.
       params: nested dict of arrays.
       config: what `description.describe` needs, and anything else worth keeping.
+      variables: nested dict of what no gradient trains; None or {} where there is nothing.
 
     Raises:
       ConfigError: the folder holds something else, which would be lost.
@@ -337,7 +340,8 @@ def write_params(path: str, params: Params, *, config: JsonObject) -> None:
     # Orbax deletes what is there before it writes, so that a full disk would leave nothing.
     beside = "://" not in path and target.exists()
     written = target.parent / f"{target.name}.{os.getpid()}.new" if beside else target
-    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
+    tree = {"params": params} | ({"variables": variables} if variables else {})
+    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
     try:
         with (
             storage.writing(target, needed=size),
@@ -347,9 +351,9 @@ def write_params(path: str, params: Params, *, config: JsonObject) -> None:
             checkpointer.save(
                 written,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave({"params": params}),
+                    state=ocp.args.StandardSave(tree),
                     config=ocp.args.JsonSave(config),
-                    digests=ocp.args.JsonSave(digests.item({"params": params}, config=config)),
+                    digests=ocp.args.JsonSave(digests.item(tree, config=config)),
                 ),
                 force=True,
             )

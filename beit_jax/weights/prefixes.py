@@ -39,6 +39,8 @@ _OWN = {
     *("fc_norm", "head", "lm_head", "beit", "data2vec_vision", "embeddings", "encoder", "layers"),
     *("layernorm", "pooler", "classifier"),
 }
+# The head of a segmentation model, whose formats have "backbone." before the encoder's names.
+_SEGMENTATION = "decode_head"
 
 
 def plain_names(state: State, *, source: str) -> tuple[State, tuple[str, ...]]:
@@ -113,6 +115,8 @@ def _before_most(keys: list[str]) -> str:
             continue
         prefix = first.removesuffix(token)
         beside = {key.split(".")[0] for key in keys if not key.startswith(prefix)}
+        if _SEGMENTATION in beside:
+            return ""
         return "" if beside & _OWN or any(f"{name}." == prefix for name in beside) else prefix
     return ""
 

@@ -333,7 +333,7 @@ def _module(record: pickles.Record, *, source: str) -> State:
 def _extras(whole: Mapping) -> JsonObject:
     """What a file says beside its tensors, as plain values."""
     result = _scalars(whole)
-    for key in ("args", "hyper_parameters", "beit_jax"):
+    for key in ("args", "hyper_parameters", "beit_jax", "meta"):
         plain = _plain(whole.get(key), budget=[_MOST_VALUES])
         if isinstance(plain, dict):
             result[key] = {name: value for name, value in plain.items() if value is not None}

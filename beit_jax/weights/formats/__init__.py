@@ -7,7 +7,14 @@ Formats are tried in the order of the rows, so a format whose keys are a special
 stands before it.
 """
 
-from beit_jax.weights.formats import hugging_face, stablehlo, timm, unilm
+from beit_jax.weights.formats import (
+    hugging_face,
+    hugging_face_beit,
+    mmseg,
+    stablehlo,
+    timm,
+    unilm,
+)
 from beit_jax.weights.formats.format import (
     Described,
     Export,
@@ -19,7 +26,11 @@ from beit_jax.weights.formats.format import (
 )
 
 FORMATS: dict[str, Format] = {
-    row.name: row for row in (hugging_face.FORMAT, timm.FORMAT, unilm.FORMAT, stablehlo.FORMAT)
+    row.name: row
+    for row in (
+        *(hugging_face_beit.FORMAT, hugging_face.FORMAT, timm.FORMAT, unilm.FORMAT),
+        *(mmseg.FORMAT, stablehlo.FORMAT),
+    )
 }
 
 __all__ = [

@@ -35,7 +35,7 @@ class Opened:
       sha256: of the file with the weights.
       notes: lines for the report: what was chosen where the file leaves a choice.
       extras: what the file says beside its tensors: strings, numbers and bools of the top level,
-        and `args` or `hyper_parameters` as a dict of these, of lists and of dicts:
+        and `args`, `hyper_parameters` or `meta` as a dict of these, of lists and of dicts:
         {"arch": "...", "args": {"model": "...", "mean": [0.5, 0.5, 0.5]}}.
     """
 
@@ -81,6 +81,7 @@ class Written:
       rebuilt: foreign keys that were computed from the sizes.
       reshaped: descriptions of changed shapes.
       files: path in a hub repository → local path or content. Empty: the output as it is.
+      notes: lines for the report: what is another function there, what the reader has to be told.
     """
 
     load: str
@@ -89,6 +90,7 @@ class Written:
     rebuilt: tuple[str, ...] = ()
     reshaped: tuple[str, ...] = ()
     files: Mapping[str, str | bytes] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,6 +211,7 @@ class Format:
       help: one line for the command's help, without a full stop.
       writing: what writing takes, for the help of `export`, in a few words; "" for nothing.
       suffix: of the file it writes, ".pth"; "" for a folder.
+      kinds: what it can hold, of `Description.task`.
       write: writes a checkpoint.
       reader: None where the format can only be written.
     """
@@ -219,6 +222,7 @@ class Format:
     write: Callable[[Export], Written]
     reader: Reader | None = None
     writing: str = ""
+    kinds: tuple[str, ...] = ("pretrain", "classify", "encoder")
 
     def check_output(self, output: str) -> None:
         """Raises WeightsError where `output` cannot be what this format writes."""

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from etils import epath
 
 from beit_jax.config import ModelConfig
+from beit_jax.config.segment import SegmentHeadConfig
 from beit_jax.files import json_bytes, write_together
 from beit_jax.types import JsonObject
 from beit_jax.weights import containers, keys, resize
 from beit_jax.weights.description import Description
-from beit_jax.weights.formats import hugging_face_config
+from beit_jax.weights.formats import hugging_face_config, hugging_face_segment
 from beit_jax.weights.formats.format import (
     Described,
     Export,
@@ -28,59 +29,30 @@ from beit_jax.weights.formats.format import (
     Written,
 )
 from beit_jax.weights.formats.hugging_face_config import Config
+from beit_jax.weights.formats.hugging_face_keys import ENCODER, version_4
 from beit_jax.weights.formats.model_card import model_card
+from beit_jax.weights.formats.segmenter_keys import check_upernet
 from beit_jax.weights.formats.unilm import is_index_buffer
 from beit_jax.weights.formats.view import View, kept_of
-from beit_jax.weights.keys import CONV, LINEAR, Table, norm, row, weight_and_bias
+from beit_jax.weights.keys import LINEAR, Table, norm, weight_and_bias
 from beit_jax.weights.report import WeightsError
-
-_BLOCK = "encoder/blocks"
-_ATTENTION = f"{_BLOCK}/attention"
-_LAYER = "beit.encoder.layer.{}"
-_TABLES = "attention.relative_position_bias."
-_LIVE = r"beit.encoder.layer.\1.attention"
-
-_ENCODER: Table = (
-    row("beit.embeddings.cls_token", "encoder/cls_token"),
-    row("beit.embeddings.mask_token", "encoder/mask_token"),
-    row("beit.embeddings.position_embeddings", "encoder/pos_embed"),
-    *weight_and_bias("beit.embeddings.patch_embeddings.projection", "encoder/patch_embed", CONV),
-    row(
-        "beit.encoder.relative_position_bias.relative_position_bias_table",
-        "encoder/relative_position_bias/table",
-    ),
-    row(f"{_LAYER}.lambda_1", f"{_BLOCK}/gamma_1"),
-    row(f"{_LAYER}.lambda_2", f"{_BLOCK}/gamma_2"),
-    *weight_and_bias(f"{_LAYER}.attention.attention.query", f"{_ATTENTION}/query", LINEAR),
-    row(f"{_LAYER}.attention.attention.key.weight", f"{_ATTENTION}/key/kernel", LINEAR),
-    *weight_and_bias(f"{_LAYER}.attention.attention.value", f"{_ATTENTION}/value", LINEAR),
-    row(
-        f"{_LAYER}.attention.attention.relative_position_bias.relative_position_bias_table",
-        f"{_ATTENTION}/relative_position_bias/table",
-    ),
-    *weight_and_bias(f"{_LAYER}.attention.output.dense", f"{_ATTENTION}/proj", LINEAR),
-    *weight_and_bias(f"{_LAYER}.intermediate.dense", f"{_BLOCK}/mlp/fc1", LINEAR),
-    *weight_and_bias(f"{_LAYER}.output.dense", f"{_BLOCK}/mlp/fc2", LINEAR),
-    *norm(f"{_LAYER}.layernorm_before", f"{_BLOCK}/norm1"),
-    *norm(f"{_LAYER}.layernorm_after", f"{_BLOCK}/norm2"),
-)
 
 # The final norm has two names: BeitForMaskedImageModeling holds it beside BeitModel, the others
 # inside. `use_mean_pooling` must be true for the former, or BeitModel adds a second one.
 TABLES: dict[str, Table] = {
     "pretrain": (
-        *_ENCODER,
+        *ENCODER,
         *norm("layernorm", "encoder/norm"),
         *weight_and_bias("lm_head", "lm_head", LINEAR),
     ),
     "classify": (
-        *_ENCODER,
+        *ENCODER,
         *norm("beit.layernorm", "encoder/norm"),
         *norm("beit.pooler.layernorm", "fc_norm"),
         *weight_and_bias("classifier", "head", LINEAR),
     ),
     "encoder": (
-        *_ENCODER,
+        *ENCODER,
         *norm("beit.layernorm", "encoder/norm"),
         *norm("beit.pooler.layernorm", "fc_norm"),
     ),
@@ -99,14 +71,54 @@ def write(export: Export) -> Written:
     """Writes the folder that transformers' `from_pretrained` loads.
 
     Raises:
+      WeightsError: the output is a file, or transformers has no such model.
+    """
+    description = export.description
+    if description.task == "segment":
+        check_upernet(description, format="transformers")
+        return write_folder(
+            export,
+            class_name=hugging_face_segment.UPERNET,
+            config=hugging_face_segment.upernet_json(description, kept=kept_config(export)),
+            table=hugging_face_segment.upernet_table(description),
+        )
+    # BeitModel adds a pooler unless told not to; its norm would be random.
+    no_pooler = description.task == "encoder" and description.pooling == "none"
+    return write_folder(
+        export,
+        class_name=hugging_face_config.CLASSES[description.task],
+        config=hugging_face_config.config_json(description, kept=kept_config(export)),
+        table=TABLES[description.task],
+        options=", add_pooling_layer=False" if no_pooler else "",
+    )
+
+
+def write_folder(
+    export: Export,
+    *,
+    class_name: str,
+    config: JsonObject,
+    table: Table,
+    options: str = "",
+    notes: tuple[str, ...] = (),
+) -> Written:
+    """Writes config, tensors, image processor and model card.
+
+    Args:
+      export: the checkpoint.
+      class_name: of the class in transformers that loads it.
+      config: the content of `config.json`.
+      table: keys.
+      options: arguments of `from_pretrained` behind the folder.
+      notes: lines for the report.
+
+    Raises:
       WeightsError: the output is a file.
     """
     folder, description = epath.Path(export.output), export.description
     if folder.exists() and not folder.is_dir():
         raise WeightsError(f"{export.output} is a file; a Hugging Face export is a folder")
-    kept = _kept_config(export)
-    class_name = hugging_face_config.CLASSES[description.task]
-    state = keys.to_foreign(export.params, TABLES[description.task])
+    state = keys.to_foreign(export.params, table)
     card = model_card(
         description,
         class_name=class_name,
@@ -115,7 +127,6 @@ def write(export: Export) -> Written:
         source=export.source,
         name=folder.name,
     )
-    config = hugging_face_config.config_json(description, kept=kept)
     preprocessor = hugging_face_config.preprocessor_json(description, config=export.config)
     contents = {
         "config.json": json_bytes(config),
@@ -125,24 +136,24 @@ def write(export: Export) -> Written:
         "model.safetensors": containers.safetensors_bytes(state, metadata={"format": "pt"}),
     }
     write_together(folder, contents, needed_by_all="config.json")
-    # BeitModel adds a pooler unless told not to; its norm would be random.
-    no_pooler = description.task == "encoder" and description.pooling == "none"
-    options = ", add_pooling_layer=False" if no_pooler else ""
     return Written(
         load=f"transformers.{class_name}.from_pretrained({export.output!r}{options})",
         used=tuple(export.params),
         files={name: str(folder / name) for name in contents},
+        notes=notes,
     )
 
 
-def _kept_config(export: Export) -> JsonObject:
+def kept_config(export: Export) -> JsonObject:
     """What the `config.json` said that the checkpoint was imported from; {} for any other."""
     kept = kept_of(export.config)
-    return kept.get("config", {}) if kept.get("format") == "hugging_face" else {}
+    return kept.get("config", {}) if str(kept.get("format")).startswith("hugging_face") else {}
 
 
 def detect(opened: Opened) -> bool:
-    """Whether the keys are those of transformers' BEiT, with its prefix or without."""
+    """Whether the keys are those of transformers' BEiT, with its prefix or without, or UperNet."""
+    if hugging_face_segment.is_upernet(opened.state):
+        return True
     return any(key.startswith("beit.") for key in canonical(opened.state))
 
 
@@ -152,39 +163,15 @@ def canonical(state: State) -> State:
     The larger models' files have it; those of a bare model don't, and Data2VecVision, which is a
     BEiT under another name, has its own. BeitBackbone's files have it for a shared table alone.
     """
+    if hugging_face_segment.is_upernet(state):
+        return hugging_face_segment.canonical_upernet(state)
     if "embeddings.cls_token" in state:
         state = {f"beit.{key.removeprefix('beit.')}": array for key, array in state.items()}
     if any(key.startswith("beit.layers.") for key in state):
-        return {_version_4(key): array for key, array in state.items()}
+        return {version_4(key): array for key, array in state.items()}
     if "data2vec_vision.embeddings.cls_token" in state:
         return {re.sub("^data2vec_vision", "beit", key): array for key, array in state.items()}
     return state
-
-
-# Names that parameters have in a model of transformers 5, which `save_pretrained` translates to
-# those of version 4 and `state_dict` does not.
-_VERSION_5 = (
-    (
-        r"^beit\.layers\.(\d+)\.relative_position_bias\.",
-        rf"{_LIVE}.{_TABLES}",
-    ),
-    (r"^beit\.layers\.(\d+)\.attention\.q_proj\.", rf"{_LIVE}.attention.query."),
-    (r"^beit\.layers\.(\d+)\.attention\.k_proj\.", rf"{_LIVE}.attention.key."),
-    (r"^beit\.layers\.(\d+)\.attention\.v_proj\.", rf"{_LIVE}.attention.value."),
-    (r"^beit\.layers\.(\d+)\.attention\.o_proj\.", rf"{_LIVE}.output.dense."),
-    (r"^beit\.layers\.(\d+)\.mlp\.fc1\.", r"beit.encoder.layer.\1.intermediate.dense."),
-    (r"^beit\.layers\.(\d+)\.mlp\.fc2\.", r"beit.encoder.layer.\1.output.dense."),
-    (r"^beit\.layers\.", "beit.encoder.layer."),
-    (r"^beit\.shared_position_bias\.", "beit.encoder.relative_position_bias."),
-)
-
-
-def _version_4(key: str) -> str:
-    for pattern, name in _VERSION_5:
-        renamed = re.sub(pattern, name, key)
-        if renamed != key:
-            return renamed
-    return key
 
 
 def describe(opened: Opened, *, stated: Stated) -> Described:
@@ -199,29 +186,22 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
         another function, or does not fit the tensors.
     """
     state, source = opened.state, opened.path
+    check_has_config(opened)
+    if hugging_face_segment.is_upernet(state):
+        return _describe_upernet(opened, stated=stated)
     if any(key.startswith(("decode_head.", "beit.fpn")) for key in state):
-        raise WeightsError(f"{source} is a segmentation model, which is not read")
-    if not opened.config:
         raise WeightsError(
-            f"{source} has Hugging Face's keys; give the folder that also has config.json"
+            f"{source} is a part of a segmentation model, or one of another architecture, which is"
+            " not read"
         )
     config = hugging_face_config.read_config(opened.config, stated=stated, source=source)
     _check_sizes(config.model, state, source=source)
+    if config.task == "segment":
+        raise WeightsError(f"{source}: config.json's is a segmentation model, the tensors are not")
     task = config.task or _task_of_keys(state)
     pooling, norms_left = _pooling(config, task, opened)
     outputs, labels, notes = _outputs(config, task, opened)
-    guessed = {}
-    if config.epsilon_guess and stated.layer_norm_epsilon is None:
-        guessed["layer_norm_epsilon"] = config.epsilon_guess
-    said, view = "", View(squash=True)
-    if opened.preprocessor:
-        said, view = hugging_face_config.read_preprocessor(
-            opened.preprocessor, stated=stated, image_size=config.model.image_size, source=source
-        )
-    elif not stated.normalization:
-        guessed["normalization"] = (
-            "half: there is no preprocessor_config.json (--normalization says otherwise)"
-        )
+    said, view, guessed = _facts(opened, config, stated=stated)
     return Described(
         description=Description(
             task=task,
@@ -234,14 +214,108 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
         ),
         guessed=guessed,
         left_out=(*_LEFT_OUT[task], *norms_left),
-        kept={
-            "format": "hugging_face",
-            "config": config.kept,
-            "preprocessor": opened.preprocessor,
-            "view": dataclasses.asdict(view),
-            "image_size": config.model.image_size,
-            "normalization": said,
-        },
+        kept=_kept(opened, config, said=said, view=view, format="hugging_face"),
+        notes=notes,
+    )
+
+
+def check_has_config(opened: Opened) -> None:
+    """Raises WeightsError for tensors without the `config.json` that says what they are."""
+    if not opened.config:
+        raise WeightsError(
+            f"{opened.path} has Hugging Face's keys; give the folder that also has config.json"
+        )
+
+
+def _facts(opened: Opened, config: Config, *, stated: Stated) -> tuple[str, View, dict[str, str]]:
+    """The normalisation that the folder says, "" for none; the view; and what is guessed."""
+    guessed = {}
+    if config.epsilon_guess and stated.layer_norm_epsilon is None:
+        guessed["layer_norm_epsilon"] = config.epsilon_guess
+    said, view = "", View(squash=True)
+    if opened.preprocessor:
+        said, view = hugging_face_config.read_preprocessor(
+            opened.preprocessor,
+            stated=stated,
+            image_size=config.model.image_size,
+            source=opened.path,
+        )
+    elif not stated.normalization:
+        guessed["normalization"] = (
+            "half: there is no preprocessor_config.json (--normalization says otherwise)"
+        )
+    return said, view, guessed
+
+
+def _kept(opened: Opened, config: Config, *, said: str, view: View, format: str) -> JsonObject:
+    return {
+        "format": format,
+        "config": config.kept,
+        "preprocessor": opened.preprocessor,
+        "view": dataclasses.asdict(view),
+        "image_size": config.model.image_size,
+        "normalization": said,
+    }
+
+
+def _describe_upernet(opened: Opened, *, stated: Stated) -> Described:
+    config, head = hugging_face_segment.read_upernet(opened, stated=stated)
+    return describe_segmenter(
+        opened,
+        config,
+        head,
+        stated=stated,
+        encoder=hugging_face_segment.encoder_state(opened.state),
+        left_out=hugging_face_segment.UPERNET_LEFT_OUT,
+        format="hugging_face",
+    )
+
+
+def describe_segmenter(
+    opened: Opened,
+    config: Config,
+    head: SegmentHeadConfig,
+    *,
+    stated: Stated,
+    encoder: State,
+    left_out: tuple[str, ...],
+    format: str,
+) -> Described:
+    """Describes a segmentation model whose `config.json` has been read.
+
+    Args:
+      opened: the folder.
+      config: the encoder's settings.
+      head: the heads' settings.
+      stated: the caller's own facts.
+      encoder: the encoder's tensors by the names of a BEiT.
+      left_out: for `Described`.
+      format: the format's name.
+
+    Raises:
+      WeightsError: config and tensors don't agree.
+    """
+    _check_sizes(config.model, encoder, source=opened.path)
+    classes, labels, notes = _classes(opened, "decode_head.classifier.weight", dimensions=4)
+    said, view, guessed = _facts(opened, config, stated=stated)
+    normalization = stated.normalization or said or "half"
+    if normalization == "half" and not stated.normalization:
+        notes += (
+            "normalization: half; the official segmentation models are trained with imagenet's mean"
+            " and deviation (--normalization imagenet takes them)",
+        )
+    return Described(
+        description=Description(
+            task="segment",
+            model=config.model,
+            outputs=classes,
+            normalization=normalization,
+            labels=labels,
+            head=head,
+        ),
+        guessed=guessed,
+        left_out=left_out,
+        kept=_kept(opened, config, said=said, view=view, format=format),
         notes=notes,
     )
 
@@ -278,9 +352,16 @@ def _outputs(
         return 0, (), ()
     if task == "pretrain":
         return config.vocabulary, (), ()
-    head = opened.state.get("classifier.weight")
-    if head is None or head.ndim != 2 or not head.shape[0]:
-        raise WeightsError(f"{opened.path}: no classifier.weight [classes, width]")
+    return _classes(opened, "classifier.weight", dimensions=2)
+
+
+def _classes(
+    opened: Opened, key: str, *, dimensions: int
+) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+    """The classes of a head by its last tensor, their labels, and what to say of these."""
+    head = opened.state.get(key)
+    if head is None or head.ndim != dimensions or not head.shape[0]:
+        raise WeightsError(f"{opened.path}: no {key} [classes, width]")
     classes = head.shape[0]
     labels = hugging_face_config.read_labels(opened.config, classes=classes, source=opened.path)
     notes: tuple[str, ...] = ()
@@ -355,21 +436,30 @@ def _grid_of_positions(rows: int) -> int:
     return side
 
 
-def _in_encoder(key: str) -> bool:
-    return key.startswith(("beit.embeddings.", "beit.encoder."))
+def in_encoder(key: str) -> bool:
+    """Whether a key, known or not, is of the encoder."""
+    name = key.removeprefix("backbone.").removeprefix("beit.")
+    return name != key and name.startswith(("embeddings.", "encoder."))
+
+
+def _table(description: Description) -> Table:
+    if description.task == "segment":
+        return hugging_face_segment.upernet_table(description)
+    return TABLES[description.task]
 
 
 FORMAT = Format(
     name="hugging_face",
     help="a folder that transformers' from_pretrained loads",
     suffix="",
+    kinds=("pretrain", "classify", "encoder", "segment"),
     write=write,
     reader=Reader(
         detect=detect,
         describe=describe,
-        table=lambda description: TABLES[description.task],
+        table=_table,
         canonical=canonical,
-        in_encoder=_in_encoder,
+        in_encoder=in_encoder,
         rebuilt=is_index_buffer,
     ),
 )

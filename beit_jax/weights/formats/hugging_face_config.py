@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from beit_jax.config import ModelConfig
+from beit_jax.config.facts import value_of
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.types import Json, JsonObject
 from beit_jax.weights.description import Description
@@ -26,6 +27,7 @@ TASKS = {
     "BeitForImageClassification": "classify",
     "BeitModel": "encoder",
     "BeitBackbone": "encoder",
+    "BeitForSemanticSegmentation": "segment",
     "Data2VecVisionForImageClassification": "classify",
     "Data2VecVisionModel": "encoder",
 }
@@ -38,6 +40,8 @@ MODEL_TYPES = ("beit", "data2vec-vision")
 
 # Published configs have 1e-12; the official models were trained with 1e-6.
 _PUBLISHED_EPSILON = 1e-12
+# Formats whose files say how an image becomes the input.
+_WITH_PREPROCESSOR = ("hugging_face", "hugging_face_beit", "timm")
 # Pillow's numbers of its filters.
 _RESAMPLE = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
 
@@ -226,7 +230,7 @@ def read_preprocessor(
     kind = str(preprocessor.get("image_processor_type", preprocessor.get("feature_extractor_type")))
     resample = preprocessor.get("resample")
     if resample is None:
-        resample = 2 if kind.startswith("ViT") else 3  # their defaults
+        resample = 2 if kind.startswith(("ViT", "Segformer")) else 3  # their defaults
     known = isinstance(resample, int) and not isinstance(resample, bool) and resample in _RESAMPLE
     if not known:
         raise WeightsError(f"{source}: resample is {quoted(resample)}, none of Pillow's filters")
@@ -270,7 +274,9 @@ def _normalization(preprocessor: JsonObject, *, source: str) -> str:
         mean = fields.numbers(preprocessor, "image_mean", count=3, source=source)
         std = fields.numbers(preprocessor, "image_std", count=3, source=source)
     elif preprocessor.get("image_mean") is preprocessor.get("image_std") is None:
-        mean, std = NORMALIZATIONS["half"]  # BeitImageProcessor's default
+        # The defaults of SegformerImageProcessor, which UperNets come with, and BeitImageProcessor.
+        kind = str(preprocessor.get("image_processor_type"))
+        mean, std = NORMALIZATIONS["imagenet" if kind.startswith("Segformer") else "half"]
     else:
         raise WeightsError(f"{source}: has image_mean or image_std, but not both")
     # Without rescaling, pixels are either in [0, 1] when they come, or in [0, 255].
@@ -324,11 +330,18 @@ def config_json(description: Description, *, kept: JsonObject) -> JsonObject:
         "vocab_size": description.outputs if description.task == "pretrain" else 8192,
     }
     if description.task == "classify":
-        labels = description.labels or [f"LABEL_{i}" for i in range(description.outputs)]
-        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        config["label2id"] = {label: i for i, label in enumerate(labels)}
-        config["num_labels"] = description.outputs
+        config |= labels_json(description)
     return config | _written_back(description, kept)
+
+
+def labels_json(description: Description) -> JsonObject:
+    """The fields of `config.json` for a head's classes."""
+    labels = description.labels or [f"LABEL_{i}" for i in range(description.outputs)]
+    return {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "num_labels": description.outputs,
+    }
 
 
 def _written_back(description: Description, kept: JsonObject) -> JsonObject:
@@ -354,7 +367,8 @@ def preprocessor_json(description: Description, *, config: JsonObject) -> JsonOb
         "crop_size": size,
         "do_center_crop": False,
         "do_normalize": True,
-        "do_reduce_labels": False,
+        # Whether label 0 is no class, of a segmentation model's data.
+        "do_reduce_labels": value_of(config, "data.zero_is_background") is True,
         "do_rescale": True,
         "do_resize": True,
         "image_mean": list(mean),
@@ -364,7 +378,7 @@ def preprocessor_json(description: Description, *, config: JsonObject) -> JsonOb
         "size": size,
     }
     kept = kept_of(config)
-    if kept.get("format") not in ("hugging_face", "timm"):  # this project's own: nothing is kept
+    if kept.get("format") not in _WITH_PREPROCESSOR:  # this project's own: nothing is kept
         return result
     view = view_of(config, image_size=side)
     result["resample"] = INTERPOLATION_NUMBERS[view.interpolation]

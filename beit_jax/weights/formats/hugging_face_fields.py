@@ -1,4 +1,4 @@
-"""Every field of a BEiT's `config.json` in transformers, and what becomes of it.
+"""Every field of a BEiT's and a UperNet's `config.json` in transformers, and what becomes of it.
 
 `USED` are read. `ONLY` must have a value under which transformers computes what this project does.
 `KEPT` change nothing in evaluation; of these, `WRITTEN_BACK` are written again by an export. A
@@ -28,6 +28,22 @@ ONLY: dict[str, tuple[Json, ...]] = {
     "rope_scaling": (None,),
     "auto_map": (None,),  # code of its own
 }
+# Of a UperNet, whose `backbone_config` is a BEiT's.
+# fmt: off
+UPERNET_USED = frozenset((
+    "architectures", "auxiliary_channels", "auxiliary_concat_input", "auxiliary_in_channels",
+    "auxiliary_loss_weight", "auxiliary_num_convs", "backbone_config", "hidden_size", "id2label",
+    "model_type", "pool_scales", "use_auxiliary_head",
+))
+# fmt: on
+UPERNET_ONLY: dict[str, tuple[Json, ...]] = {
+    **{name: ONLY[name] for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder")},
+    **{name: ONLY[name] for name in ("pruned_heads", "quantization_config", "auto_map")},
+    "backbone": (None,),  # the name of one to download
+    "backbone_kwargs": ({}, None),
+    "use_pretrained_backbone": (False, None),
+    "use_timm_backbone": (False, None),
+}
 # Dropout and drop path act in training alone. The rest is of losses, segmentation heads, text
 # generation, how transformers returns its results, and which version wrote the file.
 # fmt: off
@@ -36,7 +52,8 @@ KEPT = frozenset((
     "auxiliary_loss_weight", "auxiliary_num_convs", "drop_path_rate", "hidden_dropout_prob",
     "initializer_range", "label2id", "num_labels", "_num_labels", "padding",
     "truncation", "out_features", "out_indices",
-    "_out_features", "_out_indices", "pool_scales", "problem_type", "reshape_hidden_states",
+    "_out_features", "_out_indices", "loss_ignore_index", "pool_scales", "problem_type",
+    "reshape_hidden_states",
     "segmentation_indices", "semantic_loss_ignore_index", "stage_names", "use_auxiliary_head",
     "use_mask_token", "_attn_implementation", "_attn_implementation_autoset",
     "_attn_implementation_internal", "_commit_hash", "_experts_implementation",

@@ -10,16 +10,19 @@ from beit_jax.weights.description import Description
 _KINDS = {
     "pretrain": "pre-trained by masked image modelling",
     "classify": "fine-tuned to tell {outputs} classes apart",
+    "segment": "fine-tuned to give every pixel one of {outputs} classes",
     "encoder": "an encoder without a head",
 }
 _ORIGINS = {
     "pretrain": "a masked image model",
     "classify": "a classifier of {outputs} classes",
+    "segment": "a segmentation model of {outputs} classes",
     "encoder": "an encoder without a head",
 }
 _TAGS = {
     "pretrain": "image-feature-extraction",
     "classify": "image-classification",
+    "segment": "image-segmentation",
     "encoder": "image-feature-extraction",
 }
 _POSITIONS = {

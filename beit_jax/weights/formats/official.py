@@ -91,18 +91,11 @@ def describe(opened: Opened, *, stated: Stated, known: Known) -> Described:
     Raises:
       WeightsError: a key is missing, the shapes make no model, or it is another architecture's.
     """
-    own = opened.extras.get(OWN) or opened.metadata.get(OWN)
-    if own:
-        return _described_by_itself(own, opened, stated=stated)
+    by_itself = described_by_itself(opened, stated=stated)
+    if by_itself is not None:
+        return by_itself
     guessed: dict[str, str] = {}
-    try:
-        model = _model_config(opened.state, stated=stated, known=known, guessed=guessed)
-    except KeyError as error:
-        raise WeightsError(f"{opened.path}: not a BEiT: {error.args[0]} is missing") from None
-    except IndexError:
-        raise WeightsError(f"{opened.path}: not a BEiT: a tensor lacks dimensions") from None
-    except ValueError as error:
-        raise WeightsError(f"{opened.path}: {error}") from None
+    model = encoder_of(opened, stated=stated, known=known, guessed=guessed)
     task, outputs, pooling, left_out = _head(opened.state, source=opened.path)
     if task == "classify" and not known.pooling:
         guessed["pooling"] = _POOLING[pooling]
@@ -156,7 +149,39 @@ def check_epsilon(description: Description, *, format: str) -> None:
         )
 
 
-def _described_by_itself(own: object, opened: Opened, *, stated: Stated) -> Described:
+def encoder_of(
+    opened: Opened, *, stated: Stated, known: Known, guessed: dict[str, str]
+) -> ModelConfig:
+    """The encoder's sizes, from names and shapes.
+
+    Args:
+      opened: the file.
+      stated: the caller's own facts.
+      known: what the file's config says.
+      guessed: gets what the file does not say.
+
+    Raises:
+      WeightsError: a key is missing, the shapes make no model, or it is another architecture's.
+    """
+    try:
+        return _model_config(opened.state, stated=stated, known=known, guessed=guessed)
+    except KeyError as error:
+        raise WeightsError(f"{opened.path}: not a BEiT: {error.args[0]} is missing") from None
+    except IndexError:
+        raise WeightsError(f"{opened.path}: not a BEiT: a tensor lacks dimensions") from None
+    except ValueError as error:
+        raise WeightsError(f"{opened.path}: {error}") from None
+
+
+def described_by_itself(opened: Opened, *, stated: Stated) -> Described | None:
+    """What a file that this project wrote says of itself; None where it has no such entry.
+
+    Raises:
+      WeightsError: the entry is damaged, or of other tensors.
+    """
+    own = opened.extras.get(OWN) or opened.metadata.get(OWN)
+    if not own:
+        return None
     try:
         config = json_object(str(own), path=OWN)
         description = descriptions.describe(config)

@@ -38,6 +38,8 @@ def reduce(
       The parameters (flat), their description, and the names left out.
     """
     left_out = [name for name in params if allowed(name, NOT_IN_TIMM)]
+    if description.task == "segment":
+        left_out = [name for name in params if not name.startswith("encoder/")]
     kept = {name: array for name, array in params.items() if name not in left_out}
     model = description.model
     if model.positions == "relative_shared":
@@ -46,6 +48,8 @@ def reduce(
     task, pooling = description.task, description.pooling
     if task == "pretrain":
         task, pooling = "encoder", "cls"
+    if task == "segment":
+        task, pooling = "encoder", "none"
     description = dataclasses.replace(
         description,
         task=task,
@@ -53,6 +57,8 @@ def reduce(
         pooling=pooling,
         mask_token=False,
         outputs=description.outputs if task == "classify" else 0,
+        labels=description.labels if task == "classify" else (),
+        head=None,
     )
     return kept, description, left_out
 
@@ -138,6 +144,7 @@ FORMAT = Format(
     name="timm",
     help="a .safetensors file that timm.create_model loads strictly",
     suffix=".safetensors",
+    kinds=("pretrain", "classify", "encoder", "segment"),
     write=write,
     reader=Reader(
         detect=detect,
