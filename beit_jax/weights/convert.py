@@ -81,8 +81,7 @@ def export_checkpoint(
     read = read_any(
         source, sha256=sha256, stated=stated, allow_missing=allow_missing, allow_unused=left
     )
-    _check_kind(target, read.description, source=source)
-    params, unused = _fitting(read, source=source, allow_unused=left)
+    params, unused = _fitting(read, target, source=source, allow_unused=left)
     params, description, copied = _with_tables(params, read.description, per_block=per_block)
     params, description, reshaped = resized(params, description, image_size=image_size)
     written = target.write(
@@ -129,9 +128,10 @@ def _check_kind(target: Format, description: Description, *, source: str) -> Non
 
 
 def _fitting(
-    read: "Read", *, source: str, allow_unused: Iterable[str]
+    read: "Read", target: Format, *, source: str, allow_unused: Iterable[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The parameters that the description names, all of them, and the names of allowed others."""
+    _check_kind(target, read.description, source=source)
     if read.report.missing:
         raise WeightsError(
             f"{source} lacks {', '.join(read.report.missing)}, without which nothing can be"

@@ -58,7 +58,7 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
 
 FORMAT = Format(
     name="hugging_face_beit",
-    help="a folder for transformers' BeitForSemanticSegmentation, which reads other blocks",
+    help="a folder for BeitForSemanticSegmentation, which reads other blocks",
     suffix="",
     kinds=("segment",),
     write=write,
