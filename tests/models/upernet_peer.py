@@ -74,20 +74,21 @@ def _with_statistics(model):
     return model
 
 
-def both_logits(model, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Logits and auxiliary logits `[b, q, q, classes]`, before any resizing to the image."""
-    heads, found = [model.decode_head, model.auxiliary_head], []
-    hooks = [
-        head.register_forward_hook(lambda module, inputs, output: found.append(output))
-        for head in heads
-        if head is not None
-    ]
-    with torch.no_grad():
-        model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+def head_outputs(model, images: np.ndarray) -> list:
+    """Logits and, where there is an auxiliary head, its own: `[b, classes, q, q]`, not resized."""
+    found: list = []
+    heads = [head for head in (model.decode_head, model.auxiliary_head) if head is not None]
+    hooks = [head.register_forward_hook(lambda *call: found.append(call[-1])) for head in heads]
+    model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     for hook in hooks:
         hook.remove()
-    maps = [each.numpy().transpose(0, 2, 3, 1) for each in found]
-    return maps[0], maps[1] if len(maps) > 1 else None
+    return found
+
+
+def both_logits(model, images: np.ndarray) -> list[np.ndarray]:
+    """Logits and auxiliary logits `[b, q, q, classes]`, before any resizing to the image."""
+    with torch.no_grad():
+        return [each.numpy().transpose(0, 2, 3, 1) for each in head_outputs(model, images)]
 
 
 def to_segmenter(tensors: dict, *, head: SegmentHeadConfig, layers: int) -> tuple[dict, dict]:

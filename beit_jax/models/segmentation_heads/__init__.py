@@ -8,14 +8,26 @@ import jax
 from flax import nnx
 
 from beit_jax.config import ModelConfig, SegmentHeadConfig, check, one_of
-from beit_jax.models.segmentation_heads.auxiliary import check_auxiliary
-from beit_jax.models.segmentation_heads.linear import LinearHead, check_linear, linear_side
+from beit_jax.models.segmentation_heads.auxiliary import LEVEL, check_auxiliary
+from beit_jax.models.segmentation_heads.linear import (
+    LinearHead,
+    check_linear,
+    linear_side,
+    linear_sides,
+)
+from beit_jax.models.segmentation_heads.pyramid import pyramid_sides
 from beit_jax.models.segmentation_heads.setr_pup import (
     ProgressiveHead,
     check_setr_pup,
     setr_pup_side,
+    setr_pup_sides,
 )
-from beit_jax.models.segmentation_heads.upernet import UperHead, check_upernet, upernet_side
+from beit_jax.models.segmentation_heads.upernet import (
+    UperHead,
+    check_upernet,
+    upernet_side,
+    upernet_sides,
+)
 
 
 class SegmentHead(Protocol):
@@ -47,20 +59,38 @@ class HeadKind:
       pyramid: whether it takes maps of four sizes (`FeaturePyramid`), or the grid's.
       check: raises ConfigError where encoder and head do not fit.
       side: q, the side of its logits.
+      sides: of the maps that each of its modules with a kernel makes, by the module's name.
     """
 
     build: BuildHead
     pyramid: bool
     check: Callable[[ModelConfig, SegmentHeadConfig], None]
     side: Callable[[ModelConfig], int]
+    sides: Callable[[ModelConfig, SegmentHeadConfig], dict[str, int]]
 
 
 HEADS: dict[str, HeadKind] = {
-    "upernet": HeadKind(build=UperHead, pyramid=True, check=check_upernet, side=upernet_side),
-    "setr_pup": HeadKind(
-        build=ProgressiveHead, pyramid=False, check=check_setr_pup, side=setr_pup_side
+    "upernet": HeadKind(
+        build=UperHead,
+        pyramid=True,
+        check=check_upernet,
+        side=upernet_side,
+        sides=upernet_sides,
     ),
-    "linear": HeadKind(build=LinearHead, pyramid=False, check=check_linear, side=linear_side),
+    "setr_pup": HeadKind(
+        build=ProgressiveHead,
+        pyramid=False,
+        check=check_setr_pup,
+        side=setr_pup_side,
+        sides=setr_pup_sides,
+    ),
+    "linear": HeadKind(
+        build=LinearHead,
+        pyramid=False,
+        check=check_linear,
+        side=linear_side,
+        sides=linear_sides,
+    ),
 }
 
 
@@ -87,3 +117,8 @@ def check_head(config: ModelConfig, head: SegmentHeadConfig) -> None:
 def logits_side(config: ModelConfig, head: SegmentHeadConfig) -> int:
     """The side q of a head's logits, `[b, q, q, classes]`, in pixels of its map."""
     return HEADS[head.kind].side(config)
+
+
+def auxiliary_side(config: ModelConfig, head: SegmentHeadConfig) -> int:
+    """The side of the auxiliary head's logits."""
+    return pyramid_sides(config)[LEVEL] if HEADS[head.kind].pyramid else config.grid

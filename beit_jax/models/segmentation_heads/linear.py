@@ -51,3 +51,9 @@ def check_linear(config: ModelConfig, head: SegmentHeadConfig) -> None:
 def linear_side(config: ModelConfig) -> int:
     """The side of the logits."""
     return config.grid
+
+
+def linear_sides(config: ModelConfig, head: SegmentHeadConfig) -> dict[str, int]:
+    """The side of the map that each module of the head makes."""
+    del head
+    return {"classifier": config.grid}

@@ -70,3 +70,9 @@ class FeaturePyramid(nnx.Module):
 def largest_scale(config: ModelConfig) -> int:
     """The side of the largest map over that of the grid."""
     return 2 if config.patch_size == 8 else 4
+
+
+def pyramid_sides(config: ModelConfig) -> tuple[int, int, int, int]:
+    """The sides of the four maps, the largest first."""
+    largest, grid = largest_scale(config), config.grid
+    return largest * grid, largest * grid // 2, largest * grid // 4, grid // (8 // largest)

@@ -78,5 +78,13 @@ def setr_pup_side(config: ModelConfig) -> int:
     return config.image_size
 
 
+def setr_pup_sides(config: ModelConfig, head: SegmentHeadConfig) -> dict[str, int]:
+    """The side of the map that each module of the head makes."""
+    del head
+    stages = config.patch_size.bit_length() - 1
+    result = {f"stage_{index}": config.grid * 2**index for index in range(stages)}
+    return result | {"classifier": config.image_size // 2}
+
+
 def _doubled(x: jax.Array) -> jax.Array:
     return resize_bilinear(x, size=(2 * x.shape[1], 2 * x.shape[2]))

@@ -15,7 +15,7 @@ from beit_jax.models.convolution import (
     adaptive_average_pool,
     resize_bilinear,
 )
-from beit_jax.models.segmentation_heads.pyramid import largest_scale
+from beit_jax.models.segmentation_heads.pyramid import largest_scale, pyramid_sides
 
 LEVELS = 4
 
@@ -103,7 +103,16 @@ def check_upernet(config: ModelConfig, head: SegmentHeadConfig) -> None:
 
 def upernet_side(config: ModelConfig) -> int:
     """The side of the logits."""
-    return config.grid * largest_scale(config)
+    return pyramid_sides(config)[0]
+
+
+def upernet_sides(config: ModelConfig, head: SegmentHeadConfig) -> dict[str, int]:
+    """The side of the map that each module of the head makes."""
+    sides = pyramid_sides(config)
+    result = {f"pyramid_{index}": bins for index, bins in enumerate(head.pool_scales)}
+    for index in range(LEVELS - 1):
+        result[f"lateral_{index}"] = result[f"output_{index}"] = sides[index]
+    return result | {"bottleneck": sides[-1], "fusion": sides[0], "classifier": sides[0]}
 
 
 def _size(x: jax.Array) -> tuple[int, int]:
