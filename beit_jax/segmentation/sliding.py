@@ -50,13 +50,11 @@ def predict(
     start = {"classes": jnp.zeros((b, tiles, tile, tile), jnp.uint8)}
 
     def visit(carry: Sums, t: jax.Array, scores: jax.Array) -> Sums:
-        classes = scores.argmax(axis=1).astype(jnp.uint8)
+        _, classes = counting.strongest(scores)
         return {"classes": lax.dynamic_update_index_in_dim(carry["classes"], classes, t, axis=1)}
 
-    found = _visit_tiles(
-        logits, batch, start, visit, normalization=normalization, passes=passes, tile=tile
-    )
-    return found["classes"]
+    seen = _window_logits(logits, batch, normalization=normalization)
+    return _visit_tiles(seen, batch, start, visit, passes=passes, tile=tile)["classes"]
 
 
 def confusion(logits: Logits, batch: Batch, *, normalization: str, passes: int) -> Sums:
@@ -76,38 +74,17 @@ def confusion(logits: Logits, batch: Batch, *, normalization: str, passes: int) 
 
     def visit(carry: Sums, t: jax.Array, scores: jax.Array) -> Sums:
         labelled = lax.dynamic_index_in_dim(labels, t, axis=1, keepdims=False)
-        return counting.add(carry, scores, labelled, probabilities=passes > 1)
+        return counting.add(carry, scores, labelled, passes=passes)
 
-    classes = jax.eval_shape(logits, _one_window(batch)).shape[-1]
-    return _visit_tiles(
-        logits,
-        batch,
-        counting.empty(classes),
-        visit,
-        normalization=normalization,
-        passes=passes,
-        tile=tile,
-    )
-
-
-def _one_window(batch: Batch) -> jax.ShapeDtypeStruct:
-    """The shape of one window of every image, normalised."""
-    b, _, s, _, channels = batch["windows"].shape
-    return jax.ShapeDtypeStruct((b, s, s, channels), jnp.float32)
+    seen = _window_logits(logits, batch, normalization=normalization)
+    start = counting.empty(seen.shape[2])
+    return _visit_tiles(seen, batch, start, visit, passes=passes, tile=tile)
 
 
 def _visit_tiles(
-    logits: Logits,
-    batch: Batch,
-    start: Sums,
-    visit: _Visit,
-    *,
-    normalization: str,
-    passes: int,
-    tile: int,
+    seen: jax.Array, batch: Batch, start: Sums, visit: _Visit, *, passes: int, tile: int
 ) -> Sums:
     """Computes the scores of one tile of every image after the other and hands them to `visit`."""
-    seen = _window_logits(logits, batch, normalization=normalization)
 
     def body(t: jax.Array, carry: Sums) -> Sums:
         return visit(carry, t, _tile_scores(seen, batch, t, passes=passes, tile=tile))
@@ -121,8 +98,9 @@ def _window_logits(logits: Logits, batch: Batch, *, normalization: str) -> jax.A
     Classes come before rows and columns, so that the products of `_tile_scores` are over whole
     tiles of a TPU's memory; classes last would be padded to 128.
     """
-    q, c = jax.eval_shape(logits, _one_window(batch)).shape[-2:]
-    b, slots = batch["shares"].shape[:2]
+    b, slots, s, _, channels = batch["windows"].shape
+    window = jax.ShapeDtypeStruct((b, s, s, channels), jnp.float32)
+    q, c = jax.eval_shape(logits, window).shape[-2:]
 
     def body(k: jax.Array, seen: jax.Array) -> jax.Array:
         images, shares = (
@@ -160,7 +138,8 @@ def _tile_scores(
         last = lax.dynamic_index_in_dim(closes, j, axis=1, keepdims=False)[:, None, None, None]
         # No image but the one at the end of a pass needs its probabilities now; the others' are
         # dropped, which costs less than another loop over the passes.
-        total += jnp.where(last, jax.nn.softmax(of_pass, axis=1), 0.0)
+        norm = counting.log_sum_exp(of_pass, counting.strongest(of_pass)[0])
+        total += jnp.where(last, jnp.exp(of_pass - norm[:, None]), 0.0)
         return total, jnp.where(last, 0.0, of_pass)
 
     nothing = jnp.zeros((b, c, tile, tile), jnp.float32)
@@ -211,8 +190,8 @@ def _contribution(
     rows, columns = sides
     # A TPU would round the factors to bfloat16, and with them where a pixel lies.
     exact = lax.Precision.HIGHEST
-    wide = jnp.einsum("cij,xj->cix", seen[window["index"]], columns, precision=exact)
-    return jnp.einsum("yi,cix->cyx", rows, wide, precision=exact)
+    tall = jnp.einsum("cij,yi->cyj", seen[window["index"]], rows, precision=exact)
+    return jnp.einsum("cyj,xj->cyx", tall, columns, precision=exact)
 
 
 def _interpolation(

@@ -66,7 +66,11 @@ class Prepared:
 def check_windows(config: InferenceConfig, *, crop: int) -> None:
     """Raises ConfigError where windows of `crop` pixels would leave gaps or cannot be scaled."""
     if config.mode == "slide":
-        check(config.stride <= crop, "stride", f"{config.stride} leaves gaps between {crop}")
+        check(
+            config.stride <= crop,
+            "stride",
+            f"{config.stride} leaves gaps between windows of {crop}",
+        )
     else:
         check(config.scales == (1.0,), "scales", "mode 'whole' has one window, which has one scale")
 

@@ -27,15 +27,15 @@ def random_maps(seed, *, missing=(3, 5)):
 
 
 @functools.cache
-def compiled(*, probabilities):
-    return jax.jit(functools.partial(confusion.add, probabilities=probabilities))
+def compiled(*, passes=1):
+    return jax.jit(functools.partial(confusion.add, passes=passes))
 
 
 def test_scores_equal_scikit_learn():
     sums, maps = confusion.empty(CLASSES), []
     for seed in range(3):
         scores, predicted, labels = random_maps(seed)
-        sums = compiled(probabilities=False)(sums, scores, labels)
+        sums = compiled()(sums, scores, labels)
         maps.append((predicted, labels, scores))
     predicted, labels = (np.stack([each[i] for each in maps]) for i in (0, 1))
     found = confusion.scores(sums, names=NAMES)
@@ -68,18 +68,18 @@ def test_the_loss_is_the_mean_cross_entropy():
     logs = np.asarray(jax.nn.log_softmax(scores, axis=1))
     picked = np.take_along_axis(logs, np.minimum(labels, 5)[:, None].astype(int), axis=1)[:, 0]
     expected = -picked[labels < 255].mean()
-    sums = compiled(probabilities=False)(confusion.empty(CLASSES), scores, labels)
+    sums = compiled()(confusion.empty(CLASSES), scores, labels)
     assert confusion.scores(sums, names=NAMES)["loss"] == pytest.approx(expected, rel=1e-5)
     # Probabilities summed over twelve passes.
     shares = 12 * np.exp(logs)
-    sums = compiled(probabilities=True)(confusion.empty(CLASSES), shares, labels)
+    sums = compiled(passes=12)(confusion.empty(CLASSES), shares, labels)
     assert confusion.scores(sums, names=NAMES)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_counts_beyond_int32_are_exact():
     """The sums of 2^12 batches of two million pixels each, of an odd number of them right."""
     scores, _, labels = random_maps(0)
-    sums = compiled(probabilities=False)(confusion.empty(CLASSES), scores, labels)
+    sums = compiled()(confusion.empty(CLASSES), scores, labels)
     small = {name: np.asarray(sums[name]) @ [1024, 1] for name in confusion.COUNTS}
     batch = {name: small[name] * 2_000_003 % 3_000_017 for name in confusion.COUNTS}
     halves = {
@@ -94,7 +94,7 @@ def test_counts_beyond_int32_are_exact():
         np.testing.assert_array_equal(np.asarray(total[name]).astype(np.int64) @ [1024, 1], exact)
     assert (batch["labelled"] * 4096).max() > 2**32
     # One more image on top still carries.
-    more = compiled(probabilities=False)(total, scores, labels)
+    more = compiled()(total, scores, labels)
     expected = batch["labelled"].astype(np.int64) * 4096 + small["labelled"]
     np.testing.assert_array_equal(
         np.asarray(more["labelled"]).astype(np.int64) @ [1024, 1], expected

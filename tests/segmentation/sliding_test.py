@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from beit_jax.config import ConfigError
 from beit_jax.config.segment import InferenceConfig
 from beit_jax.preprocessing import normalize
 from beit_jax.segmentation import confusion, sliding, windows
@@ -86,8 +85,8 @@ def slide(image, *, stride):
 
 @functools.cache
 def compiled(*, passes):
-    """`predict` and `confusion` as one program, compiled once per shape; two passes are any."""
-    settings = {"normalization": "imagenet", "passes": min(passes, 2)}
+    """`predict` and `confusion` as one program, compiled once per shape."""
+    settings = {"normalization": "imagenet", "passes": passes}
 
     def both(batch):
         tiles = sliding.predict(model, batch, tile=TILE, **settings)
@@ -196,48 +195,3 @@ def test_no_pixels_travel_between_devices():
     assert "all-reduce" in text
     for travels in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert travels not in text
-
-
-def test_rooms_grow_by_powers_of_two_and_never_shrink():
-    asked = []
-
-    def agree(needed):
-        asked.append(needed)
-        return [max(needed[0], 3), needed[1]]
-
-    rooms = windows.Rooms(tile=TILE, agree=agree)
-    small, large = (
-        windows.prepare_image(random_image(size)[0], config=SLIDE, crop=CROP)
-        for size in ((24, 24), (24, 94))
-    )
-    assert rooms.grow([small]) == (4, 4)
-    assert rooms.grow([small, large]) == (8, 16)
-    assert rooms.grow([]) == (8, 16)
-    assert asked == [[1, 4], [8, 12], [1, 1]]
-    batch = windows.pack([], [], images=2, crop=CROP, rooms=rooms)
-    assert batch["windows"].shape == (2, 8, CROP, CROP, 3)
-    assert not batch["window_count"].any()
-    assert (batch["labels"] == 255).all()
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: windows.check_windows(SLIDE, crop=8), "^stride: 10 leaves gaps between 8$"),
-        (
-            lambda: windows.check_windows(InferenceConfig(mode="whole", scales=(2.0,)), crop=8),
-            "^scales: mode 'whole' has one window",
-        ),
-        (
-            lambda: windows.prepare_image(np.zeros((4, 4), np.uint8), config=SLIDE, crop=CROP),
-            r"^image: must be uint8 \[h, w, 3\], not uint8 \(4, 4\)$",
-        ),
-        (
-            lambda: packed([random_image((9, 9))[0]], [np.zeros((9, 8))], config=SLIDE, count=1),
-            r"^labels: \(9, 8\) for an image of \(9, 9\)$",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_an_error_of_one_line(call, message):
-    with pytest.raises(ConfigError, match=message):
-        call()
