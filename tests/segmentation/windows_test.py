@@ -115,10 +115,10 @@ def test_rooms_grow_by_powers_of_two_and_never_shrink():
     assert (batch["labels"] == 255).all()
 
 
-def packed(shape):
+def packed(labels):
     prepared = windows.prepare_image(image(9, 9), config=SLIDE, crop=CROP)
     rooms = windows.Rooms(tile=TILE)
-    return windows.pack([prepared], [np.zeros(shape)], images=1, crop=CROP, rooms=rooms)
+    return windows.pack([prepared], [labels], images=1, crop=CROP, rooms=rooms)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,14 @@ def packed(shape):
             ),
             "image: (1, 65000) is too large for size (24, 1560000)",
         ),
-        (lambda: packed((9, 8)), "labels: (9, 8) for an image of (9, 9)"),
+        (
+            lambda: packed(np.zeros((9, 8), np.uint8)),
+            "labels: must be uint8 (9, 9) as the image is, not uint8 (9, 8)",
+        ),
+        (
+            lambda: packed(np.zeros((9, 9), int)),
+            "labels: must be uint8 (9, 9) as the image is, not int64 (9, 9)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_an_error_of_one_line(call, message):
