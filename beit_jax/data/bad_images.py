@@ -56,6 +56,9 @@ class BadImages:
         self._max_share = max_share
         self._min_read = MIN_READ if evaluation else min(MIN_READ, len(source))
         self._what = "evaluation images" if evaluation else "images"
+        # A label map may also be of another size than its image, or hold a label of no class.
+        maps = "segmentation" in source.fields and not source.reliable
+        self._doing, self._fault = ("use", "used with its map") if maps else ("decode", "decoded")
         self._in_a_row = 0
         self._names: dict[int, str] = {}
 
@@ -81,7 +84,7 @@ class BadImages:
             for index in batch["index"][batch["replaced"]].tolist():
                 if index not in self._names:
                     self._names[index] = printable(self._source.name(index))
-                    logging.warning("Can't decode %s; replaced it.", self._names[index])
+                    logging.warning("Can't %s %s; replaced it.", self._doing, self._names[index])
         if (self._too_many() or self._all_bad()) and self.read >= self._min_read:
             raise self._error()
         if self._in_a_row >= MAX_IN_A_ROW:
@@ -122,7 +125,7 @@ class BadImages:
         too_many = self._too_many()
         advice = "; take such files out, or raise --config.data.max_bad_share to replace more"
         return TooManyBadImagesError(
-            f"{self.bad} of the {self.read} {self._what} read can't be decoded "
+            f"{self.bad} of the {self.read} {self._what} read can't be {self._fault} "
             f"({self.bad / self.read:.1%})"
             + (allowed if too_many else "")
             + f"{more}; among them "

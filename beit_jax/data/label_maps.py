@@ -164,7 +164,9 @@ def with_classes(loaded: Element, *, config: SegmentDataConfig, classes: int) ->
         return {**loaded, "segmentation": to_classes(labels, config=config)}
 
 
-def check_labels(source: Source, *, config: SegmentDataConfig, classes: int) -> None:
+def check_labels(
+    source: Source, *, config: SegmentDataConfig, classes: int, setting: str = "config.data.source"
+) -> None:
     """Looks at a few maps before a run starts, evenly spaced over the source.
 
     Images that can't be decoded, and maps of another size than their image, are left to the run,
@@ -174,6 +176,7 @@ def check_labels(source: Source, *, config: SegmentDataConfig, classes: int) -> 
       source: images with `segmentation`.
       config: which labels are ignored.
       classes: the number of classes.
+      setting: the setting that names the source, for error messages.
 
     Raises:
       ConfigError: a map has a label that is no class, or a file that is no map of labels.
@@ -185,7 +188,7 @@ def check_labels(source: Source, *, config: SegmentDataConfig, classes: int) -> 
             said = re.search(f'{_MARK}([^"\\n\\]]*)', str(error.message))
             if said and " pixels are more than " not in said[1]:
                 raise ConfigError(
-                    f"config.data.source: the map of {printable(source.name(index))}"
+                    f"{setting}: the map of {printable(source.name(index))}"
                     f" {said[1].strip()}; a map is a PNG with 8 bits, grey or with a palette"
                 ) from None
             continue
@@ -195,7 +198,7 @@ def check_labels(source: Source, *, config: SegmentDataConfig, classes: int) -> 
         if largest >= 0:
             first = ", of which label 1 is the first" if config.zero_is_background else ""
             raise ConfigError(
-                f"config.data.source: label {largest} in the map of"
+                f"{setting}: label {largest} in the map of"
                 f" {printable(source.name(index))}, but there are {classes} classes{first}"
                 f" (config.data.ignore_label is {config.ignore_label})"
             )

@@ -7,6 +7,7 @@ background's texture, its segmentation map shows the shape.
 import numpy as np
 import tensorflow as tf
 
+from beit_jax.config import SegmentDataConfig
 from beit_jax.data.decode import Window, crop_to_window
 from beit_jax.data.source_kinds import EMBEDDED_EVAL_START as EVAL_START
 from beit_jax.data.sources.source import Element, Request, Source, check_holdout
@@ -47,6 +48,7 @@ def open_embedded(request: Request) -> Source:
             check_holdout(config)
             number = config.holdout
     side = round(SCALE * config.image_size)
+    unnamed = isinstance(config, SegmentDataConfig) and config.zero_is_background
 
     def load(index: tf.Tensor, *, window: Window | None = None) -> Element:
         drawn = draw_embedded(start + index, side=side)
@@ -58,7 +60,7 @@ def open_embedded(request: Request) -> Source:
         load=load,
         fields=("image", "label", "segmentation"),
         classes=TEXTURES,
-        segmentation_classes=("background", *SHAPES),
+        segmentation_classes=SHAPES if unnamed else ("background", *SHAPES),
         reliable=True,
     )
 

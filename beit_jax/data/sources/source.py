@@ -29,7 +29,8 @@ class Source:
         `window=`, a `Window` or None, `image` is only that part of it; `segmentation` stays whole.
       fields: the names of what `load` returns.
       classes: class names, where images have labels; a label is an index into this tuple.
-      segmentation_classes: names of what `segmentation` holds, where they are known.
+      segmentation_classes: names of the classes that label maps show, where they are known; 0 has
+        none where the settings say that it is no class.
       reliable: `load` can't fail.
       portable: `load` also works in another process (`data/service.py`), since its graph is pure
         TensorFlow.
