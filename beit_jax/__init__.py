@@ -34,12 +34,10 @@ if TYPE_CHECKING:
         PretrainedClassifier,
         PretrainedEncoder,
         PretrainedMaskedImageModel,
-        PretrainedSegmenter,
         PretrainedTokenizer,
         load_classifier,
         load_encoder,
         load_masked_image_model,
-        load_segmenter,
         load_tokenizer,
     )
     from beit_jax.tokenizers.dalle import DalleConfig
@@ -70,7 +68,6 @@ __all__ = [
     "PretrainedClassifier",
     "PretrainedEncoder",
     "PretrainedMaskedImageModel",
-    "PretrainedSegmenter",
     "PretrainedTokenizer",
     "RunConfig",
     "RunError",
@@ -83,7 +80,6 @@ __all__ = [
     "load_classifier",
     "load_encoder",
     "load_masked_image_model",
-    "load_segmenter",
     "load_tokenizer",
 ]
 
@@ -94,12 +90,10 @@ _MODULES = {
         "PretrainedClassifier",
         "PretrainedEncoder",
         "PretrainedMaskedImageModel",
-        "PretrainedSegmenter",
         "PretrainedTokenizer",
         "load_classifier",
         "load_encoder",
         "load_masked_image_model",
-        "load_segmenter",
         "load_tokenizer",
     ),
     "tokenizers.dalle": ("DalleConfig",),

@@ -12,7 +12,7 @@ from beit_jax.config.unused import check_unused
 from beit_jax.data import quiet_import
 from beit_jax.distributed import cluster
 from beit_jax.models.attention import PLATFORMS
-from beit_jax.tasks import classify, pretrain, probe, quickstart, tokenizer
+from beit_jax.tasks import classify, pretrain, probe, quickstart, segment, tokenizer
 from beit_jax.tokenizers.loading import TokenizerFileError
 from beit_jax.training import room, run_directory, startup
 from beit_jax.types import Json, JsonObject
@@ -35,6 +35,7 @@ JOBS: dict[str, JobKind] = {
     "classify": JobKind(classify.ClassifyConfig, classify.run),
     "pretrain": JobKind(pretrain.PretrainConfig, pretrain.run),
     "probe": JobKind(probe.ProbeConfig, probe.run),
+    "segment": JobKind(segment.SegmentConfig, segment.run),
     "tokenizer": JobKind(tokenizer.TokenizerTaskConfig, tokenizer.run),
     "quickstart": JobKind(quickstart.QuickstartConfig, quickstart.run),
 }

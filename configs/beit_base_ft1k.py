@@ -115,6 +115,7 @@ def get_config() -> ConfigDict:
     config.optimizer.layer_decay = 0.65  # --layer_decay 0.65
     config.optimizer.decay_relative_positions = True
     config.optimizer.decay_class_token = False
+    config.optimizer.freeze_encoder = False
     config.optimizer.hold_steps = 1
     config.optimizer.ema_decay = placeholder(
         float

@@ -111,6 +111,7 @@ def get_config() -> ConfigDict:
     config.optimizer.layer_decay = 1.0
     config.optimizer.decay_relative_positions = True
     config.optimizer.decay_class_token = False
+    config.optimizer.freeze_encoder = False
     config.optimizer.hold_steps = 1
     config.optimizer.ema_decay = placeholder(float)  # None: no moving average
     return config

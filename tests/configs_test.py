@@ -10,6 +10,7 @@ import pytest
 
 from beit_jax import jobs
 from beit_jax.models.heads import classifier, masked_image_model
+from beit_jax.models.segmenter import segmenter
 from beit_jax.tokenizers.dvae import discrete_vae
 
 # Official log (base: 91,965,776) and the sizes of the released checkpoints; of a plain ViT at
@@ -39,6 +40,22 @@ PARAMETERS = {
     "beit_large_plain_ft1k": 304_302_056,
     "beit_base_cifar100": 86_558_440 - 900 * 769,
     "quickstart_classify": 823_626,
+    # With neck and both heads: B-640 and L-640 are the sizes of the released checkpoints.
+    "ade20k_base_512": 163_080_812,
+    "ade20k_base_512_pt": 163_080_812,
+    "ade20k_base_512_v2": 163_080_812,
+    "ade20k_base_640": 163_407_980,
+    "ade20k_base_640_ms": 163_407_980,
+    "ade20k_large_512": 440_398_636,
+    "ade20k_large_512_v2": 440_398_636,
+    "ade20k_large_640": 441_271_084,
+    "ade20k_large_640_ms": 441_271_084,
+    "ade20k_base_setr_pup": 90_004_886,
+    "ade20k_base_linear": 86_343_894,
+    "quickstart_segment": 1_463_862,
+    "camvid_tokenizer": 170_339,
+    "camvid_pretrain": 855_696,
+    "camvid_segment": 1_475_638,
     "probe_base": None,
     "probe_large": None,
 }
@@ -69,6 +86,11 @@ def test_models_have_the_published_number_of_parameters(name):
         model = classifier(config.model, classes=classes, pooling=config.pooling)
         assert count(model.shapes()) == PARAMETERS[name]
         return
+    if config.task == "segment":
+        classes = config.classes or len(config.labels) or 11
+        model = segmenter(config.model, head=config.head, classes=classes)
+        assert count(model.shapes()) == PARAMETERS[name]
+        return
     if config.task == "probe":  # its model is the checkpoint's
         assert PARAMETERS[name] is None
         return
@@ -88,7 +110,8 @@ def test_every_setting_can_be_overridden_on_the_command_line():
             elif dataclasses.is_dataclass(value):
                 yield from missing(value, section[field.name], f"{path}.{field.name}")
 
-    for name in ("beit_base", "dvae", "quickstart", "beit_base_ft1k", "probe_base"):
+    names = ("beit_base", "dvae", "quickstart", "beit_base_ft1k", "probe_base", "ade20k_base_512")
+    for name in names:
         section = importlib.import_module(f"configs.{name}").get_config().to_dict()
         assert not list(missing(load(name), section, name))
 
@@ -163,3 +186,46 @@ def test_fine_tuning_recipes_have_the_published_settings(name):
     plain = config.model.positions == "absolute"
     assert plain == ("plain" in name or "cifar100" in name)
     assert (config.model.layer_scale_init is None) == plain
+
+
+# beit/semantic_segmentation/configs; beit2's; paper table 14. By name: rate, layer decay, drop path
+# rate, LayerScale's start, crop, stride.
+SEGMENTATION = {
+    "ade20k_base_512_pt": (7e-4, 0.65, 0.1, 0.1, 512, 341),
+    "ade20k_base_512": (3e-5, 0.9, 0.1, 0.1, 512, 341),
+    "ade20k_base_640": (3e-5, 0.9, 0.1, 0.1, 640, 426),
+    "ade20k_large_512": (2e-5, 0.95, 0.2, 1e-6, 512, 341),
+    "ade20k_large_640": (2e-5, 0.95, 0.2, 1e-6, 640, 426),
+    "ade20k_base_512_v2": (5e-5, 0.75, 0.15, 0.1, 512, 341),
+    "ade20k_large_512_v2": (4e-5, 0.9, 0.2, 1e-6, 512, 341),
+    "ade20k_base_setr_pup": (1e-3, 0.65, 0.1, None, 512, 341),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation_recipes_have_the_published_settings(name):
+    config = load(name)
+    assert (
+        config.optimizer.learning_rate,
+        config.optimizer.layer_decay,
+        config.model.drop_path_rate,
+        config.model.layer_scale_init,
+        config.model.image_size,
+        config.inference.stride,
+    ) == SEGMENTATION[name]
+    assert (config.run.steps, config.optimizer.warmup_steps) == (160_000, 1500)
+    assert (config.run.batch_size, config.optimizer.weight_decay) == (16, 0.05)
+    assert config.optimizer.schedule == "poly"
+    assert config.optimizer.min_learning_rate == 0
+    assert config.optimizer.decay_class_token
+    assert config.optimizer.accumulate == (2 if name == "ade20k_large_640" else 1)
+    assert config.data.normalization == "imagenet"
+    assert config.data.zero_is_background
+    assert (config.data.shorter, config.data.longer) == (
+        config.model.image_size,
+        4 * config.model.image_size,
+    )
+    assert (config.classes, len(config.labels)) == (150, 150)
+    assert config.inference.scales == (1.0,)
+    several = load("ade20k_base_640_ms").inference
+    assert (len(several.scales), several.flip, several.fill_window) == (6, True, True)

@@ -11,11 +11,14 @@ from tests.tasks import tiny
 
 # Of every job, a value that asks for something each of its unused settings cannot do.
 REFUSED = {
-    "classify": {"run.picture_every": 100},
+    "classify": {"run.picture_every": 100, "optimizer.freeze_encoder": True},
+    "pretrain": {"optimizer.freeze_encoder": True},
+    "segment": {"data.service": ("host:1",)},
     "probe": {
         "run.picture_every": 100,
         "optimizer.decay_relative_positions": False,
         "optimizer.decay_class_token": True,
+        "optimizer.freeze_encoder": True,
     },
     "tokenizer": {
         "tokenizer.path": "tokenizer.safetensors",
@@ -31,6 +34,7 @@ REFUSED = {
         "data.mask.min_aspect": 0.5,
         "optimizer.decay_relative_positions": False,
         "optimizer.decay_class_token": True,
+        "optimizer.freeze_encoder": True,
     },
     "quickstart": {
         "pretrain.tokenizer.path": "tokenizer.safetensors",
@@ -47,13 +51,13 @@ REFUSED = {
         "probe.run.picture_every": 100,
         "classify.run.picture_every": 100,
     },
-    "pretrain": {},
 }
 CONFIGS = {
     "classify": tiny.classify,
     "pretrain": tiny.pretrain,
     "probe": lambda: tiny.story().probe,
     "quickstart": tiny.story,
+    "segment": tiny.segment,
     "tokenizer": tiny.tokenizer,
 }
 

@@ -35,6 +35,7 @@ class OptimizerConfig:
     decay_relative_positions: bool = True  # weight decay of the relative-position tables
     # Weight decay of the class token and the absolute positions (official segmentation).
     decay_class_token: bool = False
+    freeze_encoder: bool = False  # only what comes after the encoder is trained
     hold_steps: Count = 1  # the rate changes only every this many steps
     # Of a moving average of the parameters, evaluated too; None: no average.
     ema_decay: Annotated[float, Within(gt=0, lt=1)] | None = presence_setting(None)

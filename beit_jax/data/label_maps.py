@@ -181,7 +181,7 @@ def check_labels(
     Raises:
       ConfigError: a map has a label that is no class, or a file that is no map of labels.
     """
-    for index, request in _sample(source):
+    for index, request in sample(source, count=SAMPLE):
         try:
             labels = source.load(request)["segmentation"]
         except tf.errors.OpError as error:
@@ -204,11 +204,11 @@ def check_labels(
             )
 
 
-def _sample(source: Source) -> Iterator[tuple[int, tf.Tensor | Element]]:
-    """Up to `SAMPLE` images: their index, and what `load` takes."""
+def sample(source: Source, *, count: int) -> Iterator[tuple[int, tf.Tensor | Element]]:
+    """Up to `count` images, evenly spaced or the first: their index, and what `load` takes."""
     if source.sequence is not None:
-        records = source.sequence(seed=None, epoch=0, shard=0, shards=1).take(SAMPLE)
+        records = source.sequence(seed=None, epoch=0, shard=0, shards=1).take(count)
         yield from ((int(record["index"]), record) for record in records)
         return
-    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)).tolist():
+    for index in np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist():
         yield index, tf.constant(index, tf.int64)

@@ -66,6 +66,7 @@ class ClassifyConfig:
 
     UNUSED: ClassVar[dict[str, Unused]] = {
         "run.picture_every": Unused("classification draws no pictures"),
+        "optimizer.freeze_encoder": Unused("configs/probe_base.py probes frozen features"),
     }
 
     task: Annotated[str, OneOf("classify")] = "classify"

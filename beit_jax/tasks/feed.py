@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import numpy as np
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     # At run time imported inside functions: a step also runs where TensorFlow is not installed.
     from beit_jax.data.pipeline import Views
     from beit_jax.data.sources import Source
+
+# Images one by one, each a batch of 1, and how many make this host's part of a batch → batches.
+# Every host reads as many images.
+Pack: TypeAlias = Callable[[Iterator[HostBatch], int], Iterator[HostBatch]]
 
 
 def image_sources(config: SourceConfig) -> tuple["Source", "Source"]:
@@ -127,6 +131,7 @@ def check_classes(training: "Source", evaluation: "Source") -> None:
     )
 
 
+# Long because its closures are the two streams of batches, which share what is opened here.
 def feed_of(
     views: "Views",
     *,
@@ -136,8 +141,17 @@ def feed_of(
     evaluation: "Source",
     repeats: int = 1,
     cycle: int = 0,
+    pack: Pack | None = None,
 ) -> Feed:
-    """This host's batches of two sources; the last two as in `pipeline.training_batches`."""
+    """This host's batches of two sources.
+
+    Args:
+      views: what becomes of an image.
+      config, run: how images are read; the global batch and how much to evaluate.
+      training, evaluation: the images.
+      repeats, cycle: as in `pipeline.training_batches`.
+      pack: makes a held-out batch of images of different sizes, which are read one by one.
+    """
     from beit_jax.data import pipeline
     from beit_jax.data.bad_images import BadImages
 
@@ -148,19 +162,15 @@ def feed_of(
     shared = {
         "config": config,
         "views": views,
-        "batch_size": run.batch_size,
         "shard": jax.process_index(),
         "shards": jax.process_count(),
     }
-    bookkeeping = ("index", "replaced", "by_pillow")
-
-    def only_views(batch: HostBatch) -> HostBatch:
-        return {key: value for key, value in batch.items() if key not in bookkeeping}
 
     def training_batches(start_step: int) -> Iterator[HostBatch]:
         batches = pipeline.training_batches(
             training,
             **shared,
+            batch_size=run.batch_size,
             seed=run.seed,
             start_step=start_step,
             repeats=repeats,
@@ -168,16 +178,24 @@ def feed_of(
         )
         for batch in batches:
             bad.count(batch)
-            yield only_views(batch)
+            yield _only_views(batch)
 
-    def eval_batches() -> Iterable[HostBatch]:
-        bad_held_out.start_pass()
-        batches = pipeline.eval_batches(evaluation, **shared)
-        for batch in itertools.islice(batches, run.eval_batches or None):
+    local = run.batch_size // jax.process_count()
+    # What is read at once: a batch, or an image on every host.
+    at_once = run.batch_size if pack is None else jax.process_count()
+    reads = run.eval_batches * (1 if pack is None else local)
+
+    def held_out() -> Iterator[HostBatch]:
+        batches = pipeline.eval_batches(evaluation, **shared, batch_size=at_once)
+        for batch in itertools.islice(batches, reads or None):
             bad_held_out.count(batch)
             # An image that cannot be decoded is replaced by another, which must not count twice.
             batch["valid"] = batch["valid"] & ~batch["replaced"]
-            yield only_views(batch)
+            yield _only_views(batch)
+
+    def eval_batches() -> Iterable[HostBatch]:
+        bad_held_out.start_pass()
+        yield from held_out() if pack is None else pack(held_out(), local)
         bad_held_out.end_pass()
 
     return Feed(
@@ -186,6 +204,12 @@ def feed_of(
         metrics=bad.metrics,
         counts=dict(zip(("data.source", "data.eval_source"), counts, strict=True)),
     )
+
+
+def _only_views(batch: HostBatch) -> HostBatch:
+    """A batch without the pipeline's bookkeeping."""
+    bookkeeping = ("index", "replaced", "by_pillow")
+    return {key: value for key, value in batch.items() if key not in bookkeeping}
 
 
 def draw_first_batch(feed: Feed, draw: Callable[[HostBatch], np.ndarray], *, workdir: str) -> Feed:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from beit_jax.config import (
 from beit_jax.config.bounds import Line, OneOf, check_fields
 from beit_jax.config.optimizer import check_warmup
 from beit_jax.config.run import check_needs_source
+from beit_jax.config.unused import Unused
 from beit_jax.data import masking
 from beit_jax.data.source_kinds import check_sources
 from beit_jax.models.flops import matmul_flops, student_flops
@@ -71,6 +72,10 @@ class PretrainConfig:
       evaluate_only: no training: evaluate the run's newest checkpoint or `run.init_from`.
       reference: what the published run reached; logged at the start.
     """
+
+    UNUSED: ClassVar[dict[str, Unused]] = {
+        "optimizer.freeze_encoder": Unused("pre-training trains the encoder"),
+    }
 
     task: Annotated[str, OneOf("pretrain")] = "pretrain"
     run: RunConfig

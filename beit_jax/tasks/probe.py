@@ -69,6 +69,7 @@ class ProbeConfig:
         "run.picture_every": Unused("a probe draws no pictures"),
         "optimizer.decay_relative_positions": Unused("the encoder is frozen"),
         "optimizer.decay_class_token": Unused("the encoder is frozen"),
+        "optimizer.freeze_encoder": Unused("the encoder is frozen anyway"),
     }
 
     task: Annotated[str, OneOf("probe")] = "probe"

@@ -95,6 +95,7 @@ class TokenizerTaskConfig:
         ),
         "optimizer.decay_relative_positions": Unused("a tokenizer has no relative positions"),
         "optimizer.decay_class_token": Unused("a tokenizer has no class token"),
+        "optimizer.freeze_encoder": Unused("a tokenizer has no such encoder"),
     }
 
     task: Annotated[str, OneOf("tokenizer")] = "tokenizer"

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from beit_jax.distributed import cluster
 from beit_jax.training import sharding, state
 from beit_jax.training.job import Feed
-from beit_jax.training.state import Sums, Task, TrainState
+from beit_jax.training.state import StatefulEvaluate, Sums, Task, TrainState
 from beit_jax.types import Batch, Params, PyTree, Variables
 
 # A train state → its metrics; empty without held-out images, None where SIGTERM came.
@@ -18,12 +18,29 @@ Evaluator = Callable[[TrainState], dict[str, float] | None]
 
 def evaluator(task: Task, feed: Feed, *, frozen: PyTree, mesh: Mesh) -> Evaluator:
     """`evaluate_state` of a job: a train state → its metrics on all held-out images."""
+    evaluate = sharding.on_mesh(state.stateful_evaluate(task), mesh)
+    if mesh.shape[sharding.FSDP] > 1:
+        evaluate = _with_whole_parameters(evaluate, mesh)
     sums = jax.jit(
-        sharding.on_mesh(state.stateful_evaluate(task), mesh),
+        evaluate,
         out_shardings=NamedSharding(mesh, sharding.REPLICATED),
     )
     run = functools.partial(run_evaluation, sums, task, feed, frozen, mesh)
     return functools.partial(evaluate_state, run)
+
+
+def _with_whole_parameters(evaluate: StatefulEvaluate, mesh: Mesh) -> StatefulEvaluate:
+    """`evaluate` with split parameters gathered first, as in a training step.
+
+    By default the partitioner moves activations between devices instead: in a loop over the windows
+    of an image, again for every window.
+    """
+    whole = NamedSharding(mesh, sharding.REPLICATED)
+
+    def gathered(params: Params, variables: Variables, frozen: PyTree, batch: Batch) -> Sums:
+        return evaluate(jax.lax.with_sharding_constraint(params, whole), variables, frozen, batch)
+
+    return gathered
 
 
 def run_evaluation(
@@ -44,7 +61,8 @@ def run_evaluation(
         total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
     if total is None:
         return {}
-    return {name: float(value) for name, value in task.metrics(total).items()}
+    metrics = task.metrics if task.evaluation_metrics is None else task.evaluation_metrics
+    return {name: float(value) for name, value in metrics(total).items()}
 
 
 def evaluate_state(

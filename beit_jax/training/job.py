@@ -86,8 +86,8 @@ def _evaluation_as_summary(trained: Trained) -> JsonObject:
 
 
 def joined(evaluation: Mapping[str, float]) -> str:
-    """Metrics in one line."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items())
+    """Metrics in one line; those of a group ("iou/road") are left out."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in evaluation.items() if "/" not in name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -247,7 +247,25 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     ]
     if config.layer_decay < 1:
         steps.append(_scale_by_layer(config.layer_decay))
-    return optax.chain(*steps)
+    chain = optax.chain(*steps)
+    return _without_encoder(chain) if config.freeze_encoder else chain
+
+
+def _without_encoder(
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, with no direction, not even of decay, for the encoder; the same state."""
+
+    def update(
+        updates: Params, state: PyTree, params: Params | None = None, **extra: Any
+    ) -> tuple[Params, PyTree]:
+        directions, state = optimizer.update(updates, state, params, **extra)
+        return (
+            directions | {"encoder": jax.tree.map(jnp.zeros_like, directions["encoder"])},
+            state,
+        )
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:

@@ -70,6 +70,8 @@ class Task:
       evaluate: `(params, frozen, batch) -> sums` on held-out images; `batch["valid"]` marks
         padding.
       metrics: sums → scalars by name; "loss" is among them.
+      evaluation_metrics: sums of a whole evaluation → numbers by name, on the host; None takes
+        `metrics`. Names with a slash ("iou/road") are details: logged, not shown in one line.
       init_variables: `key -> variables`, for a model with state that no gradient trains. Given, the
         loss is `(params, variables, batch, key, step) -> (loss_sum, sums, new_variables)` and
         evaluation `(params, variables, frozen, batch) -> sums`. Micro-batches hand the variables on
@@ -89,6 +91,7 @@ class Task:
     metrics: Callable[[Sums], dict[str, jax.Array]]
     frozen: PyTree
     flops_per_image: float
+    evaluation_metrics: Callable[[Sums], dict[str, float]] | None = None
     best: str = ""
     init_variables: Callable[[jax.Array], Variables] | None = None
     sharding_rules: optim.Rules[PartitionSpec] = ()

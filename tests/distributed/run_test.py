@@ -99,6 +99,23 @@ def test_classification_is_the_same_with_two_processes(tmp_path):
     assert (tmp_path / "2/best/checkpoints/5").exists()
 
 
+def test_segmentation_is_the_same_with_two_processes(tmp_path):
+    """Batch statistics over both processes, and every held-out pixel counted once."""
+    config = tiny.segment()
+    config.run.steps = 4
+    config.data.holdout = 5  # divides by nothing here
+    summaries, curves = [], []
+    for count in (1, 2):
+        finish(tmp_path / str(count), config.to_dict(), count=count)
+        summaries.append(json.loads((tmp_path / str(count) / "summary.json").read_text()))
+        curves.append(list(losses(tmp_path / str(count)).values()))
+    np.testing.assert_allclose(curves[0], curves[1], rtol=2e-4)
+    one, two = summaries
+    for name in ("miou", "macc", "aacc", "iou/background"):
+        assert one[name] == pytest.approx(two[name], abs=2e-3), name
+    assert one["loss"] == pytest.approx(two["loss"], rel=2e-3)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """An uninterrupted run of two processes, with FSDP."""

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import beit_base, beit_base_ft1k, dvae, quickstart
+from configs import beit_base, beit_base_ft1k, dvae, quickstart, quickstart_segment
 
 
 def shrink_run(run: ConfigDict, *, steps: int) -> None:
@@ -74,6 +74,23 @@ def classify() -> ConfigDict:
     return config
 
 
+def segment() -> ConfigDict:
+    """Segmentation with `pretrain`'s model and both heads, on crops of images that are larger."""
+    config = quickstart_segment.get_config()
+    shrink_run(config.run, steps=12)
+    shrink_model(config.model)
+    shrink_data(config.data)
+    config.data.short_side = 48
+    config.model.layers = 4
+    config.head.channels = 16
+    config.head.auxiliary_channels = 8
+    config.inference.stride = 21
+    config.inference.tile = 32
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_steps = 3
+    return config
+
+
 def tokenizer() -> ConfigDict:
     """A discrete VAE of 16 tokens on 16-pixel images."""
     config = dvae.get_config()
@@ -110,5 +127,11 @@ def story() -> ConfigDict:
 
 def get_config(name: str = "pretrain") -> ConfigDict:
     """For `main.py --config=tests/tasks/tiny.py:NAME`."""
-    jobs = {"pretrain": pretrain, "tokenizer": tokenizer, "classify": classify, "story": story}
+    jobs = {
+        "pretrain": pretrain,
+        "tokenizer": tokenizer,
+        "classify": classify,
+        "segment": segment,
+        "story": story,
+    }
     return jobs[name]()
