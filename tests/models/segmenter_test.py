@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from beit_jax.config import ConfigError, ModelConfig, SegmentHeadConfig
 from beit_jax.models import convolution, flops
@@ -217,29 +216,46 @@ def test_the_linear_head_is_a_matrix_on_normalised_patches():
     np.testing.assert_allclose(logits.reshape(2, 25, CLASSES), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_the_progressive_heads_last_doubling_commutes_with_its_classifier():
-    """Scored after the last doubling, as SETR has it, the logits are the same."""
-    config, head = MODEL, KINDS["setr_pup"]
-    built = HEADS["setr_pup"].build(config, head=head, classes=CLASSES, rngs=nnx.Rngs(0))
-    built.classifier.bias[...] += jnp.arange(CLASSES) / 10
-    maps = [jnp.asarray(np.random.default_rng(1).normal(size=(1, 5, 5, 16)), jnp.float32)]
-    found = []
-    classify = built.classifier.__call__
-    built_logits = built(maps, train=False, dropout_key=None)
+def test_the_progressive_head_is_setrs_whose_classifier_comes_last():
+    """LayerNorm, then convolution, BatchNorm, ReLU and doubling twice, then the classifier."""
+    torch = upernet_peer.torch
+    head = KINDS["setr_pup"]
+    model = functional(
+        lambda rngs: HEADS["setr_pup"].build(MODEL, head=head, classes=CLASSES, rngs=rngs)
+    )
+    rng = np.random.default_rng(1)
+    params, variables = (
+        jax.tree.map(lambda leaf: rng.uniform(0.1, 1, leaf.shape).astype(np.float32), shapes)
+        for shapes in (model.shapes(), model.variables_shapes())
+    )
+    for stage in ("stage_0", "stage_1"):
+        params[stage]["conv"]["kernel"] -= 0.5  # else no ReLU would cut
+    x = rng.normal(size=(2, 5, 5, 16)).astype(np.float32)
+    actual = jax.jit(functools.partial(model.apply, train=False, dropout_key=None))(
+        params, [x], variables=variables
+    )
 
-    class Spy(type(built.classifier)):
-        def __call__(self, x, *, dropout_key):
-            found.append(x)
-            return super().__call__(x, dropout_key=dropout_key)
+    def convolve(x, kernel):
+        weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+        return torch.nn.functional.conv2d(x, weight, padding=kernel.shape[0] // 2)
 
-    built.classifier.__class__ = Spy
-    built(maps, train=False, dropout_key=None)
-    (last,) = found
-    assert last.shape == (1, 10, 10, 12)
-    doubled = convolution.resize_bilinear(last, size=(20, 20))
-    expected = classify(doubled, dropout_key=None)
-    np.testing.assert_allclose(built_logits, expected, rtol=1e-4, atol=1e-6)
+    norm = {name: torch.from_numpy(leaf) for name, leaf in params["norm"].items()}
+    y = torch.nn.functional.layer_norm(
+        torch.from_numpy(x), (16,), norm["scale"], norm["bias"], eps=1e-6
+    ).permute(0, 3, 1, 2)
+    for stage in ("stage_0", "stage_1"):
+        norm = {**params[stage]["norm"], **variables[stage]["norm"]}
+        norm = {name: torch.from_numpy(np.asarray(leaf)) for name, leaf in norm.items()}
+        y = torch.nn.functional.batch_norm(
+            convolve(y, params[stage]["conv"]["kernel"]),
+            norm["mean"],
+            norm["var"],
+            norm["scale"],
+            norm["bias"],
+        ).relu()
+        y = torch.nn.functional.interpolate(y, scale_factor=2, mode="bilinear")
+    y = convolve(y, params["classifier"]["kernel"]).permute(0, 2, 3, 1).numpy()
+    assert relative_error(actual, y + params["classifier"]["bias"]) < 1e-5
 
 
 @pytest.mark.slow

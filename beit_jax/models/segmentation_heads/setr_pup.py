@@ -1,10 +1,10 @@
-"""SETR's progressive upsampling (arXiv 2012.15840, §3.2; mmseg 0.11's `setr_up_head.py`).
+"""SETR's progressive upsampling (arXiv 2012.15840, §3.2; mmseg's `setr_up_head.py`).
 
 The head of the paper's tables 3 and 4, whose code and weights were never released. From SETR and
-mmseg's ADE20K config: a LayerNorm of ε = 1e-6 on the last block read, then per stage a 3 × 3
-convolution without bias, BatchNorm, ReLU and a bilinear doubling, as many as make the image's side
-(four for patches of 16 pixels). The width is 256 there (`head.channels=256`) and there is no
-dropout (`head.dropout=0`).
+mmseg's `configs/_base_/models/setr_pup.py`: a LayerNorm of ε = 1e-6 on the last block read, then
+per stage a 3 × 3 convolution without bias, BatchNorm, ReLU and a bilinear doubling, as many as make
+the image's side (four for patches of 16 pixels). The width is 256 there (`head.channels=256`) and
+there is no dropout (`head.dropout=0`).
 
 Assumed, because nothing says what BEiT's authors did: the same, and in place of mmseg's three
 auxiliary heads of this kind the one of UperNet.
