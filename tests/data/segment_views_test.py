@@ -17,6 +17,7 @@ SIZES = [(90, 120), (333, 250), (20, 30), (40, 250), (300, 33), (77, 1), (1, 1),
 PLAIN = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
 
 
+@functools.cache  # a function is traced for each
 def _config(side: int = SIDE, **augment) -> SegmentDataConfig:
     return SegmentDataConfig(
         source="embedded", image_size=side, augment=SegmentAugmentConfig(**augment)

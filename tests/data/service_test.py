@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from beit_jax.config import ConfigError, DataConfig, MaskConfig, RunError
+from beit_jax.config import ConfigError, DataConfig, MaskConfig, RunError, SegmentDataConfig
 from beit_jax.data import pipeline, service, sources, views
 
 GRID = 4
@@ -58,6 +58,21 @@ def _read(folder, *, addresses=(), start_step=0, count=6, shard=0, shards=1, cyc
     return list(itertools.islice(batches, count))
 
 
+def _read_maps(folder, *, addresses=()):
+    config = SegmentDataConfig(
+        source=f"pairs:{folder}", image_size=64, workers=2, service=addresses
+    )
+    return next(
+        pipeline.training_batches(
+            sources.open_source(config, training=True),
+            config=config,
+            views=views.segmentation_views(config, classes=4),
+            seed=3,
+            batch_size=4,
+        )
+    )
+
+
 def _same(actual, expected):
     for mine, other in zip(actual, expected, strict=True):
         assert mine.keys() == other.keys()
@@ -84,20 +99,29 @@ def test_the_same_batches_with_services(folder, services):
 def test_a_service_decodes_every_format(tmp_path):
     """A process of its own, which is sent the pipeline: Pillow decodes there as it does here."""
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    for folder in ("photos", "images", "labels"):
+        (tmp_path / folder).mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
-    photo.save(tmp_path / "0.png")
-    photo.save(tmp_path / "1.png", exif=exif)
-    photo.save(tmp_path / "2.gif")
-    photo.save(tmp_path / "3.bmp")
-    alone = _read(tmp_path, count=2)
+    photo.save(tmp_path / "photos" / "0.png")
+    photo.save(tmp_path / "photos" / "1.png", exif=exif)
+    photo.save(tmp_path / "photos" / "2.gif")
+    photo.save(tmp_path / "photos" / "3.bmp")
+    alone = _read(tmp_path / "photos", count=2)
     assert sorted(alone[0]["by_pillow"].tolist()) == [False, True, True, True]
+    for number in range(4):
+        photo.save(tmp_path / f"images/{number}.jpg")
+        photo.quantize(4).save(tmp_path / f"labels/{number}.png")
+    maps = _read_maps(tmp_path)
+    assert set(range(4)) <= set(np.unique(maps["segmentation"]))
+    assert not maps["replaced"].any()
     command = [sys.executable, "-m", "beit_jax.data.service", "--port=0", "--address=localhost"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             said = next(line for line in process.stderr if "config.data.service" in line)
             address = re.search(r"localhost:\d+", said).group()
-            _same(_read(tmp_path, addresses=[address], count=2), alone)
+            _same(_read(tmp_path / "photos", addresses=[address], count=2), alone)
+            _same([_read_maps(tmp_path, addresses=(address,))], [maps])
         finally:
             process.kill()
 
