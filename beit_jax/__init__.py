@@ -34,10 +34,12 @@ if TYPE_CHECKING:
         PretrainedClassifier,
         PretrainedEncoder,
         PretrainedMaskedImageModel,
+        PretrainedSegmenter,
         PretrainedTokenizer,
         load_classifier,
         load_encoder,
         load_masked_image_model,
+        load_segmenter,
         load_tokenizer,
     )
     from beit_jax.tokenizers.dalle import DalleConfig
@@ -68,6 +70,7 @@ __all__ = [
     "PretrainedClassifier",
     "PretrainedEncoder",
     "PretrainedMaskedImageModel",
+    "PretrainedSegmenter",
     "PretrainedTokenizer",
     "RunConfig",
     "RunError",
@@ -80,6 +83,7 @@ __all__ = [
     "load_classifier",
     "load_encoder",
     "load_masked_image_model",
+    "load_segmenter",
     "load_tokenizer",
 ]
 
@@ -90,10 +94,12 @@ _MODULES = {
         "PretrainedClassifier",
         "PretrainedEncoder",
         "PretrainedMaskedImageModel",
+        "PretrainedSegmenter",
         "PretrainedTokenizer",
         "load_classifier",
         "load_encoder",
         "load_masked_image_model",
+        "load_segmenter",
         "load_tokenizer",
     ),
     "tokenizers.dalle": ("DalleConfig",),

@@ -45,6 +45,10 @@ COMMANDS = {
         module="beit_jax.features",
         summary="write the features of a folder of images to .npz or Parquet",
     ),
+    "segment": Command(
+        module="beit_jax.segment",
+        summary="paint a folder of images with the classes of their pixels",
+    ),
     "prepare": Command(
         module="beit_jax.data.prepare",
         summary="store a data set as smaller JPEGs, read at random",

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "beit_jax"
 ORDER = [
     ("jobs", "cli"),
     ("planning",),
-    ("features",),
+    ("features", "segment"),
     ("tasks",),
     ("evaluation",),
     ("training",),

@@ -190,14 +190,29 @@ def main(arguments: list[str] | None = None) -> int:
       be used, with one line on stderr.
     """
     options = parser().parse_args(arguments)
+    return reporting(
+        lambda: embed_folder(FeaturesConfig(**vars(options))), interrupted="nothing was written"
+    )
+
+
+def reporting(run: Callable[[], object], *, interrupted: str) -> int:
+    """Runs a command and says in one line on stderr what went wrong.
+
+    Args:
+      run: the command.
+      interrupted: what is said of its output where the user interrupts it.
+
+    Returns:
+      The exit code: 0; 2 where something does not fit, 74 where a disk is full or can't be used.
+    """
     try:
         with _few_warnings():
-            embed_folder(FeaturesConfig(**vars(options)))
+            run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print(f"interrupted; {interrupted}", file=sys.stderr)
         return 130
     except Exception as error:
         code = storage.failed(error)

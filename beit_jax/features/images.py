@@ -9,7 +9,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -17,6 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from beit_jax.data.by_pillow import decode_by_pillow, readable_formats
 from beit_jax.files import open_regular, visible_files
 from beit_jax.preprocessing import MAX_PIXELS, eval_shorter_side
+
+T = TypeVar("T")
 
 # Image files have one of these suffixes or start with one of these byte strings. The header
 # of a file with such a suffix is Pillow's to judge: a PNG named .jpg is read as the PNG it is.
@@ -77,10 +80,19 @@ def read_image(path: str, *, size: int, resize: str) -> np.ndarray:
     Raises:
       Exception: whatever Pillow raises for a damaged file, which is not only OSError.
     """
-    with open_regular(path) as file:
-        image = Image.fromarray(decode_by_pillow(file, max_pixels=MAX_PIXELS))
+    image = Image.fromarray(decode_image(path))
     box = None if resize == "squash" else _centre(image.size, size=size)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def decode_image(path: str) -> np.ndarray:
+    """Decodes an image file, upright by its EXIF orientation: uint8 `[h, w, 3]`, RGB.
+
+    Raises:
+      Exception: whatever Pillow raises for a damaged file, which is not only OSError.
+    """
+    with open_regular(path) as file:
+        return decode_by_pillow(file, max_pixels=MAX_PIXELS)
 
 
 def _centre(image_size: tuple[int, int], *, size: int) -> tuple[float, float, float, float]:
@@ -112,23 +124,46 @@ def read_images(
       size, resize: as for `read_image`.
       threads: that decode.
 
-    Yields:
-      The name, and the image, uint8 `[s, s, 3]`, or one line that says why it can't be read.
+    Returns:
+      A generator of the name, and the image, uint8 `[s, s, 3]`, or one line that says why it can't
+      be read.
     """
 
-    def read(name: str) -> np.ndarray | str:
+    def load(path: str) -> np.ndarray:
+        return read_image(path, size=size, resize=resize)
+
+    return load_images(folder, names, load=load, threads=threads, ahead=_AHEAD)
+
+
+def load_images(
+    folder: str, names: Sequence[str], *, load: Callable[[str], T], threads: int, ahead: int
+) -> Generator[tuple[str, T | str], None, None]:
+    """Loads files in order while threads work on the next ones.
+
+    Args:
+      folder: that names are relative to.
+      names: as `find_images` lists them.
+      load: path → what is made of a file.
+      threads: that call it.
+      ahead: files that are loaded before they are asked for, for each thread.
+
+    Yields:
+      The name, and what `load` gave, or one line that says why the file can't be read.
+    """
+
+    def read(name: str) -> T | str:
         try:
-            return read_image(os.path.join(folder, name), size=size, resize=resize)
+            return load(os.path.join(folder, name))
         except Exception as error:  # decoders raise nearly anything on a damaged file
             return _reason(error)
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        waiting: collections.deque[tuple[str, concurrent.futures.Future[np.ndarray | str]]]
+        waiting: collections.deque[tuple[str, concurrent.futures.Future[T | str]]]
         waiting = collections.deque()
         try:
             for name in names:
                 waiting.append((name, pool.submit(read, name)))
-                if len(waiting) > threads * _AHEAD:
+                if len(waiting) > threads * ahead:
                     first, future = waiting.popleft()
                     yield first, future.result()
             while waiting:

@@ -22,7 +22,13 @@ Shapes: b images, s pixels a side, d width, c classes, v token ids.
 
 from beit_jax.pretrained.encoder import EncoderOutput, PretrainedEncoder
 from beit_jax.pretrained.heads import PretrainedClassifier, PretrainedMaskedImageModel
-from beit_jax.pretrained.loading import load_classifier, load_encoder, load_masked_image_model
+from beit_jax.pretrained.loading import (
+    load_classifier,
+    load_encoder,
+    load_masked_image_model,
+    load_segmenter,
+)
+from beit_jax.pretrained.segmenter import PretrainedSegmenter
 from beit_jax.pretrained.tokenizer import PretrainedTokenizer, load_tokenizer
 
 __all__ = [
@@ -30,9 +36,11 @@ __all__ = [
     "PretrainedClassifier",
     "PretrainedEncoder",
     "PretrainedMaskedImageModel",
+    "PretrainedSegmenter",
     "PretrainedTokenizer",
     "load_classifier",
     "load_encoder",
     "load_masked_image_model",
+    "load_segmenter",
     "load_tokenizer",
 ]

@@ -8,12 +8,16 @@ from typing import TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax.config import ModelConfig, check
+from beit_jax.config import ModelConfig, check, parse
+from beit_jax.config.facts import value_of
+from beit_jax.config.segment import InferenceConfig, SegmentHeadConfig
 from beit_jax.models.functional import Functional, unflatten
 from beit_jax.models.heads import classifier, masked_image_model
+from beit_jax.models.segmenter import segmenter
 from beit_jax.pretrained.encoder import PretrainedEncoder, encoder_of
 from beit_jax.pretrained.heads import PretrainedClassifier, PretrainedMaskedImageModel
-from beit_jax.types import Params
+from beit_jax.pretrained.segmenter import PretrainedSegmenter
+from beit_jax.types import Json, JsonObject, Params
 from beit_jax.weights import convert, native, opening
 from beit_jax.weights.description import Description
 from beit_jax.weights.formats.format import Stated
@@ -56,7 +60,7 @@ def load_encoder(
     Raises:
       ConfigError: there is no such checkpoint, it is damaged, or a setting doesn't fit it.
     """
-    flat, description = _read(
+    flat, description, _ = _read(
         source,
         image_size=image_size,
         dtype=dtype,
@@ -88,7 +92,7 @@ def load_classifier(
     Raises:
       ConfigError: as `load_encoder`, or the checkpoint has no classifier.
     """
-    flat, description = _read(
+    flat, description, _ = _read(
         source,
         image_size=image_size,
         dtype=dtype,
@@ -125,7 +129,7 @@ def load_masked_image_model(
     Raises:
       ConfigError: as `load_encoder`, or the checkpoint has no token head.
     """
-    flat, description = _read(
+    flat, description, _ = _read(
         source,
         image_size=image_size,
         dtype=dtype,
@@ -144,6 +148,84 @@ def load_masked_image_model(
     )
 
 
+def load_segmenter(
+    source: Source,
+    *,
+    image_size: int | None = None,
+    dtype: str = "auto",
+    attention: str = "auto",
+    normalization: str = "",
+    heads: int = 0,
+    layer_norm_epsilon: float | None = None,
+    weights: str = "",
+) -> PretrainedSegmenter:
+    """Loads a segmentation model; the arguments are those of `load_encoder`.
+
+    With another `image_size`, windows have that side, and images are resized as much more.
+
+    Raises:
+      ConfigError: as `load_encoder`, or the checkpoint is no segmentation model.
+    """
+    flat, description, config = _read(
+        source,
+        image_size=image_size,
+        dtype=dtype,
+        attention=attention,
+        stated=Stated(
+            normalization=normalization,
+            heads=heads,
+            layer_norm_epsilon=layer_norm_epsilon,
+            weights=weights,
+        ),
+    )
+    _check_task(description, "segment", source=source)
+    params, variables = description.split(flat)
+    short_side, long_side = _sides(config, image_size=description.model.image_size)
+    assert description.head is not None  # of this task
+    return PretrainedSegmenter(
+        params=_on_device(params),
+        variables=_on_device(variables),
+        description=description,
+        functions=_segmenter_functions(
+            description.model, head=description.head, classes=description.outputs
+        ),
+        inference=_inference(config, image_size=description.model.image_size),
+        short_side=short_side,
+        long_side=long_side,
+    )
+
+
+def _sides(config: JsonObject, *, image_size: int) -> tuple[int, int]:
+    """To what a run resizes the shorter and the longer side at scale 1, for its size of windows.
+
+    Args:
+      config: saved with the checkpoint.
+      image_size: of the model as it is loaded; sizes that were chosen for another one are scaled.
+    """
+    own = value_of(config, "model.image_size")
+    factor = image_size / own if _is_side(own) else 1.0
+    short, long = (value_of(config, f"data.{name}") for name in ("short_side", "long_side"))
+    shorter = round(short * factor) if _is_side(short) else image_size
+    return shorter, round(long * factor) if _is_side(long) else 4 * shorter
+
+
+def _is_side(value: Json) -> bool:
+    return type(value) is int and value > 0
+
+
+def _inference(config: JsonObject, *, image_size: int) -> InferenceConfig:
+    """How a run covers images; the official way where a checkpoint is not of a run.
+
+    Strides that were chosen for another size of windows are scaled.
+    """
+    official = InferenceConfig(stride=max(1, image_size * 2 // 3))
+    saved, own = config.get("inference"), value_of(config, "model.image_size")
+    if not isinstance(saved, dict) or not _is_side(own):
+        return official
+    found = parse(InferenceConfig, saved, path="inference")
+    return dataclasses.replace(found, stride=max(1, round(found.stride * image_size / own)))
+
+
 def _read(
     source: Source,
     *,
@@ -151,8 +233,8 @@ def _read(
     dtype: str,
     attention: str,
     stated: Stated,
-) -> tuple[dict[str, np.ndarray], Description]:
-    """Flat parameters of any checkpoint, resized, and their description with these settings."""
+) -> tuple[dict[str, np.ndarray], Description, JsonObject]:
+    """Flat parameters of any checkpoint, resized; what they are with these settings; its config."""
     source = os.fspath(source)
     if not native.is_checkpoint(source) and not opening.is_foreign(source):
         raise WeightsError(
@@ -161,7 +243,7 @@ def _read(
         )
     whole = isinstance(image_size, int) and not isinstance(image_size, bool)
     check(image_size is None or whole, "image_size", f"must be whole pixels, got {image_size!r}")
-    params, description, _, report = convert.read_any(source, stated=stated)
+    params, description, config, report = convert.read_any(source, stated=stated)
     log_remarks(report, source=source)
     check_names(
         {name: leaf.shape for name, leaf in description.shapes().items()},
@@ -169,16 +251,15 @@ def _read(
         source=source,
     )
     params, description, _ = convert.resized(params, description, image_size=image_size)
-    return params, dataclasses.replace(
-        description,
-        model=dataclasses.replace(description.model, dtype=dtype, attention=attention),
-    )
+    model = dataclasses.replace(description.model, dtype=dtype, attention=attention)
+    return params, dataclasses.replace(description, model=model), config
 
 
 def _check_task(description: Description, task: str, *, source: Source) -> None:
     names = {
         "pretrain": "masked image model",
         "classify": "classifier",
+        "segment": "segmentation model",
         "encoder": "encoder without a head",
     }
     if description.task != task:
@@ -199,3 +280,10 @@ def _classifier_functions(config: ModelConfig, *, classes: int, pooling: str) ->
 @functools.cache
 def _masked_image_model_functions(config: ModelConfig, *, vocabulary: int) -> Functional:
     return masked_image_model(config, vocabulary=vocabulary)
+
+
+@functools.cache
+def _segmenter_functions(
+    config: ModelConfig, *, head: SegmentHeadConfig, classes: int
+) -> Functional:
+    return segmenter(config, head=head, classes=classes)

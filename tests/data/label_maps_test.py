@@ -161,7 +161,8 @@ def test_a_label_without_a_class_is_refused_before_a_run():
     good, bad = np.array([[0, 10, 255]]), np.array([[0, 17, 255]])
     label_maps.check_labels(_source(good, good), config=CONFIG, classes=11)
     with pytest.raises(ConfigError, match=re.escape(r"label 17 in the map of 1\n.png")) as error:
-        label_maps.check_labels(_source(good, bad), config=CONFIG, classes=11)
+        label_maps.check_labels(_source(good, bad), config=CONFIG, classes=11, setting="mine")
+    assert str(error.value).startswith("mine: ")
     assert "there are 11 classes" in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -82,6 +82,13 @@ def test_two_folders_may_have_any_names(folder):
     assert _open(both).segmentation_classes == ("road", "car")
 
 
+def test_images_and_maps_may_lie_in_one_folder(tmp_path):
+    for name in ("a", "deep/b"):
+        _image(tmp_path / f"{name}.jpg")
+        _map(tmp_path / f"{name}.png")
+    assert _names(_open(f"{tmp_path},{tmp_path}/")) == ["a.jpg", "deep/b.jpg"]
+
+
 def test_classes_have_the_names_of_a_file(folder):
     (folder / "classes.txt").write_bytes("\ufeffsky\r\nflower pot\r\nCafé\r\n\r\n".encode())
     assert _open(str(folder)).segmentation_classes == ("sky", "flower pot", "Café")

@@ -173,6 +173,24 @@ def test_every_kind_has_the_side_the_rules_and_the_flops_that_are_said_of_it(nam
     )
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_in_bfloat16_logits_and_statistics_stay_float32(name):
+    """Variables must keep their layout from step to step; convolutions are in bfloat16."""
+    config = dataclasses.replace(model_of(name), dtype="bfloat16")
+    model = segmenter(config, head=KINDS[name], classes=CLASSES)
+    assert hash(model) == hash(model)  # a static argument of jitted functions
+    shapes, variables = model.shapes(), model.variables_shapes()
+    pixels = jax.ShapeDtypeStruct((2, config.image_size, config.image_size, 3), jnp.float32)
+    step = functools.partial(model.apply_and_update, train=True)
+    logits, updated = jax.eval_shape(step, shapes, variables, pixels)
+    assert {leaf.dtype for leaf in jax.tree.leaves(logits)} == {jnp.dtype(jnp.float32)}
+    assert flatten(updated) == flatten(variables)
+    jaxpr = str(jax.make_jaxpr(step)(shapes, variables, pixels))
+    wide = [line for line in jaxpr.splitlines() if "conv_general" in line and ":f32" in line]
+    assert not wide
+    assert name == "linear" or "conv_general" in jaxpr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["patch_8", "setr_pup", "linear"])
 def test_training_and_evaluation_of_the_other_kinds(name):

@@ -17,8 +17,8 @@ from beit_jax.config import OptimizerConfig, SegmentHeadConfig
 from beit_jax.models.convolution import resize_bilinear
 from beit_jax.models.functional import flatten
 from beit_jax.models.segmenter import segmenter
-from beit_jax.training import optim
-from beit_jax.training.state import Task, state_from_params, train_step
+from beit_jax.training import optim, sharding
+from beit_jax.training.state import Task, init_state, state_from_params, state_shapes, train_step
 from tests.models import upernet_peer
 from tests.tiny import PER_BLOCK
 
@@ -147,6 +147,39 @@ def test_a_step_has_pytorchs_loss_gradients_and_running_statistics():
     for name, value in statistics.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     assert found["head/fusion/norm/count"] == 8  # the peer had seen seven
+
+
+@pytest.mark.slow
+def test_a_step_is_the_same_on_eight_devices_with_split_parameters():
+    """Statistics, loss and gradients are the global batch's; kernels are split over two devices."""
+    head = dataclasses.replace(HEAD, kind="linear", blocks=(2, 3, 4), channels=0)
+    task, recorder = loss_task(segmenter(MODEL, head=head, classes=CLASSES)), gradient_recorder()
+    pair = batch_of(0), batch_of(1)
+    batch = {name: np.concatenate([part[name] for part in pair]) for name in pair[0]}
+    results = []
+    for devices, fsdp in ((1, 1), (8, 2)):
+        mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
+        shapes = state_shapes(task, recorder, mesh)
+        placements = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        fresh = functools.partial(init_state, task, recorder)
+        state = jax.jit(fresh, out_shardings=placements)(jax.random.key(0))
+        step = functools.partial(
+            train_step,
+            task=task,
+            config=OptimizerConfig(learning_rate=1.0, warmup_steps=0),
+            optimizer=recorder,
+            schedule=lambda step: jnp.float32(1.0),
+            seed=0,
+            mesh=mesh,
+        )
+        step = jax.jit(step, out_shardings=(placements, None))
+        state, metrics = step(state, {}, sharding.to_devices(batch, mesh))
+        results.append((metrics["loss"], state.opt_state, state.variables))
+    kernel = results[1][1]["auxiliary"]["conv_0"]["conv"]["kernel"]
+    assert not kernel.sharding.is_fully_replicated
+    for alone, spread in zip(*map(jax.tree.leaves, results), strict=True):
+        scale = np.abs(alone).max()
+        np.testing.assert_allclose(spread, alone, rtol=0, atol=1e-4 * scale + 1e-9)
 
 
 def peer_groups(peer, *, decay: float, weight_decay: float) -> list[dict]:

@@ -18,6 +18,7 @@ from beit_jax.files import open_regular, printable
 IMAGES = "images"
 LABELS = ("labels", "annotations")  # the folder of the maps is called one of these
 CLASSES = "classes.txt"
+MAP = ".png"
 NAMED = 5  # files in an error message
 _LARGEST_CLASSES_FILE = 1 << 16  # bytes
 
@@ -26,8 +27,9 @@ def open_pairs(request: Request) -> Source:
     """Opens "pairs:FOLDER" or "pairs:IMAGES,LABELS".
 
     FOLDER holds `images` and `labels` (or `annotations`). An image and its map have the same path
-    in the two folders, whatever comes after the last dot. The names of the classes are the lines of
-    FOLDER/classes.txt (LABELS/classes.txt of two folders), where there is such a file.
+    in the two folders, whatever comes after the last dot; where both are one folder, its PNGs are
+    the maps. The names of the classes are the lines of FOLDER/classes.txt (LABELS/classes.txt of
+    two folders), where there is such a file.
 
     Raises:
       ConfigError: a folder is missing or empty, an image or a map has no partner or more than one,
@@ -35,8 +37,11 @@ def open_pairs(request: Request) -> Source:
     """
     config, setting = request.config, request.setting
     images, labels, beside = _folders(request)
+    pictures: tuple[str, ...] = EXTENSIONS
+    if posixpath.normpath(images) == posixpath.normpath(labels):
+        pictures = tuple(ending for ending in EXTENSIONS if ending != MAP)
     pairs = _match(
-        list_files(images, EXTENSIONS), list_files(labels, (".png",)), setting=setting, of=request
+        list_files(images, pictures), list_files(labels, (MAP,)), setting=setting, of=request
     )
     class_names = _class_names(posixpath.join(beside, CLASSES), setting=setting)
     split = select_split(len(pairs), identity=lambda index: pairs[index][0], request=request)
@@ -104,7 +109,7 @@ def _match(
 ) -> list[tuple[str, str]]:
     """Pairs of relative paths, in the order of the images."""
     check(bool(images), setting, f"no images in {shown(of.value)} at any depth")
-    check(bool(labels), setting, f"no label maps in {shown(of.value)}: there are no .png files")
+    check(bool(labels), setting, f"no label maps in {shown(of.value)}: there are no {MAP} files")
     by_stem = {}
     for what, names in (("images", images), ("label maps", labels)):
         stems: dict[str, list[str]] = {}

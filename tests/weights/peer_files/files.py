@@ -24,6 +24,13 @@ def randomize(model: Any, seed: int = 7) -> Any:
                 parameter.copy_(0.2 * noise)
             else:
                 parameter.copy_(0.7 * noise / parameter[0].numel() ** 0.5)
+        for name, buffer in model.named_buffers():  # BatchNorm's statistics
+            if name.endswith("running_mean"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+            elif name.endswith("num_batches_tracked"):
+                buffer.fill_(20_000)
     return model.eval()
 
 

@@ -93,7 +93,8 @@ KINDS = {
     "BeitForImageClassification": "classify",
     "Data2VecVisionForImageClassification": "classify",
     "BeitForMaskedImageModeling": "pretrain",
-    "BeitForSemanticSegmentation": "",
+    "BeitForSemanticSegmentation": "segment",
+    "UperNetForSemanticSegmentation": "segment",
     "Data2VecVisionForSemanticSegmentation": "",
 }
 
@@ -104,6 +105,8 @@ def model_of(cls: str, *, bare: bool = False, **config: Any) -> Any:
     """A random model of transformers, with eager attention in float32."""
     import transformers
 
+    if cls == "UperNetForSemanticSegmentation":
+        return _upernet(**config)
     is_data2vec = cls.startswith("Data2Vec")
     of = transformers.Data2VecVisionConfig if is_data2vec else transformers.BeitConfig
     settings = of(**{**CONFIG, **config}, attn_implementation="eager")
@@ -111,10 +114,35 @@ def model_of(cls: str, *, bare: bool = False, **config: Any) -> Any:
     return files.randomize(getattr(transformers, cls)(settings, **arguments))
 
 
+def _upernet(**config: Any) -> Any:
+    """A random UperNet; settings of `UPERNET_FIELDS` are its own, others the encoder's."""
+    import transformers
+
+    own = {"hidden_size": 24, "auxiliary_channels": 8, "auxiliary_in_channels": 64, "num_labels": 5}
+    own |= {name: config.pop(name) for name in UPERNET_FIELDS if name in config}
+    backbone = transformers.BeitConfig(
+        **{**CONFIG, "add_fpn": True, **config}, attn_implementation="eager"
+    )
+    settings = transformers.UperNetConfig(backbone_config=backbone, **own)
+    return files.randomize(transformers.UperNetForSemanticSegmentation(settings))
+
+
+UPERNET_FIELDS = (
+    *("pool_scales", "use_auxiliary_head", "auxiliary_num_convs", "auxiliary_concat_input"),
+    "auxiliary_loss_weight",
+)
+
+
 def forward_of(model: Any) -> Callable[..., Any]:
     """Logits, or the tokens of a model without a head."""
 
     def forward(pixels: Any, mask: Any = None, *, model: Any = model) -> Any:
+        if hasattr(model, "decode_head"):  # channels last, and before UperNet enlarges them
+            if hasattr(model, "backbone"):
+                logits = model.decode_head(model.backbone(pixels).feature_maps)
+            else:
+                logits = model(pixels, output_hidden_states=True).logits
+            return logits.permute(0, 2, 3, 1)
         given = {} if mask is None else {"bool_masked_pos": mask}
         output = model(pixels, **given, output_hidden_states=True)
         if hasattr(output, "logits"):
@@ -146,7 +174,8 @@ def saved(
         files.write_json(f"{path}/preprocessor_config.json", dict(preprocessor))
     if then is not None:
         then(path, model)
-    size, patch = model.config.image_size, model.config.patch_size
+    encoder = getattr(model.config, "backbone_config", model.config)
+    size, patch = encoder.image_size, encoder.patch_size
     return Built(
         path=f"{path}/{given}" if given else path,
         kind=KINDS.get(cls, "encoder"),

@@ -133,10 +133,50 @@ CLASSES = (
     ),
     _row(
         "segmentation",
-        Refused(line="segmentation"),
+        Accepted(format="hugging_face_beit"),
+        cls="BeitForSemanticSegmentation",
+        config={"num_hidden_layers": 5, "out_indices": [2, 3, 4, 5], "auxiliary_channels": 8},
+    ),
+    _row(
+        "segmentation, class token, no auxiliary head",
+        Accepted(
+            format="hugging_face_beit",
+            lost=("beit.layernorm.weight", "beit.layernorm.bias"),
+            changed=(("use_mean_pooling", True), ("out_indices", [2, 3, 4, 5])),
+        ),
+        cls="BeitForSemanticSegmentation",
+        config={
+            "num_hidden_layers": 5,
+            "out_indices": [2, 3, -2, -1],
+            "pool_scales": [1, 4],
+            "use_auxiliary_head": False,
+            "use_mean_pooling": False,
+        },
+    ),
+    _row(
+        "segmentation, the embedding",
+        Refused(line=r"out_indices is \[1, 2, 3, 4\]; below 2"),
         cls="BeitForSemanticSegmentation",
         config={"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
         fast=True,
+    ),
+    _row(
+        "segmentation, UperNet",
+        Accepted(format="hugging_face"),
+        cls="UperNetForSemanticSegmentation",
+        config={"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "auxiliary_num_convs": 2},
+    ),
+    _row(
+        "segmentation, UperNet, shared table",
+        Accepted(format="hugging_face"),
+        cls="UperNetForSemanticSegmentation",
+        config={"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], **hf.SHARED},
+    ),
+    _row(
+        "segmentation, UperNet without a pyramid",
+        Refused(line="add_fpn false"),
+        cls="UperNetForSemanticSegmentation",
+        config={"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "add_fpn": False},
     ),
     _row(
         "data2vec, segmentation",
