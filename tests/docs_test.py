@@ -11,7 +11,7 @@ import pytest
 
 import beit_jax
 from beit_jax.weights import convert
-from tests.weights import examples
+from tests.weights import examples, segmenter_test
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Folders of the repository; what users make in it (runs/, .venv/) may hold Markdown of its own.
@@ -74,6 +74,7 @@ def test_the_librarys_examples_run_as_written(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/base", "runs/quickstart/pretrain"):
         examples.saved(tmp_path / name, description)
+    segmenter_test.saved(tmp_path / "runs/camvid", segmenter_test.SEGMENTER)
     size = description.model.image_size
     images = np.zeros((2, size, size, 3), np.uint8)
     if "beit.stablehlo" in (ROOT / page).read_text():
@@ -82,7 +83,7 @@ def test_the_librarys_examples_run_as_written(page, tmp_path, monkeypatch):
         body for language, body in FENCE.findall((ROOT / page).read_text()) if language == "python"
     ]
     assert bodies
-    names = {"images": images, "images_uint8": images}
+    names = {"images": images, "images_uint8": images, "image": np.zeros((60, 80, 3), np.uint8)}
     for body in bodies:
         exec(compile(body, page, "exec"), names)
 
