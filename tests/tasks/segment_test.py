@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from PIL import Image
 
+import beit_jax
 from beit_jax import jobs
 from beit_jax.config import ConfigError
 from beit_jax.models.segmenter import segmenter
@@ -19,7 +20,7 @@ from beit_jax.tasks import segment, segment_images
 from beit_jax.training import sharding
 from beit_jax.training.evaluation_pass import evaluator
 from beit_jax.training.state import state_from_params
-from beit_jax.weights import native
+from beit_jax.weights import convert, native
 from tests.tasks import tiny
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
@@ -179,3 +180,38 @@ def test_bad_settings_are_refused(folders, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         jobs.run(values, workdir=str(tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("format", "name"), [("mmseg", "run.pth"), ("hugging_face", "hf"), ("mmseg", "imported")]
+)
+def test_a_run_in_another_form_evaluates_as_it_did(trained, tmp_path, format, name):
+    """Parameters and running statistics, directly from the file or imported before."""
+    pytest.importorskip("torch", reason="writing .pth takes PyTorch")
+    values, workdir, summary = trained
+    source = str(tmp_path / (name if name != "imported" else "run.pth"))
+    convert.export_checkpoint(str(workdir), format=format, output=source)
+    if name == "imported":
+        convert.import_checkpoint(source, output=str(tmp_path / name))
+        source = str(tmp_path / name)
+    run = values["run"] | {"init_from": source}
+    found = jobs.run(
+        values | {"run": run, "evaluate_only": True}, workdir=str(tmp_path / "evaluated")
+    )
+    for figure in ("miou", "macc", "aacc", "iou/green"):
+        assert found[figure] == pytest.approx(summary[figure], abs=1e-4), figure
+
+
+@pytest.mark.slow
+def test_the_loaded_run_segments_as_it_was_evaluated(trained, folders):
+    """`load_segmenter` takes window, stride and sizes from the run."""
+    _, workdir, summary = trained
+    loaded = beit_jax.load_segmenter(workdir, dtype="float32")
+    assert (loaded.short_side, loaded.long_side, loaded.classes) == (48, 192, CLASSES)
+    right = total = 0
+    for image, labels in held_out(folders):
+        classes = loaded.segment(image)
+        right += int(((classes == labels) & (labels != IGNORED)).sum())
+        total += int((labels != IGNORED).sum())
+    assert summary["aacc"] == pytest.approx(right / total, abs=1e-3)
