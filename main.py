@@ -50,7 +50,10 @@ _WORKDIR = flags.DEFINE_string(
     "Checkpoints, metrics and results, local or gs://; default runs/<config name>.",
 )
 _PLAN = flags.DEFINE_string(
-    "plan", None, "TPU slices, v4-128 or v4-8,v6e-8: prints what the run needs there; runs nothing."
+    "plan",
+    None,
+    "TPU slices, v4-128 or v4-8,v6e-8: prints what the run (pre-training, classification or"
+    " segmentation) needs there; runs nothing.",
 )
 _PLAN_PROGRAM = flags.DEFINE_enum(
     "plan_program",

@@ -90,9 +90,21 @@ def segmenter_flops(
     return total
 
 
-def segmenter_step_flops(config: ModelConfig, *, head: SegmentHeadConfig, classes: int) -> float:
-    """FLOPs of one image's training step: three forward passes, as in `student_flops`."""
+def segmenter_step_flops(
+    config: ModelConfig, *, head: SegmentHeadConfig, classes: int, frozen_encoder: bool = False
+) -> float:
+    """FLOPs of one image's training step: three forward passes, as in `student_flops`.
+
+    Args:
+      config: the encoder's.
+      head: the head's.
+      classes: number of logits.
+      frozen_encoder: whether the encoder is not trained; it then has no backward pass.
+    """
     forward = segmenter_flops(config, head=head, classes=classes, auxiliary=True)
+    if frozen_encoder:
+        encoder = dataclasses.replace(config, layers=max(head.blocks))
+        return 3 * forward - 2 * encoder_flops(encoder)
     return 3 * forward - patch_embedding_flops(config)
 
 
@@ -110,13 +122,12 @@ def _count(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        out = equation.outvars[0].aval
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2.0 * math.prod(out.shape) * depth
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
         elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
+            kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval
             outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             # A transposed convolution multiplies by inserted zeros; they are not work.
             holes = math.prod(equation.params["lhs_dilation"])

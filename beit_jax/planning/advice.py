@@ -2,7 +2,7 @@
 
 from beit_jax.planning.estimate import Plan
 from beit_jax.planning.report import gib
-from beit_jax.planning.workloads import PlannedConfig
+from beit_jax.planning.workloads import PlannedConfig, task_of_shapes
 from beit_jax.training import sharding
 
 
@@ -27,6 +27,11 @@ def bound(plan: Plan) -> str:
 def advice(plan: Plan, config: PlannedConfig) -> list[str]:
     """Changes to make, one sentence per change; empty where the run fits and wastes no chips."""
     lines = _memory_advice(plan, config)
+    if (plan.memory.evaluation or 0.0) > plan.memory.available:
+        lines.append(
+            "the evaluation does not fit: fewer config.inference.scales in this run, and all in"
+            " one with config.evaluate_only and a smaller config.run.batch_size"
+        )
     held = plan.memory.parameters + plan.memory.optimizer
     if config.run.fsdp > 1 and held * config.run.fsdp < 0.25 * plan.memory.available:
         lines.append(
@@ -96,9 +101,12 @@ def _too_big(plan: Plan, config: PlannedConfig, *, needed: float, fixed: float) 
         None,
     )
     if room > 0 and times:
+        # Only BatchNorm, whose statistics are variables, sees that the batch is in parts.
+        variables = task_of_shapes(config).init_variables is not None
+        same = "but BatchNorm sees only so many" if variables else "and updates"
         lines.append(
             f"config.optimizer.accumulate = {micro * times}: {images // micro // times} images"
-            " per chip at a time, the same batch and updates"
+            f" per chip at a time, the same batch {same}"
         )
         lines.append(
             f"or {times} times the chips; or config.run.batch_size ="

@@ -9,7 +9,6 @@ libtpu holds the compiler; everything else is shapes: no weights, no images, no 
 
 import collections
 import dataclasses
-import functools
 import importlib.util
 import os
 import pathlib
@@ -21,15 +20,22 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from beit_jax.config import RunError
 from beit_jax.models.attention import resolve_implementation
 from beit_jax.planning import hlo
 from beit_jax.planning.slices import Slice
-from beit_jax.planning.workloads import PlannedConfig, batch_shapes, planned, task_of_shapes
+from beit_jax.planning.workloads import (
+    PlannedConfig,
+    array_bytes,
+    batch_shapes,
+    planned,
+    task_of_shapes,
+)
 from beit_jax.training import optim, sharding, state
 from beit_jax.training.state import TrainState
+from beit_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,17 +104,12 @@ def compile_step(config: PlannedConfig, tpu_slice: Slice) -> Compiled:
         try:
             compiled = compile_with_dump(lowered, dump)
         except jax.errors.JaxRuntimeError as error:
-            needed = memory_exceeded(str(error))
-            if needed is None:
-                message = str(error).splitlines()[0]
-                raise RunError(f"--plan: the compiler failed: {message}") from error
+            needed = _memory_exceeded_or_raise(error)
             return Compiled(needed=needed, missing="the compiler gives none for what does not fit")
         logging.info("%s: compiled in %.0f s", tpu_slice.name, time.perf_counter() - began)
         text, missing = program_text(compiled, dump)
     program = hlo.read(text) if text else None
-    size = compiled.memory_analysis()
-    if size is None:
-        raise RunError("--plan: this libtpu does not say how much memory the program needs")
+    size = _memory_analysis(compiled)
     kept = size.argument_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes
     # The compiler counts a loop's body once, so only a program without loops has a total.
     countable = program is not None and not program.loops
@@ -123,6 +124,13 @@ def compile_step(config: PlannedConfig, tpu_slice: Slice) -> Compiled:
         hbm_bytes=counted.get("bytes accessed"),
         flops=counted.get("flops"),
     )
+
+
+def _memory_analysis(compiled: jax.stages.Compiled) -> Any:
+    size = compiled.memory_analysis()
+    if size is None:
+        raise RunError("--plan: this libtpu does not say how much memory the program needs")
+    return size
 
 
 def compile_with_dump(lowered: jax.stages.Lowered, dump: str) -> jax.stages.Compiled:
@@ -196,29 +204,85 @@ def devices(tpu_slice: Slice) -> list[jax.Device]:
 def lower_step(config: PlannedConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The run's train step on `mesh`, traced and lowered for TPUs, with nothing materialised."""
     task = task_of_shapes(config)
-    optimizer = optim.adamw(config.optimizer)
-    shapes: TrainState = state.state_shapes(
-        task, optimizer, mesh, average=config.optimizer.ema_decay is not None
-    )
-    replicated = NamedSharding(mesh, sharding.REPLICATED)
-    split = NamedSharding(mesh, sharding.BATCH)
-
-    def sharded(leaf: Any, layout: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
-
-    frozen = jax.tree.map(functools.partial(sharded, layout=replicated), task.frozen)
+    shapes = _state_shapes(config, mesh)
     batch = batch_shapes(config, batch_size=config.run.batch_size)
-    batch = {name: sharded(leaf, split) for name, leaf in batch.items()}
     jitted = state.jitted_step(
         task,
         state=shapes,
         config=config.optimizer,
-        optimizer=optimizer,
+        optimizer=optim.adamw(config.optimizer),
         steps=config.run.steps,
         seed=config.run.seed,
         mesh=mesh,
     )
-    return jitted.trace(shapes, frozen, batch).lower(lowering_platforms=("tpu",))
+    frozen = _laid_out(task.frozen, mesh, sharding.REPLICATED)
+    traced = jitted.trace(shapes, frozen, _laid_out(batch, mesh, sharding.BATCH))
+    return traced.lower(lowering_platforms=("tpu",))
+
+
+def lower_evaluation(
+    config: PlannedConfig, mesh: Mesh, *, batch: dict[str, jax.ShapeDtypeStruct]
+) -> jax.stages.Lowered:
+    """The evaluation of a batch (`training.evaluation_pass`), as `lower_step` lowers the step."""
+    task = task_of_shapes(config)
+    shapes = _state_shapes(config, mesh)
+    jitted = jax.jit(
+        sharding.on_mesh(state.stateful_evaluate(task), mesh),
+        out_shardings=NamedSharding(mesh, sharding.REPLICATED),
+    )
+    frozen = _laid_out(task.frozen, mesh, sharding.REPLICATED)
+    batch = _laid_out(batch, mesh, sharding.BATCH)
+    traced = jitted.trace(shapes.params, shapes.variables, frozen, batch)
+    return traced.lower(lowering_platforms=("tpu",))
+
+
+def _state_shapes(config: PlannedConfig, mesh: Mesh) -> TrainState:
+    return state.state_shapes(
+        task_of_shapes(config),
+        optim.adamw(config.optimizer),
+        mesh,
+        average=config.optimizer.ema_decay is not None,
+    )
+
+
+def _laid_out(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
+    layout = NamedSharding(mesh, spec)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), tree
+    )
+
+
+def evaluation_bytes(config: PlannedConfig, tpu_slice: Slice) -> float | None:
+    """Bytes on a chip that an evaluation takes beside the train state.
+
+    Compiled with the shallower of `Planned.shallow`'s models: without a backward pass a block
+    leaves nothing behind that the next one could not overwrite.
+
+    Returns:
+      None where the job's evaluation takes less than its step (`Planned.held_out`).
+    """
+    held_out = planned(config).held_out
+    if held_out is None:
+        return None
+    shallow, _ = planned(config).shallow(config)
+    mesh = sharding.make_mesh(fsdp=config.run.fsdp, devices=devices(tpu_slice))
+    batch = held_out(config, batch_size=config.run.batch_size)
+    logging.info("%s: compiling the evaluation …", tpu_slice.name)
+    lowered = lower_evaluation(shallow, mesh, batch=batch)
+    images = sum(map(array_bytes, batch.values())) / tpu_slice.chips
+    try:
+        size = _memory_analysis(lowered.compile())
+    except jax.errors.JaxRuntimeError as error:
+        return images + _memory_exceeded_or_raise(error)
+    return images + size.temp_size_in_bytes + size.generated_code_size_in_bytes
+
+
+def _memory_exceeded_or_raise(error: jax.errors.JaxRuntimeError) -> float:
+    needed = memory_exceeded(str(error))
+    if needed is None:
+        message = str(error).splitlines()[0]
+        raise RunError(f"--plan: the compiler failed: {message}") from error
+    return needed
 
 
 def memory_exceeded(message: str) -> float | None:

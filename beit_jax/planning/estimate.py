@@ -42,9 +42,10 @@ class Memory:
       temporary: activations, gradients and whatever else lives during a step.
       code: the program itself.
       needed: everything at once.
+      evaluation: everything at once while held-out images are evaluated; None where that is less.
       available: what a program may use.
 
-    `arguments`, `temporary`, `code` and `needed` are None without a compiler.
+    `arguments`, `temporary`, `code`, `needed` and `evaluation` are None without a compiler.
     """
 
     parameters: float
@@ -55,12 +56,15 @@ class Memory:
     temporary: float | None = None
     code: float | None = None
     needed: float | None = None
+    evaluation: float | None = None
     available: float
 
     @property
     def fits(self) -> bool | None:
         """Whether everything fits; None where that is not known."""
-        return None if self.needed is None else self.needed <= self.available
+        if self.needed is None:
+            return None
+        return max(self.needed, self.evaluation or 0.0) <= self.available
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

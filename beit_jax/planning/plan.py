@@ -12,7 +12,8 @@ The numbers:
 - Parameters and FLOPs are counted exactly: two per multiply-add, matrix products and convolutions
   only, recomputation not counted. In pre-training the head counts on the scored patches and the
   tokenizer once forward.
-- Memory is the compiler's own assignment of buffers.
+- Memory is the compiler's own assignment of buffers. Segmentation evaluates whole images, which may
+  take more than a step, so that program is compiled too, for photographs of 4 : 3.
 - The step time is a model, not a measurement: the compiler's `estimated_cycles` of every
   instruction, over the chip's clock, and the collectives, which have no cycles, as bytes over
   links (an all-reduce moves its bytes twice; fewer links where a small slice has no wrap-around).
@@ -23,11 +24,12 @@ The numbers:
 
 `--plan_program` chooses the program to compile. "full" is the one that runs; compiling it unrolled
 takes minutes (BEiT-B 6, BEiT-L 12 on two quiet cores). "shallow" compiles the same step with 2 and
-with 4 layers, all unrolled, and extrapolates linearly to the model's depth. On v4 its time came
-within 4 % of the full program's (BEiT-B at 64 images per chip 127 for 124 ms, BEiT-L at 32: 162 for
-169 ms) and its memory within 0.5 %. A rolled scan would be no substitute: 165 ms and 1.6 times the
-temporary memory for BEiT-B. Where a shallow plan is a few per cent over the memory, compile the
-full one: the compiler recomputes to make a program fit.
+with 4 layers (a segmenter that reads four blocks: with 4 and 6), all unrolled, and extrapolates
+linearly to the model's depth. On v4 its time came within 4 % of the full program's (BEiT-B at 64
+images per chip 127 for 124 ms, BEiT-L at 32: 162 for 169 ms) and its memory within 0.5 %. A rolled
+scan would be no substitute: 165 ms and 1.6 times the temporary memory for BEiT-B. Where a shallow
+plan is a few per cent over the memory, compile the full one: the compiler recomputes to make a
+program fit.
 """
 
 import dataclasses
@@ -45,11 +47,13 @@ from beit_jax.planning.ahead_of_time import (
     Compiled,
     compile_shallow,
     compile_step,
+    evaluation_bytes,
     for_tpu,
     have_compiler,
 )
 from beit_jax.planning.estimate import (
     PUBLISHED_MFU,
+    Memory,
     Plan,
     StepTime,
     memory_of_state,
@@ -123,11 +127,17 @@ def make_plan(config: PlannedConfig, tpu_slice: Slice, *, program: str) -> Plan:
         rolled = model.blocks_per_step < model.layers
         unrolling = f"{model.blocks_per_step} unrolled at a time" if rolled else "all unrolled"
         described = f"the run's own, {model.layers} layers, {unrolling}"
-    return assemble(config, tpu_slice, compiled=compiled, described=described)
+    held_out = None if compiled is None else evaluation_bytes(config, tpu_slice)
+    return assemble(config, tpu_slice, compiled=compiled, described=described, evaluation=held_out)
 
 
 def assemble(
-    config: PlannedConfig, tpu_slice: Slice, *, compiled: Compiled | None, described: str
+    config: PlannedConfig,
+    tpu_slice: Slice,
+    *,
+    compiled: Compiled | None,
+    described: str,
+    evaluation: float | None = None,
 ) -> Plan:
     """Puts counts, memory, time and advice together.
 
@@ -136,18 +146,11 @@ def assemble(
       tpu_slice: where it is to run.
       compiled: the compiler's answer; None for the analytic part alone.
       described: which program that is about.
+      evaluation: of `ahead_of_time.evaluation_bytes`.
     """
-    work, memory = workload(config), memory_of_state(config, tpu_slice)
-    chip = tpu_slice.chip
+    work, chip = workload(config), tpu_slice.chip
+    memory = _memory(config, tpu_slice, compiled=compiled, evaluation=evaluation)
     images = work.batch_size // tpu_slice.chips
-    if compiled is not None:
-        memory = dataclasses.replace(
-            memory,
-            needed=compiled.needed,
-            arguments=compiled.arguments,
-            temporary=compiled.temporary,
-            code=compiled.code,
-        )
     program = None if compiled is None else compiled.program
     time = None
     if compiled is not None and program is not None:
@@ -184,6 +187,29 @@ def assemble(
         advice=(),
     )
     return dataclasses.replace(plan, bound=bound(plan), advice=tuple(advice(plan, config)))
+
+
+def _memory(
+    config: PlannedConfig,
+    tpu_slice: Slice,
+    *,
+    compiled: Compiled | None,
+    evaluation: float | None,
+) -> Memory:
+    """The state's bytes, and the compiler's where there are any."""
+    memory = memory_of_state(config, tpu_slice)
+    if compiled is not None:
+        memory = dataclasses.replace(
+            memory,
+            needed=compiled.needed,
+            arguments=compiled.arguments,
+            temporary=compiled.temporary,
+            code=compiled.code,
+        )
+    if evaluation is not None:
+        held = memory.parameters + memory.optimizer + memory.tokenizer
+        memory = dataclasses.replace(memory, evaluation=held + evaluation)
+    return memory
 
 
 def _speed_range(work: Workload, time: StepTime | None, *, at_peak: float) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from beit_jax.planning.workloads import FROZEN, Workload
 from beit_jax.text_table import text_table
 
 _Rows = list[tuple[str, str, str]]  # name, value, explanation
+_NOT_FORWARD = {FROZEN, "student", "step"}  # FLOPs that are not of a trained part, forward
 _WIDTHS = (17, 13)  # of names and values, so that tables of several slices are aligned
 
 
@@ -63,13 +64,16 @@ def _parameters(work: Workload) -> str:
 
 
 def _flops(work: Workload) -> str:
-    parts = [part for part in work.trained if part in work.flops]
-    forward = ", ".join(f"{part} {work.flops[part] / 1e9:.2f}" for part in parts)
-    trained = f"forward: {forward}; backward twice that"
+    parts = {name: flops for name, flops in work.flops.items() if name not in _NOT_FORWARD}
+    forward = ", ".join(f"{name} {flops / 1e9:.2f}" for name, flops in parts.items())
+    trained = work.flops.get("student", work.flops["step"])
+    backward = (trained - sum(parts.values())) / 1e9
     if FROZEN not in work.flops:
-        return trained
-    student, frozen = work.flops["student"] / 1e9, work.flops[FROZEN] / 1e9
-    return f"student {student:.2f} ({trained}), {FROZEN} {frozen:.2f}"
+        return f"forward: {forward}; backward {backward:.2f}"
+    return (
+        f"student {trained / 1e9:.2f} (forward: {forward}; backward {backward:.2f}), {FROZEN}"
+        f" {work.flops[FROZEN] / 1e9:.2f}"
+    )
 
 
 def _memory_rows(plan: Plan) -> _Rows:
@@ -77,7 +81,11 @@ def _memory_rows(plan: Plan) -> _Rows:
     rows = [
         ("memory per chip", "", ""),
         ("  parameters", gib(memory.parameters), "float32"),
-        ("  optimizer", gib(memory.optimizer), "Adam's moments, float32"),
+        (
+            "  optimizer",
+            gib(memory.optimizer),
+            "Adam's moments and the rest of the train state, float32",
+        ),
         *([("  tokenizer", gib(memory.tokenizer), "float32")] if memory.tokenizer else []),
         ("  batch", gib(memory.batch), f"uint8, {plan.workload.input_bytes / 1e3:.0f} kB an image"),
     ]
@@ -96,10 +104,16 @@ def _memory_rows(plan: Plan) -> _Rows:
     if memory.needed is None:
         explained = f"without the compiler; of {gib(memory.available)}"
         return [*rows, ("  temporary", "unknown", explained)]
-    verdict = "fits" if memory.fits else "DOES NOT FIT"
+    verdict = "fits" if memory.needed <= memory.available else "DOES NOT FIT"
     share = memory.needed / memory.available
     explained = f"of {gib(memory.available)} ({share:.0%}): {verdict}"
-    return [*rows, ("  all", gib(memory.needed), explained)]
+    rows.append(("  all", gib(memory.needed), explained))
+    if memory.evaluation is not None:
+        fits = "fits" if memory.evaluation <= memory.available else "DOES NOT FIT"
+        share = memory.evaluation / memory.available
+        explained = f"all during an evaluation, of photographs of 4 : 3 ({share:.0%}): {fits}"
+        rows.append(("  evaluation", gib(memory.evaluation), explained))
+    return rows
 
 
 def _unknown_time_rows(plan: Plan) -> _Rows:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from beit_jax.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig, check
 from beit_jax.models.flops import (
@@ -18,11 +19,15 @@ from beit_jax.models.flops import (
     encoder_flops,
     matmul_flops,
     mim_head_flops,
+    segmenter_flops,
     student_flops,
 )
-from beit_jax.tasks import classify, pretrain
+from beit_jax.models.segmenter import segmenter
+from beit_jax.segmentation import windows
+from beit_jax.tasks import classify, pretrain, segment
 from beit_jax.tasks.classify import ClassifyConfig
 from beit_jax.tasks.pretrain import PretrainConfig
+from beit_jax.tasks.segment import SegmentConfig
 from beit_jax.tokenizers.loading import open_tokenizer
 from beit_jax.training.state import Task
 from beit_jax.types import ConfigDataclass, PyTree, Setting
@@ -30,8 +35,15 @@ from beit_jax.types import ConfigDataclass, PyTree, Setting
 SHALLOW_LAYERS = (2, 4)
 # What stays on the chips and is not trained; the name of its part in the tables.
 FROZEN = "tokenizer"
-# Parts of a model that the tables call by another name than its parameters do.
-_PART_NAMES = {"lm_head": "head", "fc_norm": "head"}
+# The parts of a model as the tables call them, in their order, by the names of its parameters.
+_PARTS = {
+    "encoder": "encoder",
+    "neck": "neck",
+    "fc_norm": "head",
+    "lm_head": "head",
+    "head": "head",
+    "auxiliary": "auxiliary",
+}
 
 
 class PlannedConfig(ConfigDataclass, Protocol):
@@ -96,6 +108,8 @@ class Planned:
       batch: `(config, *, batch_size)`, the shapes of a batch as the host sends it.
       flops: `Workload.flops` of a config and its task.
       images_per_vcpu: see `Workload`.
+      held_out: `(config, *, batch_size)`, the shapes of a batch of held-out images; None where
+        evaluating one takes less memory than the step.
       shallow: the same job with two depths, for `--plan_program=shallow`: of one to the other, and
         on to the config's own, every block adds the same.
     """
@@ -104,6 +118,7 @@ class Planned:
     batch: Callable[..., dict[str, jax.ShapeDtypeStruct]]
     flops: Callable[..., dict[str, float]]
     images_per_vcpu: float
+    held_out: Callable[..., dict[str, jax.ShapeDtypeStruct]] | None = None
     shallow: Callable[..., tuple[PlannedConfig, PlannedConfig]] = lambda config: shallow(config)
 
 
@@ -175,10 +190,91 @@ def _classification_flops(config: ClassifyConfig, task: Task) -> dict[str, float
     return {"encoder": encoder, "head": head, "step": task.flops_per_image}
 
 
+# ------------------------------------------------------------------------------------ segmentation
+
+
+def _segmentation_task(config: SegmentConfig) -> Task:
+    config = _named_classes(config)
+    _check_classes(config.classes)
+    model = segmenter(config.model, head=config.head, classes=config.classes)
+    return segment.segment_task(model, config=config)
+
+
+def _named_classes(config: SegmentConfig) -> SegmentConfig:
+    return dataclasses.replace(config, classes=config.classes or len(config.labels))
+
+
+def _segmentation_batch(
+    config: SegmentConfig, *, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    size = config.model.image_size
+    return {
+        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+        "segmentation": jax.ShapeDtypeStruct((batch_size, size, size), jnp.uint8),
+        "size": jax.ShapeDtypeStruct((batch_size, 2), jnp.int32),
+    }
+
+
+def _segmentation_held_out(
+    config: SegmentConfig, *, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Photographs of 4 : 3 that are as large as images are made at scale 1."""
+    data, inference = config.data, config.inference
+    height, width = data.shorter, 4 * data.shorter // 3
+    prepared = windows.prepare_image(
+        np.zeros((height, width, 3), np.uint8),
+        config=inference,
+        crop=data.image_size,
+        shorter=data.shorter,
+        longer=data.longer,
+    )
+    batch = windows.pack(
+        [prepared],
+        [np.zeros((height, width), np.uint8)],
+        images=1,
+        crop=data.image_size,
+        rooms=windows.Rooms(tile=inference.tile),
+    )
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *values.shape[1:]), values.dtype)
+        for name, values in batch.items()
+    }
+
+
+def _segmentation_flops(config: SegmentConfig, task: Task) -> dict[str, float]:
+    classes = _named_classes(config).classes
+    forward = functools.partial(segmenter_flops, config.model, head=config.head, classes=classes)
+    # Blocks that nothing reads do not run.
+    encoder = encoder_flops(dataclasses.replace(config.model, layers=max(config.head.blocks)))
+    evaluated = forward()
+    flops = {"encoder": encoder, "neck and head": evaluated - encoder}
+    if config.head.auxiliary_channels:
+        flops["auxiliary"] = forward(auxiliary=True) - evaluated
+    return flops | {"step": task.flops_per_image}
+
+
+def _segmentation_shallow(config: SegmentConfig) -> tuple[PlannedConfig, PlannedConfig]:
+    """With as few blocks as the head can read, and with two more.
+
+    The last block read stays as far from the last one, and the others come first: what lies between
+    two outputs that are kept makes no difference.
+    """
+    read = len(config.head.blocks)
+    unread = config.model.layers - max(config.head.blocks)
+    low = max(read, SHALLOW_LAYERS[0])
+
+    def with_depth(last: int) -> PlannedConfig:
+        blocks = (*range(1, read), last)
+        head = dataclasses.replace(config.head, blocks=blocks)
+        return with_layers(config, last + unread, head=head)
+
+    return with_depth(low), with_depth(low + 2)
+
+
 # -------------------------------------------------------------------------------------- the table
 
-# By `config.task`. Reading and augmenting in the official order was measured on one core
-# (`bench/input.py`); two vCPUs are one core.
+# By `config.task`. Images per vCPU: reading and augmenting in the official order on one core
+# (docs/speed.md), of which two vCPUs are one.
 PLANNED: dict[str, Planned] = {
     "pretrain": Planned(
         task=_pretraining_task,
@@ -191,6 +287,14 @@ PLANNED: dict[str, Planned] = {
         batch=_classification_batch,
         flops=_classification_flops,
         images_per_vcpu=75,
+    ),
+    "segment": Planned(
+        task=_segmentation_task,
+        batch=_segmentation_batch,
+        flops=_segmentation_flops,
+        images_per_vcpu=53,
+        held_out=_segmentation_held_out,
+        shallow=_segmentation_shallow,
     ),
 }
 
@@ -229,9 +333,11 @@ def workload(config: PlannedConfig) -> Workload:
     """Counts parameters, FLOPs and input bytes."""
     task, row = task_of_shapes(config), planned(config)
     parameters: dict[str, int] = {}
-    for name, tree in jax.eval_shape(task.init, jax.random.key(0)).items():
-        part = _PART_NAMES.get(name, name)
-        parameters[part] = parameters.get(part, 0) + _count(tree)
+    trees = jax.eval_shape(task.init, jax.random.key(0))
+    order = list(_PARTS)
+    for name in sorted(trees, key=lambda name: order.index(name) if name in order else len(order)):
+        part = _PARTS.get(name, name)
+        parameters[part] = parameters.get(part, 0) + _count(trees[name])
     if jax.tree.leaves(task.frozen):
         parameters[FROZEN] = _count(task.frozen)
     return Workload(

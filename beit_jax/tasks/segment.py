@@ -31,7 +31,7 @@ from beit_jax.config.optimizer import check_warmup
 from beit_jax.config.segment import SegmentClasses
 from beit_jax.config.unused import Unused
 from beit_jax.data.source_kinds import check_sources
-from beit_jax.models.flops import matmul_flops
+from beit_jax.models.flops import segmenter_step_flops
 from beit_jax.models.functional import Functional
 from beit_jax.models.segmentation_heads import check_head
 from beit_jax.models.segmenter import segmenter
@@ -173,11 +173,11 @@ def segment_task(model: Functional, *, config: SegmentConfig) -> Task:
             passes=windows.passes(config.inference),
         )
 
-    forward = matmul_flops(
-        lambda params, variables, images: model.apply(params, images, variables=variables),
-        model.shapes(),
-        model.variables_shapes(),
-        jax.ShapeDtypeStruct((1, config.model.image_size, config.model.image_size, 3), jnp.float32),
+    flops = segmenter_step_flops(
+        config.model,
+        head=config.head,
+        classes=config.classes,
+        frozen_encoder=config.optimizer.freeze_encoder,
     )
     return Task(
         init=model.init,
@@ -188,7 +188,7 @@ def segment_task(model: Functional, *, config: SegmentConfig) -> Task:
         metrics=metrics,
         evaluation_metrics=functools.partial(confusion.scores, names=config.labels),
         frozen={},
-        flops_per_image=3 * forward,
+        flops_per_image=flops,
         best="miou",
     )
 
