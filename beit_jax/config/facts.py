@@ -70,13 +70,19 @@ def _both_segment(source: JsonObject, target: JsonObject) -> bool:
     return source.get("task") == target.get("task") == "segment"
 
 
+def _both_pool(source: JsonObject, target: JsonObject) -> bool:
+    kinds = {value_of(config, "head.kind") for config in (source, target)}
+    return _both_segment(source, target) and kinds == {"upernet"}
+
+
 def _same_items(there: Json, here: Json) -> bool:
     """Whether two lists, or tuples before they are written as JSON, are the same."""
     return list(there) == list(here)
 
 
 def _items(value: Json) -> str:
-    return f"({', '.join(map(str, value))},)" if len(value) == 1 else str(tuple(value))
+    """A list as a flag takes it, in quotes for the shell: '(4,6,8,12)'."""
+    return f"'({','.join(map(str, value))}{',' if len(value) == 1 else ''})'"
 
 
 def _same_vocabulary(source: JsonObject, target: JsonObject) -> bool:
@@ -134,7 +140,7 @@ FACTS: dict[str, Fact] = {
     "pool_scales": Fact(
         setting="head.pool_scales",
         why="the head pools to other sizes",
-        compared=_both_segment,
+        compared=_both_pool,
         same=_same_items,
         show=_items,
     ),
@@ -169,6 +175,16 @@ NO_FACTS = {
     "attention": "how it is computed",
     "scan_unroll": "how it is computed",
     "remat": "how it is computed",
+}
+# The same of `SegmentHeadConfig`.
+NO_HEAD_FACTS = {
+    "kind": "names show it",
+    "channels": "shapes show it",
+    "dropout": "training only",
+    "auxiliary_channels": "shapes show it, names where there is no such head",
+    "auxiliary_convs": "names show it",
+    "auxiliary_concat": "names show it",
+    "auxiliary_weight": "training only",
 }
 
 

@@ -361,6 +361,10 @@ def test_beit_for_semantic_segmentation_says_where_it_is_another_function(tmp_pa
     command = ["export", str(tmp_path / "native"), "--format=hugging_face_beit"]
     assert main([*command, f"--output={tmp_path / 'beit'}"]) == 0
     assert "reads block 5 in its place" in capsys.readouterr().out
+    card = (tmp_path / "beit" / "README.md").read_text()
+    assert "BeitForSemanticSegmentation.from_pretrained" in card
+    assert "pipeline_tag: image-segmentation" in card
+    assert "upernet on the outputs of blocks 2, 3, 4, 6, with the auxiliary head" in card
     assert foreign.read(str(tmp_path / "beit")).description.head.blocks == (2, 3, 4, 5)
     saved(tmp_path / "wide", WIDER)
     command = ["export", str(tmp_path / "wide"), "--format=hugging_face_beit"]

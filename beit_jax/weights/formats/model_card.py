@@ -105,6 +105,7 @@ def _architecture(
         f"- {_POSITIONS[model.positions]}; LayerScale {'yes' if model.layer_scale_init else 'no'};"
         f" LayerNorm epsilon {model.layer_norm_epsilon:g}",
         f"- pixels in [0, 1], mean {mean}, standard deviation {std}",
+        *_head(description),
         "",
         "```python",
         f"from transformers import {class_name}",
@@ -112,6 +113,16 @@ def _architecture(
         f"model = {class_name}.from_pretrained({name!r})",
         "```",
     ]
+
+
+def _head(description: Description) -> list[str]:
+    """What a segmentation model reads of the encoder, which no tensor shows."""
+    head = description.head
+    if head is None:
+        return []
+    blocks = ", ".join(map(str, head.blocks))
+    auxiliary = "with" if head.auxiliary_channels else "without"
+    return [f"- {head.kind} on the outputs of blocks {blocks}, {auxiliary} the auxiliary head"]
 
 
 def _recipe(config: JsonObject) -> list[str]:
