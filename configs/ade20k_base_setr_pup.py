@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.head.kind = "setr_pup"
     config.head.blocks = (12,)
     config.head.channels = 256
+    config.head.dropout = 0.0
     config.head.auxiliary_channels = 0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.layer_decay = 0.65

@@ -18,9 +18,9 @@ CLASSES = (
 def get_config() -> ConfigDict:
     """`ade20k_base_512` at the size of `camvid_pretrain`: crops of 128 from images of 240 × 180."""
     config = quickstart_segment.small(ade20k_base_512.get_config())
-    config.run.steps = 800
+    config.run.steps = 500
     config.run.batch_size = 8
-    config.run.checkpoint_every = 400
+    config.run.checkpoint_every = 250
     config.run.init_from = "runs/camvid/pretrain"
     quickstart_classify.small_model(config.model)
     config.model.image_size = camvid_tokenizer.SIZE

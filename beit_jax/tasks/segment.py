@@ -92,6 +92,12 @@ class SegmentConfig:
             f"{len(self.labels)} names for {self.classes} classes",
         )
         check_head(self.model, self.head)
+        check(
+            self.run.batch_size > self.optimizer.accumulate or self.evaluate_only,
+            "run.batch_size",
+            f"{self.run.batch_size} in {self.optimizer.accumulate} micro-batches: BatchNorm needs"
+            " more than one image in each",
+        )
         check_warmup(self.optimizer, self.run)
 
 
