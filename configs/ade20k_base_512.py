@@ -6,9 +6,8 @@ unilm/beit semantic_segmentation, upernet_beit_base_12_512_slide_160k_ade20k_pt2
     python main.py --config=configs/ade20k_base_512.py --config.run.init_from=WEIGHTS
 
 WEIGHTS: anything that the library loads: a .pth of unilm, a Hugging Face folder, a run of this
-project. The images are TFDS's `scene_parse150`; as folders they are
-`--config.data.source=pairs:ADE/images/training,ADE/annotations/training` with
-`--config.data.eval_source=pairs:ADE/images/validation,ADE/annotations/validation`.
+project. The images are the Scene Parsing download, ADEChallengeData2016.zip, unpacked where the
+command runs: 20,210 to train on, 2,000 to evaluate on.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +16,7 @@ from ml_collections.config_dict import placeholder
 from beit_jax.config import ModelConfig
 from configs.classes import ade20k
 
+ADE = "ADEChallengeData2016"
 STEPS = 160_000
 
 
@@ -83,10 +83,10 @@ def get_config() -> ConfigDict:
     config.evaluate_only = False
 
     config.data = ConfigDict()
-    config.data.source = "tfds:scene_parse150"
+    config.data.source = f"pairs:{ADE}/images/training,{ADE}/annotations/training"
     config.data.split = "train"
-    config.data.eval_source = "tfds:scene_parse150"
-    config.data.eval_split = "test"  # TFDS's name of the 2,000 validation images
+    config.data.eval_source = f"pairs:{ADE}/images/validation,{ADE}/annotations/validation"
+    config.data.eval_split = "validation"
     config.data.holdout = 0
     config.data.image_size = config.model.get_ref("image_size")
     config.data.short_side = 0  # the crop's side: img_scale=(2048, 512)
