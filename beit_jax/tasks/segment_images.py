@@ -62,8 +62,9 @@ def open_images(
     from beit_jax.data import label_maps
 
     training, evaluation = image_sources(data)
-    opened = {"source": training, "eval_source" if data.eval_source else "source": evaluation}
-    for setting, source in opened.items():
+    held_out = "eval_source" if data.eval_source else "source"
+    opened = (("source", training), (held_out, evaluation))
+    for setting, source in opened:
         check(
             "segmentation" in source.fields,
             f"config.data.{setting}",
@@ -88,8 +89,10 @@ def open_images(
         "config.data.eval_source",
         "its classes have other names than those of config.data.source",
     )
-    for source in opened.values():
-        label_maps.check_labels(source, config=data, classes=len(names))
+    for setting, source in opened:
+        label_maps.check_labels(
+            source, config=data, classes=len(names), setting=f"config.data.{setting}"
+        )
     return LabelledImages(training=training, evaluation=evaluation, labels=tuple(names))
 
 
