@@ -171,7 +171,9 @@ def read_beit(opened: Opened, *, stated: Stated) -> tuple[Config, SegmentHeadCon
 
 def _indices(config: JsonObject, *, layers: int, source: str) -> tuple[int, ...]:
     """`out_indices`, or the name of old files for them, or `out_features`."""
-    found = config.get("out_indices", config.get("segmentation_indices"))
+    found = config.get("out_indices")
+    if found is None:
+        found = config.get("segmentation_indices")
     features = config.get("out_features")
     if found is None and isinstance(features, list):
         found = [_stage(feature) for feature in features]
