@@ -297,6 +297,16 @@ def describe_segmenter(
     """
     _check_sizes(config.model, encoder, source=opened.path)
     classes, labels, notes = _classes(opened, "decode_head.classifier.weight", dimensions=4)
+    # Said of the field, where a hundred shapes would differ.
+    for field, module, wanted in (
+        ("hidden_size", "decode_head", head.channels),
+        ("auxiliary_channels", "auxiliary_head", head.auxiliary_channels),
+    ):
+        found = _dimension(opened.state, f"{module}.classifier.weight", 1)
+        if wanted and found not in (None, wanted):
+            raise WeightsError(
+                f"{opened.path}: config.json's {field} is {wanted}, the tensors' {found}"
+            )
     said, view, guessed = _facts(opened, config, stated=stated)
     normalization = stated.normalization or said or "half"
     if normalization == "half" and not stated.normalization:
