@@ -49,6 +49,7 @@ class SegmentCommand:
       stride: pixels that windows advance by; 0: the checkpoint's, or two thirds of a window.
       scales: of the image's sides, "0.5,1,1.5"; "": the checkpoint's.
       flip: whether probabilities are averaged over the mirrored image, too.
+      short_side: pixels that the shorter side of an image becomes; 0: the checkpoint's.
       image_size: side of the windows, to which positions are resized; 0: the checkpoint's.
       threads: that decode images; 0: by the CPUs.
       normalization, heads, epsilon, which: see `load_segmenter`.
@@ -61,6 +62,7 @@ class SegmentCommand:
     stride: int = 0
     scales: str = ""
     flip: bool = False
+    short_side: int = 0
     image_size: int = 0
     threads: int = 0
     normalization: str = ""
@@ -71,6 +73,7 @@ class SegmentCommand:
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "--batch-size", "must be at least 1")
         check(self.stride >= 0, "--stride", "must not be negative")
+        check(self.short_side >= 0, "--short-side", "must not be negative")
         check(self.image_size >= 0, "--image-size", "must not be negative")
         check(self.threads >= 0, "--threads", "must not be negative")
         _numbers(self.scales)
@@ -129,6 +132,13 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         metavar="PIXELS",
         help="of the windows (default: the checkpoint's, or two thirds of a window)",
+    )
+    option(
+        "--short-side",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="what the shorter side of an image becomes (default: the run's, or a window)",
     )
     option("--batch-size", type=int, default=4, metavar="N", help="images at once; default: 4")
     option("--threads", type=int, default=0, metavar="N", help="decode images; default: by CPUs")
@@ -217,6 +227,10 @@ def paint_folder(config: SegmentCommand) -> Painted:
         layer_norm_epsilon=config.epsilon,
         weights=config.which,
     )
+    if config.short_side:
+        segmenter = dataclasses.replace(
+            segmenter, short_side=config.short_side, long_side=4 * config.short_side
+        )
     inference = segmenter.settings(
         stride=config.stride or None,
         scales=_numbers(config.scales) or None,
@@ -225,8 +239,8 @@ def paint_folder(config: SegmentCommand) -> Painted:
     _say(
         f"{len(found.names)} images"
         + (f" ({found.others} other files left out)" if found.others else "")
-        + f", {segmenter.description.outputs} classes, windows of {segmenter.image_size} pixels,"
-        f" {windows.passes(inference)} pass(es)"
+        + f", {segmenter.description.outputs} classes, windows of {segmenter.image_size} pixels on"
+        f" a shorter side of {segmenter.short_side}, {windows.passes(inference)} pass(es)"
     )
     began = time.perf_counter()
     done = _paint(config, found.names, segmenter, inference)

@@ -79,6 +79,14 @@ def test_what_does_not_fit_is_one_line_before_anything_is_written(
         assert not output.exists()
 
 
+def test_the_shorter_side_can_be_said(weights, photos, tmp_path, capsys):
+    output = tmp_path / "painted"
+    arguments = [str(photos / "deep"), f"--weights={weights}", f"--output={output}"]
+    assert main([*arguments, "--short-side=30", "--flip"]) == 0
+    said = capsys.readouterr().err
+    assert "windows of 48 pixels on a shorter side of 30, 2 pass(es)" in said
+
+
 def test_names_that_would_collide_keep_their_suffixes():
     assert output_names(["a.jpg", "b.png", "c/a.jpg", "a.png"]) == {
         "a.jpg": "a.jpg",
