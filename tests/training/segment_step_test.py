@@ -1,7 +1,7 @@
 """Training steps of a segmenter against PyTorch: loss, gradients, running statistics, AdamW.
 
 The peer is `transformers`' UperNet in training mode. It has no dropout of channels and counts
-ignored pixels out of its loss, so dropout is off and the loss is computed here.
+ignored pixels out of its loss, so dropout is off and its loss is computed here.
 """
 
 import dataclasses
@@ -13,10 +13,16 @@ import numpy as np
 import optax
 import pytest
 
-from beit_jax.config import OptimizerConfig, SegmentHeadConfig
-from beit_jax.models.convolution import resize_bilinear
+from beit_jax.config import (
+    InferenceConfig,
+    OptimizerConfig,
+    RunConfig,
+    SegmentDataConfig,
+    SegmentHeadConfig,
+)
 from beit_jax.models.functional import flatten
 from beit_jax.models.segmenter import segmenter
+from beit_jax.tasks.segment import SegmentConfig, segment_task
 from beit_jax.training import optim, sharding
 from beit_jax.training.state import Task, init_state, state_from_params, state_shapes, train_step
 from tests.models import upernet_peer
@@ -47,28 +53,19 @@ def batch_of(seed: int) -> dict[str, np.ndarray]:
 
 
 def loss_task(model) -> Task:
-    """Both cross-entropies, 0.4 of the auxiliary one; ignored pixels count in the mean."""
-
-    def loss(params, variables, batch, key, step):
-        labels = batch["segmentation"].astype(jnp.int32)
-        both, variables = model.apply_and_update(params, variables, batch["image"], train=True)
-        total = 0.0
-        for logits, weight in zip(both, (1.0, 0.4), strict=True):
-            logits = resize_bilinear(logits, size=labels.shape[1:])
-            errors = optax.softmax_cross_entropy_with_integer_labels(logits, labels % IGNORED)
-            total += weight * jnp.where(labels == IGNORED, 0, errors).sum()
-        return total, {"loss": total, "weight": jnp.float32(labels.size)}, variables
-
-    return Task(
-        init=model.init,
-        init_variables=model.init_variables,
-        prepare=lambda frozen, batch, key: batch,
-        loss=loss,
-        evaluate=lambda params, variables, frozen, batch: {},
-        metrics=lambda sums: {"loss": sums["loss"] / sums["weight"]},
-        frozen={},
-        flops_per_image=1.0,
+    """The job's own task, given images that are normalised already."""
+    config = SegmentConfig(
+        run=RunConfig(steps=12, batch_size=BATCH),
+        model=MODEL,
+        head=HEAD,
+        data=SegmentDataConfig(source="embedded", image_size=MODEL.image_size),
+        inference=InferenceConfig(stride=16),
+        optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=0),
+        classes=CLASSES,
+        labels=tuple(map(str, range(CLASSES))),
     )
+    task = segment_task(model, config=config)
+    return dataclasses.replace(task, prepare=lambda frozen, batch, key: batch)
 
 
 def peer_loss(peer, batch):
