@@ -196,6 +196,7 @@ def segment_task(model: Functional, *, config: SegmentConfig) -> Task:
         frozen={},
         flops_per_image=flops,
         best="miou",
+        only_for_training=("auxiliary",),
     )
 
 

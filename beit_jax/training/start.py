@@ -102,7 +102,10 @@ def restore_or_init(
             fresh=lambda: jax.jit(task.init, out_shardings=shardings.params)(
                 jax.random.key(run.seed)
             ),
-            allow_missing=run.init_allow_missing,
+            # What is only evaluated must be there: a head that was just drawn has no figures.
+            allow_missing=task.only_for_training
+            if checkpoints.read_only
+            else run.init_allow_missing,
             allow_unused=run.init_allow_unused,
         )
         logging.info("parameters from %s", run.init_from)

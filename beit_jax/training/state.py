@@ -77,6 +77,8 @@ class Task:
         evaluation `(params, variables, frozen, batch) -> sums`. Micro-batches hand the variables on
         one after the other, and a skipped update leaves them as they were. A batch is global, so a
         plain mean over its first axis is already taken over all devices and hosts.
+      only_for_training: parameters that evaluation does without: a path, or a module that holds
+        them. What else a checkpoint lacks can't be evaluated.
       sharding_rules: for parameters that `sharding.SHARDING_RULES` does not know; they come first.
       best: a metric on held-out images, larger is better; the checkpoint with the best value is
         kept. "" keeps none.
@@ -94,6 +96,7 @@ class Task:
     evaluation_metrics: Callable[[Sums], dict[str, float]] | None = None
     best: str = ""
     init_variables: Callable[[jax.Array], Variables] | None = None
+    only_for_training: tuple[str, ...] = ()
     sharding_rules: optim.Rules[PartitionSpec] = ()
 
 

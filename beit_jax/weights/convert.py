@@ -285,10 +285,11 @@ def restore_variables(
     allow_unused: Iterable[str] = (),
     name: str = "config.run.init_from",
 ) -> Variables:
-    """Variables for a warm start: those of `source` where they are the same ones, else fresh.
+    """Variables for a warm start: of each layer those of `source`, or fresh ones.
 
-    Running statistics fit only the layers they were taken at, so they are not adapted as parameters
-    are: another name or shape anywhere, or a source that has none, gives fresh ones.
+    Running statistics fit only the layer they were taken at, so they are not adapted as parameters
+    are: a layer that the source has with other names or shapes, or not at all, starts fresh, which
+    is logged. A layer that only the source has is left out.
 
     Args:
       source: as for `restore_params`.
@@ -307,16 +308,40 @@ def restore_variables(
         stored = flatten(native.saved_params_shapes(source, name=name, part="variables"))
         if _shapes_of(stored) == _shapes_of(wanted):
             return native.read_params(source, shapes=shapes, name=name, part="variables")
+        found = flatten(native.read_params(source, name=name, part="variables")) if stored else {}
     else:
         try:
             checkpoint = foreign.read(source, stated=STATED_ELSEWHERE, allow_unused=allow_unused)
         except WeightsError as error:
             raise WeightsError(f"{name}: {error}") from None
         _, found = checkpoint.description.split(checkpoint.params)
-        if _shapes_of(found) == _shapes_of(wanted):
-            return unflatten({path: to_devices(found[path], wanted[path]) for path in wanted})
-    logging.info("%s lacks this model's running statistics: they start fresh", source)
-    return fresh()
+    there, here = _by_layer(found), _by_layer(wanted)
+    known = {layer for layer in here if there.get(layer) == here[layer]}
+    unknown = sorted(here.keys() - known)
+    if unknown:
+        few = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        logging.info("running statistics start fresh, since %s lacks them: %s", source, few)
+    if not known:
+        return fresh()
+    drawn = flatten(fresh()) if unknown else {}
+    return unflatten(
+        {
+            path: to_devices(found[path], leaf) if _layer(path) in known else drawn[path]
+            for path, leaf in wanted.items()
+        }
+    )
+
+
+def _by_layer(flat: Mapping[str, PyTree]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of each layer's variables."""
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path, shape in _shapes_of(flat).items():
+        layers.setdefault(_layer(path), {})[path] = shape
+    return layers
+
+
+def _layer(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _shapes_of(flat: Mapping[str, PyTree]) -> dict[str, tuple[int, ...]]:

@@ -417,6 +417,27 @@ def test_a_run_starts_with_parameters_and_running_statistics(format, tmp_path, t
     same({name: np.asarray(leaf) for name, leaf in flatten(found).items()}, params)
 
 
+@pytest.mark.parametrize("format", ["native", "mmseg"])
+def test_each_layer_keeps_its_statistics_whatever_other_layers_lack(format, tmp_path, torch):
+    """With and without an auxiliary head, there and here."""
+    for there, here in ((SEGMENTER, WITHOUT_AUXILIARY), (WITHOUT_AUXILIARY, SEGMENTER)):
+        source = tmp_path / f"{there.head.auxiliary_channels}"
+        _, variables = there.split(saved(source, there))
+        if format != "native":
+            whole, source = source, tmp_path / f"{there.head.auxiliary_channels}{OUTPUTS[format]}"
+            convert.export_checkpoint(str(whole), format=format, output=str(source))
+        shapes = segmenter(MODEL, head=here.head, classes=3).variables_shapes()
+
+        def fresh(shapes=shapes):
+            return jax.tree.map(lambda each: np.full(each.shape, 0.25, each.dtype), shapes)
+
+        found = flatten(restore_variables(str(source), shapes=shapes, fresh=fresh))
+        for name, leaf in found.items():
+            wanted = variables.get(name, np.full(leaf.shape, 0.25, np.float32))
+            np.testing.assert_array_equal(leaf, wanted, err_msg=name)
+        assert any(name.startswith("head/") for name in found)
+
+
 @pytest.mark.parametrize("of", ["pretrain", "classify"])
 def test_a_segmenter_starts_from_an_encoder_trained_otherwise(of, tmp_path):
     """Neck and heads are new, the shared table becomes each block's, positions are resized."""
@@ -431,7 +452,7 @@ def test_a_segmenter_starts_from_an_encoder_trained_otherwise(of, tmp_path):
     shapes = model.shapes()
 
     def fresh():
-        return jax.tree.map(lambda leaf: np.full(leaf.shape, 0.25, leaf.dtype), shapes)
+        return jax.tree.map(lambda each: np.full(each.shape, 0.25, each.dtype), shapes)
 
     found = flatten(
         restore_params(
