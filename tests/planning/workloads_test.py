@@ -21,7 +21,7 @@ def config_of(values, **settings):
 
 
 def test_a_classifiers_parameters_flops_and_input():
-    config = config_of(beit_base_ft1k.get_config())
+    config = config_of(beit_base_ft1k.get_config(), **{"optimizer.accumulate": 2})
     work = workloads.workload(config)
     # 86,530,984: the encoder without mask token and final norm, `fc_norm`, 768 × 1000 and 1000.
     assert work.parameters == {"encoder": 85_760_448, "head": 2 * 768 + 769_000}
@@ -34,6 +34,7 @@ def test_a_classifiers_parameters_flops_and_input():
     assert made.memory.parameters == 4 * sum(work.parameters.values())
     assert made.memory.tokenizer == 0
     printed = report.table(made)
+    assert "64 per chip in 2 parts" in printed
     assert "encoder 85,760,448, head 770,536 " in f"{printed} ".replace("\n", " ")
     assert "forward: encoder 35.13, head 0.00; backward 70.26" in printed
     assert "tokenizer" not in printed
