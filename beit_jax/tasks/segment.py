@@ -33,7 +33,7 @@ from beit_jax.config.unused import Unused
 from beit_jax.data.source_kinds import check_sources
 from beit_jax.models.flops import segmenter_step_flops
 from beit_jax.models.functional import Functional
-from beit_jax.models.segmentation_heads import check_head
+from beit_jax.models.segmentation_heads import check_head, logits_side
 from beit_jax.models.segmenter import segmenter
 from beit_jax.preprocessing import normalize
 from beit_jax.segmentation import confusion, sliding, windows
@@ -92,6 +92,13 @@ class SegmentConfig:
             f"{len(self.labels)} names for {self.classes} classes",
         )
         check_head(self.model, self.head)
+        side = logits_side(self.model, self.head)
+        check(
+            self.model.image_size % side == 0,
+            "model.patch_size",
+            f"{self.model.patch_size} makes logits {side} wide, of which {self.model.image_size}"
+            " pixels are no multiple",
+        )
         check(
             self.run.batch_size > self.optimizer.accumulate or self.evaluate_only,
             "run.batch_size",

@@ -12,6 +12,7 @@ import numpy as np
 
 from beit_jax import label_pictures
 from beit_jax.config import ConfigError, InferenceConfig, RunConfig, SegmentDataConfig, check
+from beit_jax.config.parse import shown
 from beit_jax.config.segment import LARGEST_CLASSES
 from beit_jax.distributed import cluster
 from beit_jax.models.functional import Functional
@@ -75,6 +76,12 @@ def open_images(
         bool(names),
         "config.classes",
         "0, but nothing names the classes (config.labels, or classes.txt): say how many there are",
+    )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    check(
+        not twice,
+        "config.labels" if labels else "config.data.source",
+        f"two classes have the same name: {', '.join(map(shown, twice[:5]))}",
     )
     check(
         classes in (0, len(names)), "config.classes", f"{classes}, but there are {len(names)} names"

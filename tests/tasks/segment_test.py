@@ -170,6 +170,11 @@ def test_it_leaves_a_summary_and_pictures(trained):
         ({"labels": ("a", "b"), "classes": 3}, r"labels: 2 names for 3 classes"),
         ({"data__source": "embedded:64", "classes": 4}, r"config.classes: 4, but .* 11 names"),
         ({"data__ignore_label": None}, r"9"),
+        ({"labels": ("a", "b", "a")}, r"config.labels: two classes have the same name: 'a'"),
+        (
+            {"model__patch_size": 14, "model__image_size": 42, "data__image_size": 42},
+            r"model.patch_size: 14 makes logits 12 wide, of which 42 pixels are no multiple",
+        ),
     ],
 )
 def test_bad_settings_are_refused(folders, tmp_path, changes, message):
