@@ -72,7 +72,7 @@ def test_any_size_any_batch_gives_the_same_map(loaded, image):
     several = loaded.segment(image, scales=(0.5, 1.0), flip=True, stride=40)
     assert several.shape == one.shape
     assert (several != one).any()
-    with pytest.raises(beit_jax.ConfigError, match="stride: 49 leaves gaps between 48"):
+    with pytest.raises(beit_jax.ConfigError, match="stride: 49 leaves gaps between windows of 48"):
         loaded.segment(image, stride=49)
     with pytest.raises(beit_jax.ConfigError, match="uint8"):
         loaded.segment(image[..., 0])
