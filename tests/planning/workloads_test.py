@@ -10,10 +10,6 @@ from beit_jax.training import optim, sharding, state
 from configs import ade20k_base_512, ade20k_base_linear, beit_base_ft1k
 from tests.tasks import tiny
 
-needs_libtpu = pytest.mark.skipif(
-    not ahead_of_time.have_compiler(), reason="libtpu, which holds the TPU compiler, isn't there"
-)
-
 
 def config_of(values, **settings):
     values.update_from_flattened_dict(settings)
@@ -150,17 +146,3 @@ def test_advice_on_micro_batches_says_what_batch_norm_sees():
     compiled = ahead_of_time.Compiled(needed=40 * 2**30)
     made = plan.assemble(config, slices.parse_slice("v4-8"), compiled=compiled, described="")
     assert any("accumulate = 2" in line and "BatchNorm sees only" in line for line in made.advice)
-
-
-@needs_libtpu
-@pytest.mark.slow
-def test_a_shallow_plan_of_a_segmenter_is_close_to_the_full_one():
-    settings = {"model.layers": 10, "head.blocks": (2, 5, 7, 10), "model.dtype": "bfloat16"}
-    config = config_of(tiny.segment(), classes=5, **settings, **{"model.width": 128})
-    tpu_slice = slices.parse_slice("v4-8")
-    full, shallow = (
-        plan.make_plan(config, tpu_slice, program=program) for program in ("full", "shallow")
-    )
-    assert shallow.memory.arguments == pytest.approx(full.memory.arguments, rel=0.02)
-    assert shallow.memory.needed == pytest.approx(full.memory.needed, rel=0.1)
-    assert shallow.time.cycles == pytest.approx(full.time.cycles, rel=0.1)
