@@ -15,9 +15,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 from tensorflow.python.ops import script_ops
 
-from beit_jax.config import ConfigError
+from beit_jax.config import ConfigError, check
 from beit_jax.config.segment import IGNORE, SegmentDataConfig
 from beit_jax.data.by_pillow import TooLargeError
 from beit_jax.data.label_png import (
@@ -34,7 +35,7 @@ from beit_jax.files import printable
 
 SAMPLE = 20  # maps that are looked at before a run starts
 _MARK = "label map: "  # how the messages start that say what is wrong with a map
-_WRONG_SIZE = _MARK + "its size is not the image's"
+_WRONG_SIZE = _MARK + "of another size than its image"
 
 
 @traced_once
@@ -170,7 +171,8 @@ def check_labels(
     """Looks at a few maps before a run starts, evenly spaced over the source.
 
     Images that can't be decoded, and maps of another size than their image, are left to the run,
-    which replaces and counts them.
+    which replaces and counts them; a map of another size is named in a warning. So is a single
+    class, of several, that all of these maps have: 255 may be meant as a class.
 
     Args:
       source: images with `segmentation`.
@@ -179,11 +181,15 @@ def check_labels(
       setting: the setting that names the source, for error messages.
 
     Raises:
-      ConfigError: a map has a label that is no class, or a file that is no map of labels.
+      ConfigError: a map has a label that is no class, a file is no map of labels, or no pixel of
+        all these maps has a class.
     """
+    found: set[int] = set()  # labels that are not ignored
+    maps = 0
     for index, request in sample(source, count=SAMPLE):
         try:
-            labels = source.load(request)["segmentation"]
+            loaded = source.load(request)
+            labels = loaded["segmentation"]
         except tf.errors.OpError as error:
             said = re.search(f'{_MARK}([^"\\n\\]]*)', str(error.message))
             if said and " pixels are more than " not in said[1]:
@@ -194,14 +200,39 @@ def check_labels(
             continue
         except UnicodeDecodeError:  # of a message that quotes what is not UTF-8
             continue
+        name = printable(source.name(index))
+        sizes = [tuple(part.shape[:2]) for part in (labels, loaded["image"])]
+        if sizes[0] != sizes[1]:
+            logging.warning(
+                "%s: the map of %s is %d × %d, its image %d × %d; such images are replaced",
+                *(setting, name, *sizes[0], *sizes[1]),
+            )
+            continue
+        maps += 1
+        numbers = np.unique(labels.numpy())
+        classed = to_classes(tf.constant(numbers), config=config).numpy()
+        found.update(numbers[classed != IGNORE].tolist())
         largest = int(_largest(labels, config=config, classes=classes))
         if largest >= 0:
             first = ", of which label 1 is the first" if config.zero_is_background else ""
             raise ConfigError(
-                f"{setting}: label {largest} in the map of"
-                f" {printable(source.name(index))}, but there are {classes} classes{first}"
-                f" (config.data.ignore_label is {config.ignore_label})"
+                f"{setting}: label {largest} in the map of {name}, but there are {classes}"
+                f" classes{first} (config.data.ignore_label is {config.ignore_label})"
             )
+    _check_found(found, maps=maps, config=config, classes=classes, setting=setting)
+
+
+def _check_found(
+    found: set[int], *, maps: int, config: SegmentDataConfig, classes: int, setting: str
+) -> None:
+    """Refuses labels that are all ignored, and warns of a single class; see `check_labels`."""
+    ignored = f"config.data.ignore_label is {config.ignore_label}"
+    check(bool(found) or not maps, setting, f"no pixel of {maps} maps has a class; {ignored}")
+    if len(found) == 1 and classes > 1:
+        logging.warning(
+            "%s: all pixels of %d maps have label %d or are ignored, but there are %d classes; %s",
+            *(setting, maps, *found, classes, ignored),
+        )
 
 
 def sample(source: Source, *, count: int) -> Iterator[tuple[int, tf.Tensor | Element]]:

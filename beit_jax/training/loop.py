@@ -303,6 +303,7 @@ class TrainingRun:
             mesh=self._mesh,
         )
         began = time.perf_counter()
+        logging.info("compiling the train step; a large model takes minutes")
         with startup.cache_hits() as hits:
             compiled = jitted.lower(self.state, self._frozen, batch).compile()
             cached = hits() > 0

@@ -145,12 +145,16 @@ def test_a_label_that_is_no_class_is_found():
 # ---------------------------------------------------------------------------- before a run
 
 
-def _source(*maps: np.ndarray | bytes) -> sources.Source:
+def _source(*maps: np.ndarray | bytes, size: tuple[int, int] | None = None) -> sources.Source:
+    """Maps with images of their own size, or of another one."""
+
     def load(index: tf.Tensor, *, window=None) -> dict:
         data = maps[int(index)]
         if isinstance(data, bytes):
-            return {"segmentation": label_maps.decode_labels(data, max_pixels=MAX_PIXELS)}
-        return {"segmentation": tf.constant(data, tf.uint8)}
+            labels = label_maps.decode_labels(data, max_pixels=MAX_PIXELS)
+        else:
+            labels = tf.constant(data, tf.uint8)
+        return {"segmentation": labels, "image": tf.zeros([*(size or labels.shape), 3], tf.uint8)}
 
     return sources.Source(
         size=len(maps), name=lambda index: f"{index}\n.png", load=load, fields=("segmentation",)
@@ -179,13 +183,31 @@ def test_a_file_that_is_no_map_is_refused_before_a_run():
     label_maps.check_labels(_source(grey[:200]), config=CONFIG, classes=11)
 
 
+def test_maps_that_say_nothing_are_refused_or_named_before_a_run(caplog):
+    """0 and 255 may be meant as two classes, of which one is ignored."""
+    alone, ignored = np.array([[0, 255]]), np.array([[255, 255]])
+    with pytest.raises(
+        ConfigError, match=r"no pixel of 2 maps has a class; config\.data\.ignore_l"
+    ):
+        label_maps.check_labels(_source(ignored, ignored), config=CONFIG, classes=2)
+    with caplog.at_level("WARNING"):
+        label_maps.check_labels(_source(alone, np.array([[0, 1]])), config=CONFIG, classes=2)
+        label_maps.check_labels(_source(alone, ignored), config=CONFIG, classes=1)
+        assert not caplog.records
+        label_maps.check_labels(_source(alone, ignored), config=CONFIG, classes=2)
+        label_maps.check_labels(_source(alone, size=(3, 4)), config=CONFIG, classes=2)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "all pixels of 2 maps have label 0 or are ignored, but there are 2 classes" in first
+    assert r"the map of 0\n.png is 1 × 2, its image 3 × 4; such images are replaced" in second
+
+
 def test_only_a_sample_is_read_before_a_run():
     """Evenly spaced, the first and the last among them."""
     read = []
 
     def load(index: tf.Tensor, *, window=None) -> dict:
         read.append(int(index))
-        return {"segmentation": tf.zeros([2, 2], tf.uint8)}
+        return {name: tf.zeros([2, 2], tf.uint8) for name in ("image", "segmentation")}
 
     source = sources.Source(size=1000, name=str, load=load, fields=("segmentation",))
     label_maps.check_labels(source, config=CONFIG, classes=1)
