@@ -134,7 +134,7 @@ def build_job(config: SegmentConfig, context: RunContext) -> Job:
         finish=functools.partial(figures, labels=config.labels),
         config=config,
         evaluate_only=config.evaluate_only,
-        headline=headline,
+        headline=functools.partial(headline, labels=config.labels),
     )
 
 
@@ -242,7 +242,14 @@ def figures(trained: Trained, *, labels: tuple[str, ...]) -> JsonObject:
     """The job's part of `summary.json`; logs a table of the classes."""
     if trained.evaluation:
         logging.info("held-out images by class:\n%s", class_table(trained.evaluation, labels))
+        absent = [name for name in labels if f"iou/{name}" not in trained.evaluation]
+        if absent:
+            logging.info("neither labelled nor predicted, and not in the means: %s", _few(absent))
     return trained.evaluation | {"best": trained.best}
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def class_table(evaluation: Mapping[str, float], labels: tuple[str, ...]) -> str:
@@ -252,11 +259,12 @@ def class_table(evaluation: Mapping[str, float], labels: tuple[str, ...]) -> str
     return text_table(rows, header=("class", "IoU"), align="lr")
 
 
-def headline(evaluation: Mapping[str, float]) -> str:
-    """An evaluation in one line."""
+def headline(evaluation: Mapping[str, float], *, labels: tuple[str, ...]) -> str:
+    """The classes' table and, below, an evaluation in one line."""
     if not evaluation:
         return "no held-out images"
-    return (
+    line = (
         f"mIoU {evaluation['miou']:.2%}  mAcc {evaluation['macc']:.2%}"
         f"  aAcc {evaluation['aacc']:.2%}"
     )
+    return f"{class_table(evaluation, labels)}\n\n{line}"
