@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import beit_jax
 from beit_jax.config import to_dict
@@ -63,8 +64,10 @@ def test_a_window_s_map_is_its_enlarged_logits_largest(loaded, image):
 
 def test_any_size_any_batch_gives_the_same_map(loaded, image):
     small = image[:10, :33]
-    settings = loaded.settings()
-    one, two = loaded.segment_batch([image, small], inference=settings, batch=2)
+    one, two = loaded.segment_batch([image, small])
+    assert loaded.segment_batch([]) == []
+    with pytest.raises(beit_jax.ConfigError, match="2 are more than batch, 1"):
+        loaded.segment_batch([image, small], batch=1)
     assert one.shape == image.shape[:2]
     assert two.shape == small.shape[:2]
     assert (loaded.segment(image) == one).mean() > 0.999
@@ -76,6 +79,9 @@ def test_any_size_any_batch_gives_the_same_map(loaded, image):
         loaded.segment(image, stride=49)
     with pytest.raises(beit_jax.ConfigError, match="uint8"):
         loaded.segment(image[..., 0])
+    for other in (Image.fromarray(image), "photo.jpg", image.tolist()):
+        with pytest.raises(beit_jax.ConfigError, match=r"must be a uint8 array \[h, w, 3\], not"):
+            loaded.segment(other)
 
 
 def test_a_run_s_own_evaluation_is_the_default_and_follows_the_size(tmp_path):

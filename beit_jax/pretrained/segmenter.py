@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from beit_jax.config import check
 from beit_jax.config.segment import InferenceConfig
 from beit_jax.models.functional import Functional
 from beit_jax.models.segmenter import Segmenter
@@ -125,9 +126,30 @@ class PretrainedSegmenter(Pretrained):
         return inference
 
     def segment_batch(
-        self, images: Sequence[np.ndarray], *, inference: InferenceConfig, batch: int
+        self,
+        images: Sequence[np.ndarray],
+        *,
+        inference: InferenceConfig | None = None,
+        batch: int | None = None,
     ) -> list[np.ndarray]:
-        """`segment` of up to `batch` images at once, which compiles for that number of them."""
+        """`segment` of several images at once.
+
+        Args:
+          images: each uint8 `[h, w, 3]`, RGB, of any size.
+          inference: how they are covered (`settings`); None: as `self.inference` says.
+          batch: how many images are compiled for, at least as many as there are; None: so many.
+
+        Returns:
+          For each a class map uint8 `[h, w]`.
+
+        Raises:
+          ConfigError: no RGB image, more images than `batch`, or windows that leave gaps.
+        """
+        inference = self.settings() if inference is None else inference
+        batch = len(images) if batch is None else batch
+        check(len(images) <= batch, "images", f"{len(images)} are more than batch, {batch}")
+        if not len(images):
+            return []
         rooms = self._rooms.setdefault(inference.tile, windows.Rooms(tile=inference.tile))
         prepared = [self.prepare(image, inference=inference) for image in images]
         packed = windows.pack(prepared, images=batch, crop=self.image_size, rooms=rooms)

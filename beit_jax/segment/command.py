@@ -1,6 +1,7 @@
 """The command line and the run: list, load, segment batch after batch, write."""
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import io
@@ -32,6 +33,7 @@ from beit_jax.training import sharding
 from beit_jax.types import Batch, Params
 
 SHEET, CLASSES = "sheet.png", "classes.json"
+_MAP, _OVERLAY = ".png", "_overlay.jpg"  # behind the name of an image
 _ROWS = 12  # images on the sheet
 _SHOWN = 640  # at least so many pixels along the longer side of an image on the sheet
 _AHEAD = 2  # images decoded ahead for each thread; a photograph has megabytes
@@ -219,6 +221,13 @@ def paint_folder(config: SegmentCommand) -> Painted:
         "IMAGES",
         f"no images in {config.images} at any depth; looked for {', '.join(SUFFIXES)}",
     )
+    in_the_way = [name for name in found.names if "/" in name and _top(name) in (SHEET, CLASSES)]
+    check(
+        not in_the_way,
+        "IMAGES",
+        f"the folder of {printable(''.join(in_the_way[:1]))} has the name of a file that is"
+        " written; rename it",
+    )
     segmenter = load_segmenter(
         config.weights,
         image_size=config.image_size or None,
@@ -359,24 +368,63 @@ def segment_function(
 def output_names(names: Sequence[str]) -> dict[str, str]:
     """What the files of each image begin with: its name without the suffix.
 
-    Images that would share it, "a.jpg" and "a.png", keep their suffixes.
+    Images that would share it, "a.jpg" and "a.png", keep their suffixes, and so does one that would
+    be written over the sheet or in the place of a folder. Where that is not enough, a number
+    follows. Names that differ in case alone are the same one, as they are to some disks.
+
+    Returns:
+      image → the path of its files, relative to the output, without ".png" and "_overlay.jpg".
     """
-    stems = {name: os.path.splitext(name)[0] for name in names}
-    counts: dict[str, int] = {}
-    for stem in stems.values():
-        counts[stem] = counts.get(stem, 0) + 1
-    return {name: stem if counts[stem] == 1 else name for name, stem in stems.items()}
+    folders = {parent for name in names for parent in _parents(name.casefold())}
+
+    def is_free(output: str) -> bool:
+        files = {f"{output.casefold()}{end}" for end in (_MAP, _OVERLAY)}
+        return files.isdisjoint(folders | {SHEET, CLASSES})
+
+    outputs = {name: os.path.splitext(name)[0] for name in names}
+    while True:  # a whole name may be what is left of a longer one
+        counts = collections.Counter(output.casefold() for output in outputs.values())
+        shared = {
+            name
+            for name, output in outputs.items()
+            if output != name and (counts[output.casefold()] > 1 or not is_free(output))
+        }
+        if not shared:
+            break
+        outputs |= {name: name for name in shared}
+    taken: set[str] = set()
+    for name, output in outputs.items():
+        candidates = (f"{output}_{number}" for number in itertools.count(2))
+        for candidate in itertools.chain([output], candidates):
+            key = candidate.casefold()
+            alone = key not in taken and (candidate == output or key not in counts)
+            if alone and is_free(candidate):
+                break
+        taken.add(key)
+        outputs[name] = candidate
+    return outputs
+
+
+def _top(name: str) -> str:
+    """The first part of a path, as it is on a disk that does not tell cases apart."""
+    return name.partition("/")[0].casefold()
+
+
+def _parents(name: str) -> list[str]:
+    """The folders that a file is in: "a/b/c.jpg" → "a", "a/b"."""
+    parts = name.split("/")
+    return ["/".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _write(path: str, pixels: np.ndarray, classes: np.ndarray) -> None:
     """Writes an image's class map and its overlay; a folder of its own where it had one."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    label_pictures.save_class_map(f"{path}.png", classes)
+    label_pictures.save_class_map(f"{path}{_MAP}", classes)
     content = io.BytesIO()
     Image.fromarray(label_pictures.overlay(pixels, classes)).save(
         content, format="JPEG", quality=90
     )
-    write_whole(f"{path}_overlay.jpg", content.getvalue())
+    write_whole(f"{path}{_OVERLAY}", content.getvalue())
 
 
 def _write_legend(

@@ -145,6 +145,12 @@ def prepare_image(
         2^30 / (its own side) pixels.
     """
     check_windows(config, crop=crop)
+    hint = "np.asarray(picture.convert('RGB')) makes one of Pillow's"
+    check(
+        hasattr(image, "dtype") and hasattr(image, "ndim"),  # NumPy's, JAX's
+        "image",
+        f"must be a uint8 array [h, w, 3], not {type(image).__name__}; {hint}",
+    )
     rgb = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and image.size > 0
     check(rgb, "image", f"must be uint8 [h, w, 3], not {image.dtype} {image.shape}")
     size: Size = (image.shape[0], image.shape[1])

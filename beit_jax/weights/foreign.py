@@ -137,7 +137,8 @@ def _convert(
     )
     used = {key: opened.state[key] for key in wanted if key in opened.state}
     counts = {row.foreign for row in table if row.transform.counts}
-    _check_numbers(used, counts=counts, source=opened.path)
+    variances = {row.foreign for row in table if row.transform.variances}
+    _check_numbers(used, counts=counts, variances=variances, source=opened.path)
     _check_index(opened, rebuilt, grid=description.model.grid)
     params = keys.to_native(used, table, layers=description.model.layers)
     report = Report(
@@ -174,8 +175,17 @@ def _check_index(opened: Opened, rebuilt: Iterable[str], *, grid: int) -> None:
             )
 
 
-def _check_numbers(state: State, *, counts: Collection[str], source: str) -> None:
-    """Raises WeightsError for tensors of whole numbers, NaN or infinities, and odd `counts`."""
+def _check_numbers(
+    state: State, *, counts: Collection[str], variances: Collection[str], source: str
+) -> None:
+    """Raises WeightsError for tensors of whole numbers, NaN or infinities, and impossible values.
+
+    Args:
+      state: foreign key → array.
+      counts: keys of numbers of batches.
+      variances: keys of variances: the root of one below 0 is NaN.
+      source: for messages.
+    """
     for key, array in state.items():
         if key in counts:
             is_whole = np.issubdtype(array.dtype, np.integer)
@@ -190,6 +200,8 @@ def _check_numbers(state: State, *, counts: Collection[str], source: str) -> Non
         if not finite.all():
             count = int(array.size - finite.sum())
             raise WeightsError(f"{source}: {key} holds {count} numbers that are NaN or infinite")
+        if key in variances and array.size and array.min() < 0:
+            raise WeightsError(f"{source}: {key} holds {array.min():g}, and no variance is below 0")
 
 
 def open_foreign(path: str, *, sha256: str = "", weights: str = "") -> tuple[Opened, Format]:

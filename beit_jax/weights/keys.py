@@ -25,14 +25,17 @@ class Transform:
       to_native: foreign array → native arrays, one per path.
       to_foreign: native arrays → foreign array.
       counts: whether the foreign array is a whole number, not of floats.
+      variances: whether no number may be below 0.
     """
 
     to_native: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     to_foreign: Callable[..., np.ndarray]
     counts: bool = False
+    variances: bool = False
 
 
 SAME = Transform(lambda x: (x,), lambda x: x)
+VARIANCE = Transform(lambda x: (x,), lambda x: x, variances=True)
 # Linear layers: (out, in) ↔ (in, out).
 LINEAR = Transform(lambda w: (w.T,), lambda kernel: kernel.T)
 # Convolutions: (out, in, height, width) ↔ (height, width, in, out).
@@ -104,7 +107,7 @@ def batch_norm(foreign: str, native: str) -> Table:
     return (
         *norm(foreign, native),
         row(f"{foreign}.running_mean", f"{native}/mean"),
-        row(f"{foreign}.running_var", f"{native}/var"),
+        row(f"{foreign}.running_var", f"{native}/var", VARIANCE),
         row(f"{foreign}.num_batches_tracked", f"{native}/count", COUNT),
     )
 

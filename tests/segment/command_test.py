@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -65,11 +66,14 @@ def test_what_does_not_fit_is_one_line_before_anything_is_written(
 ):
     output = tmp_path / "painted"
     start = [str(photos), f"--weights={weights}"]
+    beside = tmp_path / "beside"
+    shutil.copytree(photos, beside / "Sheet.png")
     for arguments, line in (
         ([*start, f"--output={photos}/in"], "--output: .* is in the folder of images"),
         ([*start, f"--output={output}", "--scales=1,x"], "--scales: '1,x' is no list"),
         ([*start, f"--output={output}", "--stride=49"], "stride: 49 leaves gaps between"),
         ([str(tmp_path / "x"), *start[1:], f"--output={output}"], "IMAGES: there is no folder"),
+        ([str(beside), *start[1:], f"--output={output}"], "IMAGES: the folder of Sheet.png/a.jpg"),
         ([*start[:1], "--weights=nothing", f"--output={output}"], "nothing is not a checkpoint"),
     ):
         assert main(arguments) == 2
@@ -94,3 +98,19 @@ def test_names_that_would_collide_keep_their_suffixes():
         "c/a.jpg": "c/a",
         "a.png": "a.png",
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "outputs"),
+    [
+        (["a.jpg", "a.jpg.png", "a.png"], ["a.jpg", "a.jpg.png", "a.png"]),
+        (["deep/sheet.jpg", "sheet.jpg"], ["deep/sheet", "sheet.jpg"]),
+        (["Sheet", "sheet_2.png"], ["Sheet_3", "sheet_2"]),
+        (["A.png", "a.jpg"], ["A.png", "a.jpg"]),  # one file, on some disks
+        (["A.jpg", "a.jpg"], ["A.jpg", "a.jpg_2"]),
+        (["x.jpg", "x.png/b.jpg"], ["x.jpg", "x.png/b"]),
+        (["a", "a.png", "a.png.png"], ["a", "a.png", "a.png.png"]),
+    ],
+)
+def test_no_photograph_is_written_over_another_a_folder_or_the_sheet(names, outputs):
+    assert list(output_names(names).values()) == outputs

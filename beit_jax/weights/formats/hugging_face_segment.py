@@ -11,7 +11,9 @@ logits that it gave there.
 import dataclasses
 import re
 
+from beit_jax.config import ModelConfig
 from beit_jax.config.segment import SegmentHeadConfig
+from beit_jax.models.segmentation_heads.pyramid import largest_scale
 from beit_jax.types import Json, JsonObject
 from beit_jax.weights.description import Description
 from beit_jax.weights.formats import fields, hugging_face_config
@@ -106,12 +108,12 @@ def encoder_state(state: State) -> State:
 def upernet_table(description: Description) -> Table:
     """The keys of `UperNetForSemanticSegmentation`."""
     encoder = tuple(dataclasses.replace(row, foreign=_in_backbone(row.foreign)) for row in ENCODER)
-    return encoder + segmenter_rows(head_of(description), neck=_BACKBONE, norm="batch_norm")
+    return encoder + segmenter_rows(description, neck=_BACKBONE, norm="batch_norm")
 
 
 def beit_table(description: Description) -> Table:
     """The keys of `BeitForSemanticSegmentation`."""
-    return ENCODER + segmenter_rows(head_of(description), neck="")
+    return ENCODER + segmenter_rows(description, neck="")
 
 
 def read_upernet(opened: Opened, *, stated: Stated) -> tuple[Config, SegmentHeadConfig]:
@@ -136,6 +138,7 @@ def read_upernet(opened: Opened, *, stated: Stated) -> tuple[Config, SegmentHead
             raise WeightsError(
                 f"{source}: backbone_config has {name} false; the official model has a pyramid"
             )
+    check_pyramid(read.model, source=f"{backbone}: ")
     width = read.model.width
     inside = fields.integer(config, "auxiliary_in_channels", default=width, source=source)
     if inside != width:
@@ -159,6 +162,7 @@ def read_beit(opened: Opened, *, stated: Stated) -> tuple[Config, SegmentHeadCon
             f"{source}: architectures is {quoted(config.get('architectures'))}, and the tensors"
             " are a segmentation model's"
         )
+    check_pyramid(read.model, source=f"{source}: ")
     indices = _indices(config, layers=read.model.layers, source=source)
     if min(indices) < 2:
         raise WeightsError(
@@ -167,6 +171,25 @@ def read_beit(opened: Opened, *, stated: Stated) -> tuple[Config, SegmentHeadCon
         )
     blocks = tuple(index - 1 for index in indices)
     return read, _head(config, blocks=blocks, channels=read.model.width, source=source)
+
+
+def check_pyramid(model: ModelConfig, *, source: str = "") -> None:
+    """Raises WeightsError for patches whose pyramid is another one in transformers.
+
+    Its largest map always has four times the side of the grid; the official code's, which this
+    project's models have, twice where patches have 8 pixels. Of an export, transformers would draw
+    the rest at random.
+
+    Args:
+      model: the encoder.
+      source: what a message begins with.
+    """
+    if largest_scale(model) != 4:
+        raise WeightsError(
+            f"{source}patches of {model.patch_size} pixels have another pyramid in transformers"
+            " (4 times the grid) than in the official code and here (2 times); mmseg's files hold"
+            " it: --format mmseg"
+        )
 
 
 def _indices(config: JsonObject, *, layers: int, source: str) -> tuple[int, ...]:
@@ -230,8 +253,12 @@ def upernet_json(description: Description, *, kept: JsonObject) -> JsonObject:
     Args:
       description: a segmenter.
       kept: `Config.kept` of the file that it was imported from.
+
+    Raises:
+      WeightsError: the class has no such pyramid.
     """
     head = head_of(description)
+    check_pyramid(description.model)
     backbone = _encoder_json(description, kept=kept)
     del backbone["torch_dtype"]
     backbone |= {"architectures": ["BeitBackbone"], "add_fpn": True, **_stages(head.blocks)}
@@ -257,9 +284,10 @@ def beit_json(description: Description, *, kept: JsonObject) -> tuple[JsonObject
       kept: `Config.kept` of the file that it was imported from.
 
     Raises:
-      WeightsError: the class has no such head.
+      WeightsError: the class has no such pyramid or head.
     """
     head, model = head_of(description), description.model
+    check_pyramid(model)
     if head.channels not in (0, model.width):
         raise WeightsError(
             f"{BEIT} has a head as wide as its encoder, {model.width}, this one {head.channels}"

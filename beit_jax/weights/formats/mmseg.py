@@ -28,7 +28,7 @@ from beit_jax.weights.formats.format import (
     Written,
 )
 from beit_jax.weights.formats.mmseg_settings import Said
-from beit_jax.weights.formats.segmenter_keys import check_upernet, head_of, segmenter_rows
+from beit_jax.weights.formats.segmenter_keys import check_upernet, segmenter_rows
 from beit_jax.weights.formats.view import kept_of
 from beit_jax.weights.keys import Table
 from beit_jax.weights.report import WeightsError
@@ -47,17 +47,19 @@ def table(description: Description) -> Table:
         for row in unilm.TABLE
         if row.native[0].startswith("encoder/")
     )
-    return encoder + segmenter_rows(head_of(description), neck=_BACKBONE, classifier="conv_seg")
+    return encoder + segmenter_rows(description, neck=_BACKBONE, classifier="conv_seg")
 
 
 def write(export: Export) -> Written:
     """Writes the `.pth` that mmseg's `load_checkpoint` reads.
 
     Raises:
-      WeightsError: PyTorch is not installed, the official models have another epsilon or head.
+      WeightsError: PyTorch is not installed, the official models have another epsilon or head, or
+        none with such patches.
     """
     description = export.description
     head = check_upernet(description, format="mmseg")
+    _check_patch(description.model.patch_size)
     official.check_epsilon(description, format="the official models")
     try:
         import torch
@@ -87,6 +89,14 @@ def write(export: Export) -> Written:
     )
 
 
+def _check_patch(size: int, *, source: str = "") -> None:
+    if size not in mmseg_settings.PATCHES:
+        raise WeightsError(
+            f"{source}the official segmentation models have patches of"
+            f" {' or '.join(map(str, mmseg_settings.PATCHES))} pixels, not {size}"
+        )
+
+
 def _meta(description: Description, *, config: JsonObject) -> JsonObject:
     """`meta` with the names and colours of the classes, as far as they are known."""
     meta: JsonObject = {}
@@ -114,7 +124,9 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
     """
     encoder = dataclasses.replace(opened, state=_encoder_state(opened.state))
     by_itself = official.described_by_itself(encoder, stated=stated)
-    said = mmseg_settings.read_meta(opened.extras.get("meta"), source=opened.path)
+    said = mmseg_settings.read_meta(
+        opened.extras.get("meta"), normalization=stated.normalization, source=opened.path
+    )
     if by_itself is not None:
         if by_itself.description.task != "segment":
             raise WeightsError(f"{opened.path}: its tensors do not fit its entry {official.OWN!r}")
@@ -122,6 +134,15 @@ def describe(opened: Opened, *, stated: Stated) -> Described:
     guessed: dict[str, str] = {}
     known = official.Known(beit=said.is_beit, heads=said.heads)
     model = official.encoder_of(encoder, stated=stated, known=known, guessed=guessed)
+    _check_patch(model.patch_size, source=f"{opened.path}: ")
+    for field, value, found in (
+        ("patch_size", said.patch_size, model.patch_size),
+        ("num_heads", 0 if stated.heads else said.heads, model.heads),
+    ):
+        if value not in (0, found):
+            raise WeightsError(
+                f"{opened.path}: meta.config: {field} is {value}, the tensors' {found}"
+            )
     normalization = stated.normalization or said.normalization
     if not normalization:
         normalization = "imagenet"

@@ -5,6 +5,7 @@ format has a model.
 """
 
 from beit_jax.config.segment import SegmentHeadConfig
+from beit_jax.models.segmentation_heads.pyramid import largest_scale
 from beit_jax.weights.description import Description
 from beit_jax.weights.keys import (
     CONV,
@@ -21,12 +22,12 @@ AUXILIARY_LEVEL = 2  # official `in_index`
 
 
 def segmenter_rows(
-    head: SegmentHeadConfig, *, neck: str, norm: str = "bn", classifier: str = "classifier"
+    description: Description, *, neck: str, norm: str = "bn", classifier: str = "classifier"
 ) -> Table:
     """The rows of everything but the encoder.
 
     Args:
-      head: of kind "upernet".
+      description: a segmenter with a head of kind "upernet".
       neck: what stands before "fpn1" and "fpn2", "backbone." or nothing.
       norm: the name of a BatchNorm in a module of a convolution and its norm.
       classifier: the name of the last layer of a head.
@@ -36,12 +37,8 @@ def segmenter_rows(
         conv = row(f"{foreign}.conv.weight", f"{native}/conv/kernel", CONV)
         return conv, *batch_norm(f"{foreign}.{norm}", f"{native}/norm")
 
-    rows: list[Table] = [
-        weight_and_bias(f"{neck}fpn1.0", "neck/up4/conv1", TRANSPOSED_CONV),
-        batch_norm(f"{neck}fpn1.1", "neck/up4/norm"),
-        weight_and_bias(f"{neck}fpn1.3", "neck/up4/conv2", TRANSPOSED_CONV),
-        weight_and_bias(f"{neck}fpn2.0", "neck/up2/conv", TRANSPOSED_CONV),
-    ]
+    head = head_of(description)
+    rows: list[Table] = _neck_rows(neck, largest=largest_scale(description.model))
     for i in range(len(head.pool_scales)):
         rows.append(module(f"decode_head.psp_modules.{i}.1", f"head/pyramid_{i}"))
     rows.append(module("decode_head.bottleneck", "head/bottleneck"))
@@ -55,6 +52,18 @@ def segmenter_rows(
     rows.append(module("auxiliary_head.conv_cat", "auxiliary/concat"))
     rows.append(weight_and_bias(f"auxiliary_head.{classifier}", "auxiliary/classifier", CONV))
     return tuple(line for part in rows for line in part)
+
+
+def _neck_rows(neck: str, *, largest: int) -> list[Table]:
+    """The rows of the pyramid; with patches of 8 pixels its first path is the one that doubles."""
+    if largest == 2:
+        return [weight_and_bias(f"{neck}fpn1.0", "neck/up2/conv", TRANSPOSED_CONV)]
+    return [
+        weight_and_bias(f"{neck}fpn1.0", "neck/up4/conv1", TRANSPOSED_CONV),
+        batch_norm(f"{neck}fpn1.1", "neck/up4/norm"),
+        weight_and_bias(f"{neck}fpn1.3", "neck/up4/conv2", TRANSPOSED_CONV),
+        weight_and_bias(f"{neck}fpn2.0", "neck/up2/conv", TRANSPOSED_CONV),
+    ]
 
 
 def head_of(description: Description) -> SegmentHeadConfig:
