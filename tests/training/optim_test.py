@@ -413,3 +413,25 @@ def test_it_overfits_one_batch():
     for _ in range(150):
         state, metrics = step(state, batch)
     assert float(metrics["loss"]) < 0.05
+
+
+def test_a_frozen_encoder_moves_neither_by_gradients_nor_by_decay():
+    """Its moments go on, so that the setting may be changed when a run continues."""
+    params = {
+        "encoder": {"blocks": {"mlp": {"fc1": {"kernel": jnp.ones((2, 3, 3))}}}},
+        "head": {"kernel": jnp.ones((3, 2))},
+    }
+    gradients = jax.tree.map(jnp.ones_like, params)
+    found = {}
+    for frozen in (False, True):
+        config = dataclasses.replace(CONFIG, freeze_encoder=frozen, layer_decay=0.5)
+        optimizer = optim.adamw(config)
+        state = optimizer.init(params)
+        directions, state = optimizer.update(gradients, state, params, finite=True)
+        found[frozen] = flatten(directions), jax.tree.structure(state)
+    (moving, there), (still, here) = found[False], found[True]
+    assert there == here
+    encoder = "encoder/blocks/mlp/fc1/kernel"
+    assert np.all(moving[encoder] > 0)
+    assert not np.any(still[encoder])
+    np.testing.assert_array_equal(still["head/kernel"], moving["head/kernel"])
