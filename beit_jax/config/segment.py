@@ -95,10 +95,10 @@ class SegmentDataConfig(SourceConfig):
     short_side: Annotated[int, Within(ge=0, le=16_384)] = 0  # pixels; 0: image_size
     long_side: Annotated[int, Within(ge=0, le=65_536)] = 0  # pixels; 0: four times the shorter one
     # Which label (0 to 255) marks pixels that neither train nor count; None: none does.
-    ignore_label: Annotated[int, Within(ge=0, le=255)] | None = IGNORE
+    ignore_label: Annotated[int, Within(ge=0, le=255)] | None = shape_setting(IGNORE)
     # Label 0 is no class but "anything else", ignored, and label 1 is class 0 (ADE20K's
     # reduce_zero_label).
-    zero_is_background: bool = False
+    zero_is_background: bool = shape_setting(False)
     augment: SegmentAugmentConfig = SegmentAugmentConfig()
 
     @property

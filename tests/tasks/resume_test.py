@@ -20,12 +20,15 @@ from tests.tasks import tiny
         ("pretrain", "model.layers", 3, "was 2, now 3"),
         ("pretrain", "tokenizer.vocabulary", 32, "was 64, now 32"),
         ("classify", "pooling", "cls", "was 'mean', now 'cls'"),
+        ("segment", "data.ignore_label", 3, "was 255, now 3"),
     ],
 )
 def test_a_run_directory_of_another_model_is_refused(tmp_path, job, key, value, message):
     values = tiny.get_config(job).to_dict()
     if "classes" in values:
-        values["classes"] = 6  # as many as the images have, which is what the run records
+        values["classes"] = {"classify": 6, "segment": 11}[
+            job
+        ]  # as many as the images have, which is what the run records
     config = jobs.parse_job(values)
     checkpoints = Checkpoints(str(tmp_path), run=config.run, config=config)
     checkpoints.write_config()
