@@ -391,6 +391,8 @@ def test_what_failed_is_one_line_without_the_graphs_names(spoilt, caplog):
 class Numbers(list):
     """A source of images that are only counted."""
 
+    fields = ("image",)
+
     def name(self, index: int) -> str:
         return f"{index}.jpg"
 
