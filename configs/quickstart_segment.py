@@ -14,14 +14,20 @@ from configs import ade20k_base_512, quickstart_classify
 def get_config() -> ConfigDict:
     """`ade20k_base_512` at the quickstart's size."""
     config = small(ade20k_base_512.get_config())
-    config.run.steps = 300
+    config.run.steps = 800
+    config.run.batch_size = 32
     config.run.init_from = ""
     quickstart_classify.small_model(config.model)
     config.data.source = "embedded:2000"
     config.data.eval_source = ""
     config.data.holdout = 200
     config.data.normalization = "half"
+    config.data.augment.min_scale = 0.8
+    config.data.augment.max_scale = 1.5
     config.inference.stride = 43
+    config.inference.tile = 128  # all of an image
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 100
     return config
 
 

@@ -45,6 +45,7 @@ def test_files_are_made_and_replaced_together(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(NEW)
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_old_files_new_ones_or_no_config(tmp_path):
     seen = []
     for number in range(1, 20):

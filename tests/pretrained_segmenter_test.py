@@ -54,6 +54,7 @@ def test_logits_are_the_model_s_with_running_statistics(loaded, image):
         loaded.logits(image[None])
 
 
+@pytest.mark.slow
 def test_a_window_s_map_is_its_enlarged_logits_largest(loaded, image):
     window = image[:SIDE, :SIDE]
     logits = jax.image.resize(loaded.logits(window[None]), (1, SIDE, SIDE, 3), "linear")
@@ -62,6 +63,7 @@ def test_a_window_s_map_is_its_enlarged_logits_largest(loaded, image):
     assert (classes == np.asarray(logits[0].argmax(-1))).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_any_size_any_batch_gives_the_same_map(loaded, image):
     small = image[:10, :33]
     one, two = loaded.segment_batch([image, small])
@@ -84,6 +86,7 @@ def test_any_size_any_batch_gives_the_same_map(loaded, image):
             loaded.segment(other)
 
 
+@pytest.mark.slow
 def test_a_run_s_own_evaluation_is_the_default_and_follows_the_size(tmp_path):
     params, variables = map(unflatten, SEGMENTER.split(numbers(SEGMENTER)))
     own = InferenceConfig(stride=24, scales=(1.0, 1.5), flip=True, tile=64)

@@ -180,6 +180,7 @@ def test_maps_of_colours_are_refused_before_a_run(folder):
         label_maps.check_labels(source, config=config, classes=5)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_a_bad_image(tmp_path, caplog):
     """A wrong size, a label without a class, damage: replaced, counted, named; ignored if grey."""
     for name in ("good", "rotated", "size", "label", "damaged"):

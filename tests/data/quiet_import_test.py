@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = "from beit_jax.data import quiet_import; quiet_import.tensorflow(); {}"
 GREETING = "I0000 port.cc:153] oneDNN custom operations are on."
 
@@ -16,6 +18,7 @@ def _stderr(then: str, **environment: str) -> list[str]:
     return result.stderr.splitlines()
 
 
+@pytest.mark.slow
 def test_tensorflow_itself_is_silent():
     """Fails where a new version greets in other words."""
     assert _stderr("import os; os.write(2, b'after')", TF_CPP_MIN_LOG_LEVEL="3") == ["after"]

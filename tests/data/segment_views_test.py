@@ -237,6 +237,7 @@ def _batches(**settings):
     return pipeline.training_batches(source, config=config, views=made, batch_size=8, **settings)
 
 
+@pytest.mark.slow
 def test_a_batch_is_a_function_of_seed_and_step():
     stream = _batches(seed=1)
     first, second = next(stream), next(stream)

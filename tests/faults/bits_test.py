@@ -8,6 +8,7 @@ from beit_jax.weights import digests
 from tests.faults import bits
 
 
+@pytest.mark.slow
 def test_some_bits(tmp_path):
     row = bits.soak(count=20, seed=1, folder=tmp_path)
     assert row.failures == ()

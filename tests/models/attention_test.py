@@ -76,6 +76,7 @@ def value_and_gradients(function, arrays, *, dtype: str):
     return mixed, *back(jnp.asarray(gradient, mixed.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dtype", "relative"),
     [(shape, "float32", 1e-5) for shape in SHAPES]

@@ -34,6 +34,7 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+@pytest.mark.slow
 def test_every_photograph_gets_a_map_an_overlay_and_a_place_on_the_sheet(
     weights, photos, tmp_path, capsys
 ):

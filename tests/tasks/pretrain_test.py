@@ -119,6 +119,7 @@ def finished(tmp_path_factory):
     return workdir, config, pretrain.run(config, workdir=str(workdir))
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_behind(finished):
     workdir, _, summary = finished
     assert json.loads((workdir / "summary.json").read_text()) == summary
@@ -138,6 +139,7 @@ def test_what_a_run_leaves_behind(finished):
     assert all(line["replaced_images"] == 0 for line in lines if "replaced_images" in line)
 
 
+@pytest.mark.slow
 def test_evaluation_alone_agrees_with_the_run(finished, tmp_path, capsys):
     workdir, config, summary = finished
     alone = dataclasses.replace(
@@ -153,6 +155,7 @@ def test_evaluation_alone_agrees_with_the_run(finished, tmp_path, capsys):
     assert not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_held_out_loss_equals_plain_numpy(finished):
     """Held-out loss and accuracy, recomputed image by image from the checkpoint."""
     from beit_jax.data import pipeline, sources, views

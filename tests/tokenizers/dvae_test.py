@@ -170,6 +170,7 @@ def test_each_level_halves_the_resolution(levels):
     assert jax.eval_shape(tokenizer.decode, params, ids).shape == (1, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_gumbel_forward_samples_the_softmax(params, images):
     """At low temperature the sample is one-hot, distributed as softmax(logits): Gumbel-max."""
     vae = discrete_vae(SMALL)
@@ -199,6 +200,7 @@ def test_gumbel_forward_matches_the_formula(params, images):
     np.testing.assert_allclose(output.reconstruction, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_straight_through_is_hard_forward_and_soft_backward(params, images):
     vae = discrete_vae(SMALL)
     key = jax.random.key(5)

@@ -146,6 +146,7 @@ def test_a_tree_without_layers_needs_no_rule_where_nothing_is_scaled():
     np.testing.assert_allclose(updates["codebook"], 1.05, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_direction_and_decay_are_both_scaled():
     """The first update is sign(g) + wd · p, times the multiplier: a ratio to the unscaled one."""
     rng = np.random.default_rng(0)

@@ -107,6 +107,7 @@ def gradient_recorder() -> optax.GradientTransformationExtraArgs:
     )
 
 
+@pytest.mark.slow
 def test_a_step_has_pytorchs_loss_gradients_and_running_statistics():
     peer, model, params, variables = start_together()
     batch = batch_of(0)

@@ -125,6 +125,7 @@ def test_the_cache_serves_without_the_server(server, run):
     )
 
 
+@pytest.mark.slow
 def test_what_does_not_exist_is_named(server, run):
     server.add("owner/name", FILES)
     server.add("owner/data", {"README.md": b"card"})

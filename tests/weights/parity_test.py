@@ -212,6 +212,7 @@ def timm_logits(torch, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", examples.FINE_TUNED)
 def test_classification_in_timm(kind, timm_logits):
     description = examples.FINE_TUNED[kind]

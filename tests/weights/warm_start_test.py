@@ -196,6 +196,7 @@ def test_an_imported_checkpoint_is_taken_too(source, tmp_path):
             np.testing.assert_allclose(block, table, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_train_loop_starts_from_a_foreign_checkpoint(tmp_path):
     """The loop restores it with a new optimizer and step 0."""
     params = examples.saved(tmp_path / "native", PRETRAINED)
