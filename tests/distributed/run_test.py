@@ -102,6 +102,7 @@ def test_classification_is_the_same_with_two_processes(tmp_path):
 def test_segmentation_is_the_same_with_two_processes(tmp_path):
     """Batch statistics over both processes, and every held-out pixel counted once."""
     config = tiny.segment()
+    config.head.update(kind="linear", blocks=(4,), channels=0, auxiliary_channels=0)
     config.run.steps = 4
     config.data.holdout = 5  # divides by nothing here
     summaries, curves = [], []

@@ -129,8 +129,9 @@ def test_any_batch_size_and_number_of_devices_evaluate_alike(trained):
     params = native.read_params(str(workdir))
     variables = native.read_params(str(workdir), part="variables")
     results = []
-    for batch_size, devices in ((8, 8), (6, 2), (3, 1), (1, 1)):
-        config = jobs.parse_job(values | {"run": values["run"] | {"batch_size": batch_size}})
+    for batch_size, devices in ((8, 8), (6, 2), (1, 1)):
+        run = values["run"] | {"batch_size": batch_size}
+        config = jobs.parse_job(values | {"run": run, "evaluate_only": True})
         images = segment_images.open_images(config.data, labels=config.labels, classes=0)
         config = dataclasses.replace(config, classes=3, labels=images.labels)
         model = segmenter(config.model, head=config.head, classes=3)
@@ -188,15 +189,13 @@ def test_bad_settings_are_refused(folders, tmp_path, changes, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("format", "name"), [("mmseg", "run.pth"), ("hugging_face", "hf"), ("mmseg", "imported")]
-)
-def test_a_run_in_another_form_evaluates_as_it_did(trained, tmp_path, format, name):
+@pytest.mark.parametrize("name", ["run.pth", "imported"])
+def test_a_run_in_another_form_evaluates_as_it_did(trained, tmp_path, name):
     """Parameters and running statistics, directly from the file or imported before."""
     pytest.importorskip("torch", reason="writing .pth takes PyTorch")
     values, workdir, summary = trained
     source = str(tmp_path / (name if name != "imported" else "run.pth"))
-    convert.export_checkpoint(str(workdir), format=format, output=source)
+    convert.export_checkpoint(str(workdir), format="mmseg", output=source)
     if name == "imported":
         convert.import_checkpoint(source, output=str(tmp_path / name))
         source = str(tmp_path / name)
