@@ -11,7 +11,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,19 +110,21 @@ def regression(**changes: object) -> Command:
     )
 
 
-def soak(*, count: int, seed: int, folder: Path) -> Row:
+def soak(*, count: int, seed: int, folder: Path, kinds: Sequence[str] = tuple(COMMANDS)) -> Row:
     """Kills programs of every kind.
 
     Args:
       count: moments.
       seed: of the moments.
       folder: for runs and output.
+      kinds: of `COMMANDS`; "pre-training" must be among them.
     """
     random = np.random.default_rng(seed)
     failures: list[str] = []
     tried: dict[str, int] = {}
     with Zygote(modules=TRAINING, folder=folder / "output") as zygote:
-        for name, (command, share) in COMMANDS.items():
+        for name in kinds:
+            command, share = COMMANDS[name]
             hits = max(1, round(count * share))
             found, done = try_command(command, zygote, folder / name, hits=hits, random=random)
             failures += [f"{name}, seed {seed}: {failure}" for failure in found]

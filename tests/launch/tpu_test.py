@@ -461,7 +461,7 @@ def test_values_of_env_reach_main_and_nothing_else(cloud):
     )
     assert b"s3cr3t" not in lines
     assert cloud.run("stop", *WHERE).returncode == 0
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=120)
     assert "s3cr3t" not in output + errors
     for path in cloud.root.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -541,7 +541,7 @@ def test_a_run_stopped_by_the_user_is_not_started_again(cloud):
     wait_for(lambda: cloud.attempts() == 1 and cloud.attempts("0-w-1") == 1)
     stopped = cloud.run("stop", *WHERE)
     assert stopped.stdout.count("stopped 75") == 2
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 75
     assert "stopped by tpu.sh stop" in errors
     assert cloud.attempts() == 1
@@ -560,7 +560,7 @@ def test_a_run_is_stopped_although_it_has_only_just_started(cloud):
     stopped = cloud.run("stop", *WHERE)
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout.count("stopped 75") == 2
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
 
 
 def test_machines_deleted_by_the_user_are_not_made_again(cloud):
@@ -569,7 +569,7 @@ def test_machines_deleted_by_the_user_are_not_made_again(cloud):
     process = cloud.start("up", *WHERE, *QUICK, "--type=v4-16", "--", *ARGUMENTS)
     wait_for(lambda: cloud.attempts() == 1 and cloud.attempts("0-w-1") == 1)
     assert cloud.run("delete", *WHERE).returncode == 0
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 69
     assert "deleted or stopped by somebody" in errors
     assert cloud.count("create") == 1
@@ -586,12 +586,12 @@ def test_main_outlives_its_watcher(cloud):
     process = cloud.start(*words)
     wait_for(lambda: cloud.attempts() == 1 and cloud.attempts("0-w-1") == 1)
     process.terminate()
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert "goes on" in errors
     again = cloud.start(*words)
     wait_for(lambda: cloud.count("ssh") > 12)
     assert cloud.run("stop", *WHERE).returncode == 0
-    _, errors = again.communicate(timeout=30)
+    _, errors = again.communicate(timeout=120)
     assert "main.py runs already on all 2 hosts" in errors
     assert again.returncode == 75
     assert cloud.attempts() == 1
@@ -675,7 +675,7 @@ def test_a_main_that_ends_during_a_status_request_is_not_lost(cloud):
     supervisor = Path("/proc") / (run / "supervisor").read_text().strip()
     wait_for(lambda: not supervisor.exists())
     answer.touch()
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=120)
     assert "0-w-0 exit 75" in output
 
 
