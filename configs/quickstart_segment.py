@@ -1,6 +1,7 @@
 """Segmentation in minutes on a laptop: the quickstart's model on the embedded images' maps.
 
-Eleven classes: the background and ten shapes. From scratch as it is;
+Eleven classes: the background and ten shapes, which the model only begins to find in this time
+(docs/segmentation.md has figures). From scratch as it is;
 `--config.run.init_from=runs/quickstart/pretrain` starts from what the quickstart pre-trained.
 
     python main.py --config=configs/quickstart_segment.py
