@@ -158,6 +158,12 @@ def _input_options(command: argparse.ArgumentParser) -> None:
         default="",
         help="of the pixels, where the checkpoint's format doesn't say (default: half)",
     )
+    add_checkpoint_options(command)
+
+
+def add_checkpoint_options(command: argparse.ArgumentParser) -> None:
+    """Adds what a checkpoint may not say, or says otherwise: --heads, --epsilon, --which."""
+    option = command.add_argument
     option(
         "--heads",
         type=int,

@@ -237,7 +237,10 @@ def resize_bilinear(x: jax.Array, *, size: tuple[int, int]) -> jax.Array:
     """
     if x.shape[1:3] == size:
         return x
-    rows, columns = _interpolation(x.shape[1], size[0]), _interpolation(x.shape[2], size[1])
+    rows, columns = (
+        interpolation_weights(x.shape[1], size[0]),
+        interpolation_weights(x.shape[2], size[1]),
+    )
     # Factors 2, 4 and 8 have weights that bfloat16 holds exactly; others are taken in float32.
     exact = all(
         np.array_equal(np.asarray(weights, x.dtype).astype(np.float32), weights)
@@ -264,8 +267,8 @@ def _averaging(size: int, bins: int) -> np.ndarray:
     return matrix
 
 
-def _interpolation(size: int, new: int) -> np.ndarray:
-    """Weights of the two pixels next to each new centre: float32 `[new, size]`."""
+def interpolation_weights(size: int, new: int) -> np.ndarray:
+    """Weights of the two pixels next to each new centre, half-pixel: float32 `[new, size]`."""
     centres = np.clip((np.arange(new) + 0.5) * size / new - 0.5, 0, size - 1)
     low = np.floor(centres).astype(int)
     high = np.minimum(low + 1, size - 1)

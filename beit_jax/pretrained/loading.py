@@ -161,7 +161,7 @@ def load_segmenter(
 ) -> PretrainedSegmenter:
     """Loads a segmentation model; the arguments are those of `load_encoder`.
 
-    With another `image_size`, windows have that side, and images are resized as much more.
+    With another `image_size`, windows have that side, and images are resized in proportion.
 
     Raises:
       ConfigError: as `load_encoder`, or the checkpoint is no segmentation model.

@@ -21,7 +21,7 @@ from beit_jax import label_pictures
 from beit_jax.config import ConfigError, check
 from beit_jax.config.segment import InferenceConfig
 from beit_jax.evaluation.features import host_rows
-from beit_jax.features.command import reporting
+from beit_jax.features.command import add_checkpoint_options, reporting
 from beit_jax.features.images import SUFFIXES, decode_image, find_images, load_images
 from beit_jax.features.progress import Progress
 from beit_jax.files import printable, write_json, write_whole
@@ -164,25 +164,7 @@ def _weights_options(command: argparse.ArgumentParser) -> None:
         default="",
         help="of the pixels, in place of what the checkpoint says",
     )
-    option(
-        "--heads",
-        type=int,
-        default=0,
-        help="attention heads, where the format doesn't say (default: width / 64)",
-    )
-    option(
-        "--epsilon",
-        type=float,
-        default=None,
-        help="of the LayerNorms, in place of what the checkpoint says",
-    )
-    option(
-        "--which",
-        choices=("ema", "model"),
-        default="",
-        help="of a training checkpoint with an average beside the model (default: a foreign file's"
-        " average, a run's model)",
-    )
+    add_checkpoint_options(command)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from beit_jax.models.convolution import interpolation_weights
 from beit_jax.preprocessing import normalize
 from beit_jax.segmentation import confusion as counting
 from beit_jax.types import Batch, Sums
@@ -225,11 +225,6 @@ def _interpolation(
     place = whole[:, None] - begin - jnp.arange(s)
     to_resized = jnp.where(place == 0, 1.0 - later, 0.0) + jnp.where(place == -1, later, 0.0)
     exact = lax.Precision.HIGHEST
-    return jnp.matmul(to_resized * shares, jnp.asarray(_upsampling(s, q)), precision=exact)
-
-
-def _upsampling(s: int, q: int) -> np.ndarray:
-    """Bilinear interpolation from q to s values, half-pixel centres: float32 `[s, q]`."""
-    position = np.clip((np.arange(s) + 0.5) * (q / s) - 0.5, 0, q - 1)
-    distance = np.abs(position[:, None] - np.arange(q))
-    return np.maximum(1 - distance, 0).astype(np.float32)
+    return jnp.matmul(
+        to_resized * shares, jnp.asarray(interpolation_weights(q, s)), precision=exact
+    )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax.config.segment import IGNORE
+from beit_jax.models.convolution import interpolation_weights
 from beit_jax.types import Sums
 
 _STRIPS = 8
@@ -38,11 +39,8 @@ def pixel_sums(logits: jax.Array, labels: jax.Array) -> Sums:
     strips = next(n for n in range(min(_STRIPS, side), 0, -1) if side % n == 0)
     rows, factor = side // strips, size // side
     padded = jnp.pad(logits, ((0, 0), (1, 1), (0, 0), (0, 0)), mode="edge")
-    down, across = _upsampling(rows, factor=factor), _upsampling(side, factor=factor)
     # Strips have their neighbours' rows at both ends; columns have no neighbours but themselves.
-    across[:, 1] += across[:, 0]
-    across[:, -2] += across[:, -1]
-    across = across[:, 1:-1]
+    down, across = _upsampling(rows, factor=factor), interpolation_weights(side, size)
     # A TPU would round the factors to bfloat16.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
