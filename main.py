@@ -14,7 +14,6 @@ import importlib.util
 import logging as python_logging
 import os
 import pathlib
-import re
 import signal
 import sys
 import time
@@ -38,8 +37,9 @@ if __name__ == "__main__":
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from beit_jax import config_file  # noqa: E402
+
 _LOG_LEVEL = os.environ.get("TF_CPP_MIN_LOG_LEVEL")  # before JAX, which sets it to 1
-_QUOTED = 80  # characters of a name or a value in a message
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; --config.key=value overrides a setting."
@@ -79,7 +79,7 @@ _CLUSTER = (
 def main(argv: list[str]) -> int:
     """Runs the config's job; a wrong setting is a one-line error and exit code 2."""
     if len(argv) > 1:
-        return _fail(_one_line(f"unexpected arguments: {' '.join(argv[1:])}", argv))
+        return _fail(config_file.one_line(f"unexpected arguments: {' '.join(argv[1:])}", argv))
     try:
         values = _CONFIG.value and _CONFIG.value.to_dict()
     except OSError as error:  # config_flags raises a failure to load when the value is read
@@ -152,35 +152,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except KeyError as error:  # config_flags: an override of a key that does not exist
-        sys.exit(_fail(_no_such_setting(error, argv)))
+        sys.exit(_fail(config_file.no_such_setting(error, argv)))
     except AttributeError as error:  # the same, of a section
         if error.args and isinstance(error.args[0], KeyError):
-            sys.exit(_fail(_no_such_setting(error.args[0], argv)))
-        sys.exit(_fail(_one_line(str(error) or repr(error), argv)))
+            sys.exit(_fail(config_file.no_such_setting(error.args[0], argv)))
+        sys.exit(_fail(config_file.one_line(str(error) or repr(error), argv)))
     except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
-        sys.exit(_fail(_one_line(str(error) or repr(error), argv)))
+        sys.exit(_fail(config_file.one_line(str(error) or repr(error), argv)))
     if _WORKDIR.value is not None and not _WORKDIR.value.strip():
         sys.exit(_fail("--workdir: is empty; leave it out for runs/<config name>"))
     _set_up_logging()
     return rest
-
-
-def _no_such_setting(error: KeyError, argv: list[str]) -> str:
-    """The message for an override of a key that the config file lacks, by its full name."""
-    key = str(error.args[0]).strip("'\"")
-    names = [argument.split("=")[0].lstrip("-") for argument in argv]
-    matching = [name for name in names if key in re.split(r"[.\[\]]", name)]
-    name = matching[0] if matching else key
-    return f"{name[:_QUOTED]}: no such setting in the config file"
-
-
-def _one_line(message: str, argv: list[str]) -> str:
-    """A message's first line, with at most 80 characters of a value that it quotes."""
-    for argument in argv:
-        value = argument.partition("=")[2] or argument
-        if len(value) > _QUOTED:
-            message = message.replace(value, f"{value[:_QUOTED]}...")
-    return next(line for line in message.splitlines() if line.strip())
 
 
 def _set_up_logging() -> None:

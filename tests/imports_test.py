@@ -12,16 +12,18 @@ from tests.absent import run_without
 PACKAGE = Path(__file__).parent.parent / "beit_jax"
 # From top to bottom; a package imports from itself and from the rows below it.
 ORDER = [
-    ("jobs", "cli"),
+    ("cli",),
+    ("doctor",),
+    ("jobs",),
     ("planning",),
-    ("features", "segment"),
+    ("features", "pictures", "report", "segment"),
     ("tasks",),
     ("evaluation",),
     ("training",),
     ("distributed",),
     ("pretrained",),
     ("weights",),
-    ("pictures", "label_pictures"),
+    ("drawing",),
     ("segmentation",),
     ("data",),
     ("tokenizers",),
@@ -29,11 +31,13 @@ ORDER = [
     (
         *(
             "config",
+            "config_file",
             "files",
             "hardware",
             "json_text",
             "metrics_file",
             "preprocessing",
+            "progress",
             "storage",
             "text_table",
             "types",
@@ -68,8 +72,8 @@ def test_a_step_needs_neither_tensorflow_nor_pytorch(absent):
     """The modules are imported in a process where importing either fails."""
     program = f"""
 import beit_jax.models.heads, beit_jax.tokenizers.loading, beit_jax.tasks.pretrain
-import beit_jax.training.loop, beit_jax.training.checkpoint, beit_jax.weights, beit_jax.pictures
-import beit_jax.planning.plan
+import beit_jax.training.loop, beit_jax.training.checkpoint, beit_jax.weights
+import beit_jax.drawing.sheets, beit_jax.planning.plan
 from beit_jax.config import MaskConfig
 from beit_jax.data import masking
 assert masking.max_masked(MaskConfig(), grid=14) == 75  # settings are checked without TensorFlow

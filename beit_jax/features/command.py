@@ -21,10 +21,10 @@ from beit_jax.config import ConfigError, check, to_dict
 from beit_jax.evaluation.features import on_host
 from beit_jax.features.images import RESIZES, SUFFIXES, find_images, read_images
 from beit_jax.features.output import FORMATS, check_output, open_output
-from beit_jax.features.progress import Progress
 from beit_jax.files import printable
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.pretrained import EncoderOutput, PretrainedEncoder, load_encoder
+from beit_jax.progress import Progress
 from beit_jax.training import sharding
 from beit_jax.types import JsonObject, Params
 from beit_jax.verbosity import verbosity

@@ -17,17 +17,17 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from beit_jax import label_pictures
 from beit_jax.config import ConfigError, check
 from beit_jax.config.segment import InferenceConfig
+from beit_jax.drawing import class_maps
+from beit_jax.drawing.sheets import save_png
 from beit_jax.evaluation.features import host_rows
 from beit_jax.features.command import add_checkpoint_options, reporting
 from beit_jax.features.images import SUFFIXES, decode_image, find_images, load_images
-from beit_jax.features.progress import Progress
 from beit_jax.files import printable, write_json, write_whole
-from beit_jax.pictures import save_png
 from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.pretrained import PretrainedSegmenter, load_segmenter
+from beit_jax.progress import Progress
 from beit_jax.segmentation import windows
 from beit_jax.training import sharding
 from beit_jax.types import Batch, Params
@@ -401,11 +401,9 @@ def _parents(name: str) -> list[str]:
 def _write(path: str, pixels: np.ndarray, classes: np.ndarray) -> None:
     """Writes an image's class map and its overlay; a folder of its own where it had one."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    label_pictures.save_class_map(f"{path}{_MAP}", classes)
+    class_maps.save_class_map(f"{path}{_MAP}", classes)
     content = io.BytesIO()
-    Image.fromarray(label_pictures.overlay(pixels, classes)).save(
-        content, format="JPEG", quality=90
-    )
+    Image.fromarray(class_maps.overlay(pixels, classes)).save(content, format="JPEG", quality=90)
     write_whole(f"{path}{_OVERLAY}", content.getvalue())
 
 
@@ -416,7 +414,7 @@ def _write_legend(
 ) -> None:
     """Writes the sheet with the first images, and every class with its name and colour."""
     names = segmenter.classes or tuple(f"class {i}" for i in range(segmenter.description.outputs))
-    sheet = label_pictures.sheet(
+    sheet = class_maps.sheet(
         {
             "image": [pixels for _, pixels, _ in shown],
             "classes": [classes for _, _, classes in shown],
@@ -425,7 +423,7 @@ def _write_legend(
         titles=[printable(name) for name, _, _ in shown],
     )
     save_png(os.path.join(output, SHEET), sheet)
-    colors = label_pictures.palette()
+    colors = class_maps.palette()
     write_json(
         os.path.join(output, CLASSES),
         {str(i): {"name": name, "color": colors[i].tolist()} for i, name in enumerate(names)},

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from beit_jax import pictures
 from beit_jax.config import (
     LabelledDataConfig,
     MixingConfig,
@@ -31,6 +30,7 @@ from beit_jax.config.bounds import Classes, Label, Line, OneOf, Rate, Within, ch
 from beit_jax.config.optimizer import check_warmup
 from beit_jax.config.unused import Unused
 from beit_jax.data.source_kinds import check_sources
+from beit_jax.drawing import sheets
 from beit_jax.models.flops import classifier_flops
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import classifier
@@ -253,8 +253,8 @@ def first_batch_picture(batch: HostBatch, *, config: ClassifyConfig) -> np.ndarr
     whole = prepare(batch, jax.random.key(config.run.seed))
     mean, std = NORMALIZATIONS[config.data.normalization]
     given = np.asarray(whole["image"][:PICTURES]) * np.asarray(std) + np.asarray(mean)
-    return pictures.columns_sheet(
-        {"view": batch["image"][:PICTURES], "given": pictures.to_uint8(given)}
+    return sheets.columns_sheet(
+        {"view": batch["image"][:PICTURES], "given": sheets.to_uint8(given)}
     )
 
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from beit_jax import pictures
 from beit_jax.config import DataConfig, LabelledDataConfig, RunConfig, SourceConfig, check
 from beit_jax.distributed import cluster
+from beit_jax.drawing import sheets
 from beit_jax.training.job import Feed
 from beit_jax.types import HostBatch
 
@@ -225,7 +225,7 @@ def draw_first_batch(feed: Feed, draw: Callable[[HostBatch], np.ndarray], *, wor
         batches = feed.training(start_step)
         first = next(batches)
         if jax.process_index() == 0:
-            pictures.save_png(f"{workdir}/first_batch.png", draw(first))
+            sheets.save_png(f"{workdir}/first_batch.png", draw(first))
         yield first
         yield from batches
 

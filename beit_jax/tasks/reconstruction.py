@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import pictures
+from beit_jax.drawing import sheets
 from beit_jax.models.functional import Functional
 from beit_jax.preprocessing import normalize
 from beit_jax.tokenizers.tokenizer import Tokenizer
@@ -28,10 +28,10 @@ def first_batch_picture(batch: HostBatch) -> np.ndarray:
     side = views["image"].shape[1]
     columns = {
         "view 1": views["image"],
-        "masked": pictures.hide_patches(views["image"], views["mask"]),
-        "view 2": pictures.to_uint8(views["token_image"] / 255.0, side=side),
+        "masked": sheets.hide_patches(views["image"], views["mask"]),
+        "view 2": sheets.to_uint8(views["token_image"] / 255.0, side=side),
     }
-    return pictures.columns_sheet(columns)
+    return sheets.columns_sheet(columns)
 
 
 def reconstructions(
@@ -72,10 +72,10 @@ def reconstructions(
     filled = jnp.where(sample["mask"].astype(bool), predicted, ids)
     columns = {
         "original": sample["image"],
-        "masked": pictures.hide_patches(sample["image"], sample["mask"]),
+        "masked": sheets.hide_patches(sample["image"], sample["mask"]),
     }
     if tokenizer.paints(tokenizer_params):
         decode = jax.jit(tokenizer.decode)
-        columns["predicted"] = pictures.to_uint8(decode(tokenizer_params, filled), side=side)
-        columns["tokenizer"] = pictures.to_uint8(decode(tokenizer_params, ids), side=side)
-    return pictures.columns_sheet(columns)
+        columns["predicted"] = sheets.to_uint8(decode(tokenizer_params, filled), side=side)
+        columns["tokenizer"] = sheets.to_uint8(decode(tokenizer_params, ids), side=side)
+    return sheets.columns_sheet(columns)

@@ -13,9 +13,9 @@ from typing import Protocol, TypeVar
 
 from absl import logging
 
-from beit_jax import pictures
 from beit_jax.config import OptimizerConfig, RunConfig
 from beit_jax.distributed import cluster
+from beit_jax.drawing import sheets
 from beit_jax.tasks.summary import summarize
 from beit_jax.training import loop, run_directory, start
 from beit_jax.training.job import Job, RunContext, Trained
@@ -102,7 +102,7 @@ def _draw(job: Job, trained: Trained, *, workdir: str) -> tuple[str, ...]:
     for name, picture in job.pictures.items():
         drawn = picture(trained.state)
         if drawn is not None:
-            pictures.save_png(f"{workdir}/{name}.png", drawn)
+            sheets.save_png(f"{workdir}/{name}.png", drawn)
             names.append(f"{name}.png")
     return tuple(names)
 

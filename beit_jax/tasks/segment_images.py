@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, TypeVar
 import jax
 import numpy as np
 
-from beit_jax import label_pictures
 from beit_jax.config import ConfigError, InferenceConfig, RunConfig, SegmentDataConfig, check
 from beit_jax.config.parse import shown
 from beit_jax.config.segment import LARGEST_CLASSES
 from beit_jax.distributed import cluster
+from beit_jax.drawing import class_maps
 from beit_jax.models.functional import Functional
 from beit_jax.segmentation import sliding, windows
 from beit_jax.tasks.feed import feed_of, image_sources
@@ -199,7 +199,7 @@ def first_batch_picture(batch: HostBatch, *, labels: tuple[str, ...]) -> np.ndar
         caption: [each[:h, :w] for each, (h, w) in zip(batch[field][:count], sizes, strict=True)]
         for caption, field in (("image", "image"), ("labels", "segmentation"))
     }
-    return label_pictures.sheet(columns, names=labels)
+    return class_maps.sheet(columns, names=labels)
 
 
 def held_out_picture(
@@ -243,7 +243,7 @@ def held_out_picture(
             "labels": [each["segmentation"] for each in sample()],
             "prediction": found,
         }
-        return label_pictures.sheet(columns, names=images.labels)
+        return class_maps.sheet(columns, names=images.labels)
 
     return picture_of(draw, of=_weights)
 

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from beit_jax import pictures
 from beit_jax.config import (
     DataConfig,
     MaskConfig,
@@ -31,6 +30,7 @@ from beit_jax.config.optimizer import check_warmup
 from beit_jax.config.run import check_needs_source
 from beit_jax.config.unused import Unused
 from beit_jax.data.source_kinds import check_sources
+from beit_jax.drawing import sheets
 from beit_jax.models.flops import matmul_flops
 from beit_jax.models.functional import Functional
 from beit_jax.tasks.feed import first_images, image_feed
@@ -287,5 +287,5 @@ def reconstructions(
     """Draws originals, and their reconstructions from the tokens: uint8 `[h, w, 3]`."""
     tokenizer = open_tokenizer(config.tokenizer)
     ids = jax.jit(tokenizer.encode)(params, sample["token_image"])
-    decoded = pictures.to_uint8(jax.jit(tokenizer.decode)(params, ids))
-    return pictures.columns_sheet({"original": sample["token_image"], "tokenizer": decoded})
+    decoded = sheets.to_uint8(jax.jit(tokenizer.decode)(params, ids))
+    return sheets.columns_sheet({"original": sample["token_image"], "tokenizer": decoded})

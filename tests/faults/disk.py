@@ -35,7 +35,7 @@ TIMES = ("images_per_second", "data_wait_share", "seconds", "time_to_first_step"
 MOMENTS: dict[str, tuple[str, str, int]] = {
     "start": ("beit_jax.training.run_directory", "check_contents", 1),
     "config": ("beit_jax.training.checkpoint", "Checkpoints.write_config", 1),
-    "first picture": ("beit_jax.pictures", "save_png", 1),
+    "first picture": ("beit_jax.drawing.sheets", "save_png", 1),
     "first line": ("beit_jax.training.metrics", "MetricsLog.write", 1),
     "line": ("beit_jax.training.metrics", "MetricsLog.write", 6),
     "first save": ("beit_jax.training.checkpoint", "Checkpoints.save", 1),
@@ -45,7 +45,7 @@ MOMENTS: dict[str, tuple[str, str, int]] = {
     "evaluation": ("beit_jax.training.loop", "TrainingRun.evaluate", 1),
     "end": ("beit_jax.training.loop", "TrainingRun.close", 1),
     "summary": ("beit_jax.tasks.run_job", "summarize", 1),
-    "last picture": ("beit_jax.pictures", "save_png", 2),
+    "last picture": ("beit_jax.drawing.sheets", "save_png", 2),
     "tokenizer": ("beit_jax.tasks.tokenizer", "save_params", 1),
 }
 JOBS = {

@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from beit_jax.features import command, progress
+from beit_jax import progress
+from beit_jax.features import command
 from beit_jax.features.images import read_image
 from beit_jax.models.functional import unflatten
 from beit_jax.weights import native

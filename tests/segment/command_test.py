@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import beit_jax
-from beit_jax.label_pictures import palette
+from beit_jax.drawing.class_maps import palette
 from beit_jax.segment.command import main, output_names
 from tests.weights.segmenter_test import SEGMENTER, saved
 

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax import jobs, pictures
+from beit_jax import jobs
 from beit_jax.config import ConfigError, OptimizerConfig, RunConfig
 from beit_jax.config.optimizer import check_warmup
 from beit_jax.config.unused import Unused
+from beit_jax.drawing import sheets
 from beit_jax.tasks.run_job import run_job
 from beit_jax.training import metrics
 from beit_jax.training.batch_augment import image_weights
@@ -106,8 +107,8 @@ def colour_feed(config: ColourConfig) -> Feed:
 
 def draw(params, images):
     predicted = np.asarray(predict(params, jnp.asarray(images) / 255.0))[:, None, None]
-    colours = pictures.to_uint8(np.broadcast_to(predicted, images.shape))
-    return pictures.columns_sheet({"image": images, "mean colour": colours})
+    colours = sheets.to_uint8(np.broadcast_to(predicted, images.shape))
+    return sheets.columns_sheet({"image": images, "mean colour": colours})
 
 
 # ---------------------------------------------------------------------------- its row, and tests

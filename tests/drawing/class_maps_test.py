@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax import label_pictures
-from beit_jax.label_pictures import overlay, paint, palette, save_class_map, sheet
+from beit_jax.drawing import class_maps
+from beit_jax.drawing.class_maps import overlay, paint, palette, save_class_map, sheet
 
 NAMES = ("sky", "road", "a class whose name goes on and on beyond any reasonable length", "car")
 
@@ -25,7 +25,7 @@ def test_colours_are_far_apart_and_none_looks_ignored():
     colors = palette().astype(int)
     assert len(np.unique(colors, axis=0)) == 256
     assert colors[255].tolist() == [128, 128, 128]
-    lab = label_pictures._cielab(colors)
+    lab = class_maps._cielab(colors)
     distances = np.linalg.norm(lab[:, None] - lab, axis=-1) + 1e9 * np.eye(256)
     # A difference of 2.3 is just noticeable.
     for classes, least in ((12, 40), (60, 20), (150, 13), (256, 10)):
@@ -37,7 +37,7 @@ def test_cielab_of_known_colours():
     """Values from the standard's tables: white, black, red."""
     rgb = np.asarray([[255, 255, 255], [0, 0, 0], [255, 0, 0]])
     expected = [[100, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20]]
-    np.testing.assert_allclose(label_pictures._cielab(rgb), expected, atol=0.05)
+    np.testing.assert_allclose(class_maps._cielab(rgb), expected, atol=0.05)
 
 
 def test_an_overlay_mixes_and_leaves_what_is_ignored():
@@ -66,7 +66,7 @@ def test_pictures_fill_their_cells_undistorted(size):
     classes[h // 2 :, : w // 2], classes[h // 2 :, w // 2 :] = 1, 3
     image = np.full((h, w, 3), 200, np.uint8)
     picture = sheet({"image": [image], "label": [classes]}, names=NAMES)
-    gap, line = label_pictures._GAP, label_pictures._LINE
+    gap, line = class_maps._GAP, class_maps._LINE
     cell = min(max(h, w, 192), 320)  # a little picture is enlarged, a large one reduced
     assert picture.shape[1] == 2 * (cell + gap) + gap
     factor = cell / max(size)
@@ -85,7 +85,7 @@ def test_the_legend_names_what_occurs_in_any_row():
     maps = [np.full((8, 8), c, np.uint8) for c in (0, 2)]
     predictions = [np.full((8, 8), c, np.uint8) for c in (255, 9)]
     picture = sheet({"label": maps, "prediction": predictions}, names=NAMES, titles=("a", "b"))
-    gap, line = label_pictures._GAP, label_pictures._LINE
+    gap, line = class_maps._GAP, class_maps._LINE
     legend = picture[line + 2 * (line + 192 + gap) :]
     assert swatches(legend) == {tuple(palette()[c].tolist()) for c in (0, 2, 9, 255)}
     # Nothing of a name is beyond the right edge.
@@ -97,14 +97,14 @@ def test_the_legend_wraps_to_hold_every_class(classes):
     every = np.arange(classes, dtype=np.uint8)[None].repeat(2, axis=0)
     names = [f"thing {c}" for c in range(classes)]
     picture = sheet({"label": [every]}, names=names)
-    above = label_pictures._LINE + round(2 * 192 / classes) + label_pictures._GAP
+    above = class_maps._LINE + round(2 * 192 / classes) + class_maps._GAP
     assert len(swatches(picture[above:])) == classes
 
 
 def test_names_are_one_line_and_cut_where_they_are_long():
-    cut = label_pictures._cut(NAMES[2], width=100)
+    cut = class_maps._cut(NAMES[2], width=100)
     assert cut.endswith("…")
     assert NAMES[2].startswith(cut[:-1])
-    assert 80 < label_pictures._font().getlength(cut) <= 100
-    assert label_pictures._cut("a\n  b", width=100) == "a b"
-    assert label_pictures._name(4, NAMES) == "class 4"
+    assert 80 < class_maps._font().getlength(cut) <= 100
+    assert class_maps._cut("a\n  b", width=100) == "a b"
+    assert class_maps._name(4, NAMES) == "class 4"
