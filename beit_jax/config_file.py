@@ -58,7 +58,8 @@ def load(arguments: Sequence[str]) -> ConfigFile:
             # config_flags imports the file in a way that Python 3.12 is to remove.
             warnings.simplefilter("ignore", DeprecationWarning)
             rest = values(argv)
-            found = holder.value
+            # A file that failed to load says so only when it is read.
+            settings = None if holder.value is None else holder.value.to_dict()
     except KeyError as error:  # an override of a key that does not exist
         raise ConfigError(no_such_setting(error, arguments)) from None
     except AttributeError as error:  # the same, of a section
@@ -66,14 +67,17 @@ def load(arguments: Sequence[str]) -> ConfigFile:
         if isinstance(cause, KeyError):
             raise ConfigError(no_such_setting(cause, arguments)) from None
         raise ConfigError(one_line(str(error) or repr(error), arguments)) from None
-    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
+    except OSError as error:  # its lines name the places where the file was looked for
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(" ".join(lines)) from None
+    except (flags.Error, TypeError, ValueError, SyntaxError) as error:
         raise ConfigError(one_line(str(error) or repr(error), arguments)) from None
     if len(rest) > 1:
         raise ConfigError(one_line(f"unexpected arguments: {' '.join(rest[1:])}", arguments))
-    if found is None:
+    if settings is None:
         raise ConfigError("--config is missing; try --config=configs/quickstart.py")
     path = config_flags.get_config_filename(values["config"])
-    return ConfigFile(name=pathlib.Path(path).stem, values=found.to_dict())
+    return ConfigFile(name=pathlib.Path(path).stem, values=settings)
 
 
 def no_such_setting(error: KeyError, arguments: Sequence[str]) -> str:
