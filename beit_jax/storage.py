@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from absl import logging as absl_logging
 
@@ -271,22 +271,14 @@ def said_once() -> Iterator[None]:
     for. Messages that have nothing to do with a disk pass.
     """
     loggers = [absl_logging.get_absl_logger(), logging.getLogger("asyncio")]
-    hook = sys.unraisablehook
-
-    def show(unraisable: "sys.UnraisableHookArgs") -> None:
-        # TensorStore's threads report to an event loop that the first error has closed.
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == _LOOP_CLOSED):
-            hook(unraisable)
 
     def restore() -> None:
         for logger in loggers:
             logger.removeFilter(_not_of_a_disk)
-        sys.unraisablehook = hook
 
     for logger in loggers:  # of handlers, a command has none
         logger.addFilter(_not_of_a_disk)
-    sys.unraisablehook = show
+    ignore_closed_loops()
     try:
         yield
     except BaseException as error:
@@ -295,6 +287,29 @@ def said_once() -> Iterator[None]:
         # Else it stays: the threads go on, until the process ends for this error.
         raise
     restore()
+
+
+def ignore_closed_loops() -> None:
+    """Keeps TensorStore's threads from writing that an event loop is closed, from now on.
+
+    After the first error of a read or a write, its loop is closed, and every array that is done
+    later reports to it: a traceback each, which may come when the command has long said what is
+    wrong. Hence nothing puts the hook back. All other messages reach the hook that was there.
+    """
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+
+
+class _WithoutClosedLoops:
+    """A `sys.unraisablehook` that passes everything to `hook` but what a closed loop is told."""
+
+    def __init__(self, hook: Callable[["sys.UnraisableHookArgs"], object]):
+        self._hook = hook
+
+    def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == _LOOP_CLOSED):
+            self._hook(unraisable)
 
 
 def _not_of_a_disk(record: logging.LogRecord) -> bool:

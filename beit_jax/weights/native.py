@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from logging import LogRecord
 from types import ModuleType
@@ -57,9 +56,7 @@ def quiet_reads() -> Iterator[None]:
     """Hides Orbax' warning of metadata that it then finds in another file.
 
     That message alone: meanwhile another thread may have something to say of the first batch. Also
-    hides what TensorStore prints for each array that is read after another one turned out damaged,
-    a traceback of the loop that waits no more. These may come late, so that after an error the hook
-    stays where it is.
+    hides what TensorStore prints for each array that is read after another one turned out damaged.
     """
 
     def keep(record: LogRecord) -> bool:
@@ -67,20 +64,9 @@ def quiet_reads() -> Iterator[None]:
 
     logger = logging.get_absl_logger()
     logger.addFilter(keep)
-    before = sys.unraisablehook
-
-    def unraisable(late: "sys.UnraisableHookArgs") -> None:
-        frame = late.exc_traceback
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        where = "" if frame is None else frame.tb_frame.f_code.co_filename
-        if "asyncio" not in where:
-            before(late)
-
-    sys.unraisablehook = unraisable
+    storage.ignore_closed_loops()
     try:
         yield
-        sys.unraisablehook = before
     finally:
         logger.removeFilter(keep)
 
