@@ -54,6 +54,11 @@ COMMANDS = {
         summary="store a data set as smaller JPEGs, read at random",
         extra="train",
     ),
+    "doctor": Command(
+        module="beit_jax.doctor",
+        summary="check a config and this machine before a long run",
+        extra="train",
+    ),
     "service": Command(
         module="beit_jax.data.service",
         summary="make training batches on this machine for others",

@@ -93,7 +93,7 @@ TRAINING_LIBRARIES = (
     "tensorflow_datasets",
     "torch",
 )
-TRAINING_ROOMS = {"data", "distributed", "jobs", "planning", "tasks", "training"}
+TRAINING_ROOMS = {"data", "distributed", "doctor", "jobs", "planning", "tasks", "training"}
 
 
 def test_the_library_imports_without_what_only_training_installs():
