@@ -138,6 +138,16 @@ def test_blocks_agree_with_apply_blocks_and_with_the_call(encoder):
         encoder.blocks(images, np.array([], int))
 
 
+def test_attention_agrees_with_the_module_and_numbers_blocks_from_either_end(encoder):
+    images = uint8_images(40)
+    found = encoder.attention(images, (-1, 1))
+    expected = encoder.module().attention_weights(encoder.normalize(images), blocks=(3, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert found.shape[:2] == (2, 2)
+    with pytest.raises(ValueError, match="0 stands for the embeddings"):
+        encoder.attention(images, (0,))
+
+
 def test_the_nnx_module_gives_the_same_tokens(encoder):
     module = encoder.module()
     assert isinstance(module, nnx.Module)

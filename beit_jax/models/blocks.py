@@ -101,6 +101,29 @@ class Attention(nnx.Module):
             query, key, value, bias, heads=self.heads, implementation=self.implementation
         )
 
+    def weights(self, x: jax.Array, *, shared_bias: jax.Array | None) -> jax.Array:
+        """How much every token attends to every token, whichever implementation mixes values.
+
+        No implementation keeps these weights, so they are computed once more, from the same
+        queries, keys and biases, for whoever looks at them.
+
+        Args:
+          x, shared_bias: as for `__call__`.
+
+        Returns:
+          float32 `[b, h, n, n]`, (query, key); rows sum to one.
+        """
+        x = x.astype(self.dtype)
+        query, key = (x @ linear.kernel.astype(self.dtype) for linear in (self.query, self.key))
+        query = (query + bias_of(self.query).astype(self.dtype)) * self.head_width**-0.5
+        query, key = (rearrange(y, "b n (h k) -> b h n k", h=self.heads) for y in (query, key))
+        scores = jnp.einsum("bhqk,bhnk->bhqn", query, key, preferred_element_type=jnp.float32)
+        if shared_bias is not None:
+            scores = scores + shared_bias[0]
+        if hasattr(self, "relative_position_bias"):
+            scores = scores + self.relative_position_bias(batch=x.shape[0])[0]
+        return jax.nn.softmax(scores, axis=-1)
+
 
 class Mlp(nnx.Module):
     """Linear, exact GELU, linear."""
@@ -204,6 +227,10 @@ class Block(nnx.Module):
         x = add_branch(x, y, factor=attention_factor)
         y = self.mlp(self.norm2(x), scale=scales[1])
         return add_branch(x, y, factor=mlp_factor)
+
+    def attention_weights(self, x: jax.Array, *, shared_bias: jax.Array | None) -> jax.Array:
+        """This block's attention weights, float32 `[b, h, n, n]`, of its input `[b, n, d]`."""
+        return self.attention.weights(self.norm1(x), shared_bias=shared_bias)
 
 
 def stacked_blocks(config: ModelConfig, *, init: Initialization, rngs: nnx.Rngs) -> Block:

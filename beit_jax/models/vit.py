@@ -157,6 +157,44 @@ class Encoder(nnx.Module):
         """Embeddings and the raw output of every block, `[l + 1, b, n, d]`; no final norm."""
         return self.block_outputs(images, blocks=range(self.config.layers + 1), mask=mask)
 
+    def attention_weights(
+        self, images: jax.Array, *, blocks: Sequence[int], mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Attention weights of some blocks. The blocks themselves run as they always do.
+
+        Args:
+          images: normalised, float `[b, s, s, 3]`.
+          blocks: numbers from 1 to l, in any order. The last block asked for does not run.
+          mask: as for `__call__`.
+
+        Returns:
+          float32 `[len(blocks), b, h, n, n]`, (query, key), in the order of `blocks`; rows sum to
+          one. A block of base has 1.9 MB for each image.
+
+        Raises:
+          ValueError: no block is asked for, or one that does not exist.
+        """
+        layers = self.config.layers
+        if not blocks or not all(1 <= block <= layers for block in blocks):
+            raise ValueError(f"blocks must be numbers from 1 to {layers}, got {list(blocks)}")
+        inputs = self.block_outputs(images, blocks=[block - 1 for block in blocks], mask=mask)
+        shared_bias = self._shared_bias(batch=images.shape[0])
+        graphdef, state = nnx.split(self.blocks)
+        chosen = np.array(blocks) - 1
+        params = jax.tree.map(lambda stacked: stacked[chosen], nnx.to_pure_dict(state))
+
+        def weigh(layer: PyTree) -> jax.Array:
+            params, x = layer
+            return nnx.merge(graphdef, params).attention_weights(x, shared_bias=shared_bias)
+
+        return jax.lax.map(weigh, (params, inputs))
+
+    def _shared_bias(self, *, batch: int) -> jax.Array | None:
+        """The bias of all blocks' scores, float32 `[copies, h, n, n]`; None where there is none."""
+        if not hasattr(self, "relative_position_bias"):
+            return None
+        return self.relative_position_bias(batch=batch)
+
     def embed(self, images: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """The class token and the masked patch tokens: `[b, n, d]` in the residual dtype.
 
@@ -200,11 +238,7 @@ class Encoder(nnx.Module):
           None for those where `kept` is None.
         """
         config = self.config
-        shared_bias = (
-            self.relative_position_bias(batch=x.shape[0])
-            if hasattr(self, "relative_position_bias")
-            else None
-        )
+        shared_bias = self._shared_bias(batch=x.shape[0])
         graphdef, state = nnx.split(self.blocks)
         params = nnx.to_pure_dict(state)
         factors = slots = outputs = None

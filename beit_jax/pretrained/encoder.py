@@ -95,6 +95,34 @@ class PretrainedEncoder(Pretrained):
             norm=norm,
         )
 
+    def attention(self, images: Array, blocks: Sequence[int] = (-1,)) -> jax.Array:
+        """Attention weights of some blocks; compiled once per batch size and choice of blocks.
+
+        Args:
+          images: uint8 `[b, s, s, 3]`, RGB, NumPy or JAX.
+          blocks: numbers from 1 (the first block) to the number of layers, or negative ones that
+            count from the last (-1).
+
+        Returns:
+          float32 `[len(blocks), b, h, n, n]`, (query, key), n = 1 + grid² with the class token
+          first; rows sum to one. Block i is transformers' `attentions[i - 1]`.
+          `evaluation.attention_maps` makes maps of them.
+
+        Raises:
+          ValueError: no such block, or images of another size or type.
+        """
+        check_images(images, image_size=self.image_size)
+        numbers = _block_numbers(blocks, layers=self.config.layers)
+        if 0 in numbers:
+            raise ValueError("blocks: 0 stands for the embeddings, which have no attention")
+        return _attention(
+            self.params,
+            images,
+            functions=self.functions,
+            normalization=self.normalization,
+            blocks=numbers,
+        )
+
     def apply(
         self,
         params: Params,
@@ -202,6 +230,19 @@ def _encode_blocks(
     images = normalize(images, kind=normalization)
     outputs = _apply_blocks(functions, params, images, grid=grid, blocks=blocks, norm=norm)
     return tuple(_float32(output) for output in outputs)
+
+
+@functools.partial(jax.jit, static_argnames=("functions", "normalization", "blocks"))
+def _attention(
+    params: Params,
+    images: jax.Array,
+    *,
+    functions: Functional,
+    normalization: str,
+    blocks: tuple[int, ...],
+) -> jax.Array:
+    pixels = normalize(images, kind=normalization)
+    return functions.apply(params, pixels, method="attention_weights", blocks=blocks)
 
 
 def _apply_blocks(

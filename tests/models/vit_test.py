@@ -11,7 +11,7 @@ import pytest
 from beit_jax.config import ConfigError, ModelConfig
 from beit_jax.models import flops, heads, relative_positions, vit
 from beit_jax.models.blocks import drop_path_factors
-from beit_jax.models.functional import flatten
+from beit_jax.models.functional import flatten, functional
 from tests.tiny import PER_BLOCK, PLAIN, TINY
 
 VOCABULARY = 40
@@ -280,3 +280,51 @@ def test_flops_of_base_and_large():
     assert abs(flops.encoder_flops(base) / 1e9 - 35.13) < 0.01
     assert abs(flops.encoder_flops(large) / 1e9 - 123.11) < 0.01
     assert abs(flops.mim_head_flops(base, vocabulary=8192, slots=75) / 1e9 - 0.94) < 0.01
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla",
+        pytest.param("fused", marks=pytest.mark.slow),
+        pytest.param("cudnn", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_weights_equal_transformers(variant, implementation, batch, attention_anywhere):
+    torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")
+    from tests.models import beit_peer
+
+    config = dataclasses.replace(VARIANTS[variant], attention="xla")
+    if implementation != "xla":  # a kernel's heads are 64 wide
+        config = dataclasses.replace(config, width=128, heads=2, attention=implementation)
+    images, mask, _ = batch
+    peer = beit_peer.masked_image_model(config, vocabulary=VOCABULARY)
+    expected = peer(
+        torch.from_numpy(images.transpose(0, 3, 1, 2)),
+        bool_masked_pos=torch.from_numpy(mask),
+        output_attentions=True,
+    ).attentions
+    params = beit_peer.to_native(dict(peer.named_parameters()), layers=config.layers)
+    encoder = functional(
+        lambda rngs: vit.Encoder(config, mask_token=True, final_norm=True, rngs=rngs)
+    )
+
+    blocks = (3, 1, 2)
+    found = encoder.apply(
+        params["encoder"], images, mask=mask, method="attention_weights", blocks=blocks
+    )
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found.sum(axis=-1), 1, rtol=1e-5)
+    for block, weights in zip(blocks, found, strict=True):
+        np.testing.assert_allclose(weights, expected[block - 1].detach().numpy(), rtol=1e-4)
+
+
+def test_blocks_without_attention_are_an_error(batch):
+    encoder = functional(
+        lambda rngs: vit.Encoder(TINY, mask_token=True, final_norm=True, rngs=rngs)
+    )
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), encoder.shapes())
+    for blocks in ((), (0,), (4,)):
+        with pytest.raises(ValueError, match="blocks must be numbers from 1 to 3"):
+            encoder.apply(params, batch[0], method="attention_weights", blocks=blocks)
