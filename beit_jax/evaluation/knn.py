@@ -24,6 +24,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from beit_jax import progress
 from beit_jax.config import check
 from beit_jax.config.bounds import Block, Temperature, Within, check_fields
 from beit_jax.evaluation.features import (
@@ -171,8 +172,10 @@ def block_accuracy(
 
     extract = on_host(unit_features, encoder.params, mesh=mesh)
 
-    banked = [(extract(batch), _voting_labels(batch)) for batch in bank]
-    asked = [(extract(batch), _voting_labels(batch)) for batch in queries]
+    banked = [(extract(batch), _voting_labels(batch)) for batch in _shown(bank, "training images")]
+    asked = [
+        (extract(batch), _voting_labels(batch)) for batch in _shown(queries, "held-out images")
+    ]
     vote = Vote(counts=config.counts, temperature=config.temperature, classes=classes)
     accuracy = {
         block: _vote_accuracy(*_rows(banked, i), *_rows(asked, i), vote=vote, mesh=mesh)
@@ -284,6 +287,16 @@ def split_bank(features: np.ndarray, labels: np.ndarray, *, mesh: Mesh) -> Batch
         "features": jax.make_array_from_process_local_data(split, padded.reshape(chunks, rows, f)),
         "label": jax.make_array_from_process_local_data(split, padded_labels.reshape(chunks, rows)),
     }
+
+
+def _shown(batches: Iterable[HostBatch], what: str) -> Iterable[HostBatch]:
+    """The batches, with progress on process 0."""
+    return progress.over(
+        batches,
+        doing=f"features of {what} (this host's)",
+        size=lambda batch: len(batch["image"]),
+        shown=jax.process_index() == 0,
+    )
 
 
 def weighted_vote(

@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from beit_jax import progress
 from beit_jax.tokenizers.tokenizer import Tokenizer
 from beit_jax.types import HostBatch, Params
 
@@ -48,7 +49,13 @@ def token_statistics(
     encode = jax.jit(tokenizer.encode)
     encoder_params = tokenizer.encoding_params(params)
     counts = np.zeros(tokenizer.vocabulary, np.int64)
-    for batch in batches:
+    shown = progress.over(
+        batches,
+        doing="counting tokens of held-out images (this host's)",
+        size=lambda batch: len(batch["mask"]),
+        shown=jax.process_index() == 0,
+    )
+    for batch in shown:
         ids = np.asarray(encode(encoder_params, batch["token_image"]))
         hidden = batch["mask"].astype(bool) & batch["valid"].astype(bool)[:, None, None]
         counts += np.bincount(ids[hidden], minlength=tokenizer.vocabulary)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from beit_jax import progress
 from beit_jax.distributed import cluster
 from beit_jax.training import sharding, state
 from beit_jax.training.job import Feed
@@ -54,7 +55,13 @@ def run_evaluation(
 ) -> dict[str, float] | None:
     """Metrics over all held-out images; empty where there are none, None where SIGTERM came."""
     total = None
-    for batch in feed.evaluation():
+    batches = progress.over(
+        feed.evaluation(),
+        doing="evaluating held-out images (this host's)",
+        size=lambda batch: len(next(iter(batch.values()))),
+        shown=jax.process_index() == 0,
+    )
+    for batch in batches:
         if cluster.preemption_point():
             return None
         sums = evaluate(params, variables, frozen, sharding.to_devices(batch, mesh))

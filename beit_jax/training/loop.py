@@ -21,6 +21,7 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
+from beit_jax import progress
 from beit_jax.config import OptimizerConfig, RunConfig, check
 from beit_jax.distributed import cluster
 from beit_jax.files import write_json
@@ -305,7 +306,8 @@ class TrainingRun:
         began = time.perf_counter()
         logging.info("compiling the train step; a large model takes minutes")
         with startup.cache_hits() as hits:
-            compiled = jitted.lower(self.state, self._frozen, batch).compile()
+            with progress.waiting("compiling the train step", shown=jax.process_index() == 0):
+                compiled = jitted.lower(self.state, self._frozen, batch).compile()
             cached = hits() > 0
         logging.info(
             "compiled the train step in %.1f s%s",

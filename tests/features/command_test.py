@@ -1,6 +1,5 @@
 """`python -m beit_jax.features`: transformers' features, every image once, whole files or none."""
 
-import io
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 
-from beit_jax import progress
 from beit_jax.features import command
 from beit_jax.features.images import read_image
 from beit_jax.models.functional import unflatten
@@ -321,26 +319,3 @@ def test_the_command_needs_nothing_that_only_training_installs(peer, photos, tmp
     )
     assert output == "0\n"
     assert load(tmp_path / "f.npz")[1] == NAMES
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_is_one_changing_line_on_a_terminal_and_few_lines_in_a_log(monkeypatch):
-    clock = iter([0.0, 0.01, 1.0, 40.0])
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
-    for stream, expected in (
-        (Terminal(), "\r\033[K20/100 images, 20.0 images/s, 4 s left"),
-        (io.StringIO(), "80/100 images, 2.0 images/s, 10 s left\n"),
-    ):
-        monkeypatch.setattr(progress.sys, "stderr", stream)
-        clock = iter([0.0, 0.01, 1.0, 40.0])
-        counter = progress.Progress(100)
-        counter.update(1)
-        counter.update(20)
-        counter.update(80)
-        assert expected in stream.getvalue()
-        assert stream.getvalue().count("\n") == expected.count("\n")
-        assert "1/100" not in stream.getvalue()

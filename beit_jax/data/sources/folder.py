@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import tensorflow as tf
 from absl import logging
 
+from beit_jax import progress
 from beit_jax.config import ConfigError
 from beit_jax.config.parse import shown
 from beit_jax.data.decode import EXTENSIONS, Window, decode_element
@@ -89,7 +90,10 @@ def list_files(root: str, extensions: tuple[str, ...]) -> list[str]:
     """
     names: list[str] = []
     others: list[str] = []
-    for name in _walk(root, extensions):
+    listed = progress.over(
+        _walk(root, extensions), doing=f"listing {printable(root)}", unit="files"
+    )
+    for name in listed:
         (names if name.lower().endswith(extensions) else others).append(name)
     if others:
         logging.info(
