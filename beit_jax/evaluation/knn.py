@@ -172,10 +172,8 @@ def block_accuracy(
 
     extract = on_host(unit_features, encoder.params, mesh=mesh)
 
-    banked = [(extract(batch), _voting_labels(batch)) for batch in _shown(bank, "training images")]
-    asked = [
-        (extract(batch), _voting_labels(batch)) for batch in _shown(queries, "held-out images")
-    ]
+    banked = [(extract(batch), _voting_labels(batch)) for batch in _shown(bank, "training")]
+    asked = [(extract(batch), _voting_labels(batch)) for batch in _shown(queries, "held-out")]
     vote = Vote(counts=config.counts, temperature=config.temperature, classes=classes)
     accuracy = {
         block: _vote_accuracy(*_rows(banked, i), *_rows(asked, i), vote=vote, mesh=mesh)
@@ -293,7 +291,7 @@ def _shown(batches: Iterable[HostBatch], what: str) -> Iterable[HostBatch]:
     """The batches, with progress on process 0."""
     return progress.over(
         batches,
-        doing=f"features of {what} (this host's)",
+        doing=f"features of {what} images (this host's)",
         size=lambda batch: len(batch["image"]),
         shown=jax.process_index() == 0,
     )

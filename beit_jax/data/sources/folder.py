@@ -90,10 +90,8 @@ def list_files(root: str, extensions: tuple[str, ...]) -> list[str]:
     """
     names: list[str] = []
     others: list[str] = []
-    listed = progress.over(
-        _walk(root, extensions), doing=f"listing {printable(root)}", unit="files"
-    )
-    for name in listed:
+    doing = f"listing {printable(root)}"
+    for name in progress.over(_walk(root, extensions), doing=doing, unit="files"):
         (names if name.lower().endswith(extensions) else others).append(name)
     if others:
         logging.info(
