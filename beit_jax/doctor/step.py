@@ -16,6 +16,7 @@ from beit_jax.types import Batch
 
 # FLOPs of a step that a CPU is asked to do: about half a minute. Beyond it a small batch is timed.
 _AFFORDABLE = 2e12
+_PATIENCE = 30.0  # seconds for steps beyond the second
 _SHORT = 15  # minutes of reading that are not worth more machines
 _LONG = 30  # days of a run that are worth a word
 _OFF = 0.3  # share of ln(classes) by which a fresh model's loss may differ from it
@@ -94,9 +95,10 @@ def _run(
     *,
     steps: int,
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each step but the first, and the losses."""
-    seconds, losses = [], []
-    for _ in range(max(steps, 2)):
+    """Seconds of each step but the first, and the losses; slow steps are fewer."""
+    seconds: list[float] = []
+    losses: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < steps and sum(seconds) < _PATIENCE):
         began = time.perf_counter()
         train_state, metrics = compiled(train_state, frozen, batch)
         losses.append(float(metrics["loss"]))
@@ -108,7 +110,7 @@ def duration(seconds: float, *, steps: int, note: str, compiling: float) -> list
     """How long the run takes."""
     total = seconds * steps
     what = (
-        f"a step takes {seconds:.3g} s{note}; {steps:,} steps, {_long(total)}; compiled in"
+        f"a step takes {_number(seconds)} s{note}; {steps:,} steps, {_long(total)}; compiled in"
         f" {compiling:.0f} s"
     )
     if total > _LONG * 86400:
@@ -120,8 +122,12 @@ def duration(seconds: float, *, steps: int, note: str, compiling: float) -> list
 def _long(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {unit}"
+            return f"{_number(seconds / length)} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def first_loss(losses: list[float], *, classes: int) -> list[Finding]:
@@ -177,10 +183,10 @@ def enough(read: float, *, needed: float, minutes: float) -> list[Finding]:
         "store smaller images with `beit-jax prepare`, let other machines decode with `beit-jax"
         " service`, set config.data.augment.fidelity='fast', or take a machine with more cores"
     )
-    if read < needed and minutes > _SHORT:
-        return [wrong(f"data-starved: {what}", fix)]
-    if read < needed:
+    if read >= 1.2 * needed:
+        return [ok(what)]
+    if minutes < _SHORT:
         return [ok(f"{what}; the run reads for {minutes:.1f} minutes in all")]
-    if read < 1.2 * needed:
-        return [warning(f"{what}: little to spare", fix)]
-    return [ok(what)]
+    if read < needed:
+        return [wrong(f"data-starved: {what}", fix)]
+    return [warning(f"{what}: little to spare", fix)]

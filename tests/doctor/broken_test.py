@@ -77,6 +77,14 @@ def test_the_embedded_images_are_sound():
     assert_sound(found("devices", "batch", "weights", *IMAGES, "run", data__holdout=16))
 
 
+def test_segmentation_is_checked_too():
+    """Its images, and the parts of its step; the step itself costs a compilation."""
+    config = jobs.parse_job(tiny.segment().to_dict())
+    context = Context(config, workdir="runs/never_made")
+    names = ("batch", *IMAGES, "run", "memory", "room")
+    assert_sound([one for name in names for one in findings_of(name, context)])
+
+
 def test_photographs_are_sound():
     path = os.environ.get("BEIT_JAX_IMAGES")
     if not path:
@@ -307,6 +315,7 @@ def test_slow_data():
     assert_wrong(step.enough(read, needed=100, minutes=600), "data-starved: 8 images/s", "100")
     assert_sound(step.enough(read, needed=100, minutes=1))
     assert_sound(step.enough(read, needed=6, minutes=600))
+    assert [one.level for one in step.enough(8, needed=7.9, minutes=600)] == ["warning"]
 
 
 def test_a_loss_that_is_not_finite_and_one_that_is_not_guessing():
