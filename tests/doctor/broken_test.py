@@ -281,6 +281,9 @@ def test_a_tokenizer_whose_pictures_are_not_those_of_its_tokens():
     painted = np.asarray(tokenizer.decode({"levels": jnp.linspace(0, 1, 16)}, ids(tokenizer)))
     assert_sound(tokens.repainted(painted, pictures))
     assert_wrong(tokens.repainted(1 - painted, pictures), "do not describe the images")
+    colours = np.broadcast_to(pictures.mean((1, 2), keepdims=True) / 255, painted.shape)
+    (finding,) = tokens.repainted(0.95 * colours + 0.05 * painted, pictures)
+    assert finding.level == "warning"
 
 
 def ids(tokenizer):
