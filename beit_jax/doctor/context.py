@@ -113,10 +113,11 @@ class Context:
         return self._once("the job in small batches", lambda: self._open(self.small_batch))
 
     def _open(self, batch_size: int) -> Parts:
+        sources = self.sources  # first: it costs the least
         params = self.tokenizer_params if self.config.task == "pretrain" else None
         run = dataclasses.replace(self.config.run, batch_size=batch_size)
         config = dataclasses.replace(self.config, run=run)
-        return open_parts(config, sources=self.sources, tokenizer_params=params)
+        return open_parts(config, sources=sources, tokenizer_params=params)
 
     @property
     def small_batch(self) -> int:

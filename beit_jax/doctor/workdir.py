@@ -24,9 +24,14 @@ def check_workdir(context: Context) -> list[Finding]:
     run_directory.check_path(workdir)
     if "://" in workdir:
         return [skipped(f"{workdir} is not written to before the run")]
-    with tempfile.TemporaryFile(dir=_nearest(workdir)) as file:
-        file.write(b"\0" * 4096)
-        file.flush()
+    folder = _nearest(workdir)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        text = f"--workdir: {folder} can't be written to: {error.strerror}"
+        return [wrong(text, f"{_OTHER}, or make room and permissions there")]
     if not os.path.isdir(workdir):
         return [ok(f"{workdir} can be made")]
     with run_lock.hold(workdir):  # another run's holds it off

@@ -2,9 +2,11 @@
 silent."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +75,15 @@ def noise(count, *, mean=120, deviation=60):
 IMAGES = ("images", "pixels", "normalization")
 
 
-def test_the_embedded_images_are_sound():
-    assert_sound(found("devices", "batch", "weights", *IMAGES, "run", data__holdout=16))
+@pytest.fixture(scope="module")
+def sound():
+    """The tiny pre-training as it is."""
+    return Context(jobs.parse_job(tiny.pretrain().to_dict()), workdir="runs/never_made")
+
+
+def test_a_sound_set_up(sound):
+    names = ("devices", "batch", "weights", *IMAGES, "run", "memory", "room")
+    assert_sound([finding for name in names for finding in findings_of(name, sound)])
 
 
 def test_segmentation_is_checked_too():
@@ -157,18 +166,21 @@ def test_a_batch_that_does_not_divide_over_the_devices():
     assert findings[1].level == "skipped"
 
 
-def test_a_batch_too_large_for_memory(monkeypatch):
-    monkeypatch.setattr(machine, "device_bytes", lambda: 20_000_000)
-    assert_sound(found("memory"))
-    findings = found("memory", "step", run__batch_size=8000)
-    assert_wrong(findings, "does not fit", "20 MB")
+def test_a_batch_too_large_for_memory(monkeypatch, sound):
+    monkeypatch.setattr(machine, "device_bytes", lambda: 2_000_000)
+    findings = [*findings_of("memory", sound), *findings_of("step", sound)]
+    assert_wrong(findings, "does not fit", "2 MB")
+    assert "batch_size, now 8" in findings[0].fix
     assert findings[1].level == "skipped"
+    more = dataclasses.replace(sound.config.run, batch_size=8000)
+    before = machine.least_bytes(sound)
+    monkeypatch.setattr(sound, "config", dataclasses.replace(sound.config, run=more))
+    assert machine.least_bytes(sound) - before == 999 * 17 * 32 * 4 * 2  # on a device
 
 
-def test_a_full_disk(monkeypatch, tmp_path):
-    assert_sound(found("room", workdir=tmp_path))
+def test_a_full_disk(monkeypatch, sound):
     monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
-    assert_wrong(found("room", workdir=tmp_path), "1 kB free")
+    assert_wrong(findings_of("room", sound), "1 kB free")
 
 
 def test_a_directory_that_may_not_be_written_to(tmp_path, monkeypatch):
@@ -176,6 +188,13 @@ def test_a_directory_that_may_not_be_written_to(tmp_path, monkeypatch):
     assert_wrong(found("workdir", workdir=tmp_path / "file"), "it is a file, not a folder")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     assert_wrong(found("workdir", workdir=tmp_path), "may not be written to")
+    monkeypatch.undo()
+
+    def refuse(dir):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert_wrong(found("workdir", workdir=tmp_path), str(tmp_path), "quota")
 
 
 def test_a_directory_of_another_program(tmp_path):
