@@ -105,6 +105,8 @@ class Context:
     @property
     def parts(self) -> Parts:
         """The job's task and its feed, in batches of the size that the run has."""
+        if self.config.run.batch_size == self.small_batch:
+            return self.small_parts
         return self._once("the job", lambda: self._open(self.config.run.batch_size))
 
     @property

@@ -31,9 +31,8 @@ def check_step(context: Context) -> list[Finding]:
     affordable = jax.default_backend() != "cpu" or flops < _AFFORDABLE
     parts = context.parts if affordable else context.small_parts
     size = config.run.batch_size if affordable else context.small_batch
-    began = time.perf_counter()
-    batches = parts.feed.training(0)
-    host = next(batches)
+    small = size == context.small_batch
+    host = context.batch if small else next(iter(parts.feed.training(0)))
     batch = sharding.to_devices(host, context.mesh)
     optimizer = optim.adamw(config.optimizer)
     jitted = state.jitted_step(
