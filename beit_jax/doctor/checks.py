@@ -117,4 +117,4 @@ def findings_of(name: str, context: Context) -> list[Finding]:
         known = isinstance(error, ConfigError | RunError | OSError | ValueError)
         lines = [line for line in str(error).splitlines() if line.strip()] or ["without a text"]
         text = lines[0][:400] if known else f"{type(error).__name__}: {lines[0][:400]}"
-        return [wrong(text, check.fix)]
+        return [wrong(text.removesuffix(f"; {check.fix}"), check.fix)]

@@ -211,7 +211,9 @@ def test_a_directory_of_another_run(tmp_path):
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(jobs.parse_job(values.to_dict()))))
     findings = found("run", workdir=tmp_path)
-    assert_wrong(findings, "config.model.width: was 64, now 32", "choose another --workdir")
+    assert_wrong(findings, "config.model.width: was 64, now 32")
+    assert findings[0].fix == "choose another --workdir"
+    assert findings[0].fix not in findings[0].what
 
 
 def test_weights_that_were_trained_with_another_normalisation(tmp_path):
