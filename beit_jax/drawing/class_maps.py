@@ -12,9 +12,10 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from beit_jax.config.segment import IGNORE
+from beit_jax.drawing.text import FAINT, LINE, PAPER, cut, width_of, write
 from beit_jax.files import write_whole
 
 _IGNORED_COLOR = (128, 128, 128)
@@ -22,11 +23,8 @@ _FIRST_COLOR = (45, 90, 150)  # class 0 often is the background, which should lo
 # A picture is fitted into a square as large as the largest of them, within these bounds.
 _SMALLEST_CELL, _LARGEST_CELL = 192, 320
 _GAP = 6
-_LINE = 20  # height of a line of text
-_TEXT = 13  # pixels
 _SWATCH = 14
 _LONGEST_NAME = 190  # pixels of a class name in the legend; a longer one is cut
-_INK, _FAINT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
 @functools.cache
@@ -121,19 +119,19 @@ def sheet(
     ]
     present = sorted({int(c) for each in columns.values() for c in _classes(each)})
     width = max(len(columns) * (cell + _GAP) + _GAP, _LONGEST_NAME + 2 * _SWATCH)
-    title = _LINE if titles else 0
+    title = LINE if titles else 0
     heights = [max(picture.height for picture in row) for row in rows]
     legend = _legend(present, names=names, width=width)
-    height = _LINE + sum(each + title + _GAP for each in heights) + legend.height
-    whole = Image.new("RGB", (width, height), _PAPER)
+    height = LINE + sum(each + title + _GAP for each in heights) + legend.height
+    whole = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(whole)
     left = [_GAP + i * (cell + _GAP) for i in range(len(columns))]
     for x, caption in zip(left, columns, strict=True):
-        _write(draw, (x, 2), caption, width=cell)
-    top = _LINE
+        write(draw, (x, 2), caption, width=cell)
+    top = LINE
     for i, (row, tallest) in enumerate(zip(rows, heights, strict=True)):
         if titles:
-            _write(draw, (_GAP, top + 2), titles[i], width=width - 2 * _GAP, ink=_FAINT)
+            write(draw, (_GAP, top + 2), titles[i], width=width - 2 * _GAP, ink=FAINT)
         top += title
         for x, picture in zip(left, row, strict=True):
             # In the middle of its cell.
@@ -163,18 +161,18 @@ def _fitted(picture: np.ndarray, *, cell: int) -> Image.Image:
 
 def _legend(present: Sequence[int], *, names: Sequence[str], width: int) -> Image.Image:
     """Swatches with class names, in as many columns as the width has room for."""
-    texts = [_cut(_name(c, names), width=_LONGEST_NAME) for c in present]
-    longest = max([_font().getlength(text) for text in texts], default=0)
+    texts = [cut(_name(c, names), width=_LONGEST_NAME) for c in present]
+    longest = max([width_of(text) for text in texts], default=0)
     column = int(longest) + _SWATCH + 4 * _GAP
     across = max(1, (width - _GAP) // column)
-    legend = Image.new("RGB", (width, -(-len(texts) // across) * _LINE + _GAP), _PAPER)
+    legend = Image.new("RGB", (width, -(-len(texts) // across) * LINE + _GAP), PAPER)
     draw = ImageDraw.Draw(legend)
     for i, (c, text) in enumerate(zip(present, texts, strict=True)):
-        x, y = _GAP + i % across * column, i // across * _LINE
+        x, y = _GAP + i % across * column, i // across * LINE
         red, green, blue = (int(level) for level in palette()[c])
         box = (x, y + 3, x + _SWATCH, y + 3 + _SWATCH)
-        draw.rectangle(box, fill=(red, green, blue), outline=_FAINT)
-        _write(draw, (x + _SWATCH + _GAP, y + 2), text, width=_LONGEST_NAME)
+        draw.rectangle(box, fill=(red, green, blue), outline=FAINT)
+        write(draw, (x + _SWATCH + _GAP, y + 2), text, width=_LONGEST_NAME)
     return legend
 
 
@@ -182,29 +180,3 @@ def _name(c: int, names: Sequence[str]) -> str:
     if c == IGNORE:
         return "ignored"
     return names[c] if c < len(names) else f"class {c}"
-
-
-@functools.cache
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=_TEXT)
-
-
-def _cut(text: str, *, width: int) -> str:
-    """The text in one line of at most so many pixels; an ellipsis says that it was longer."""
-    line = " ".join(text.split())
-    if _font().getlength(line) <= width:
-        return line
-    while line and _font().getlength(line + "…") > width:
-        line = line[:-1]
-    return line.rstrip() + "…"
-
-
-def _write(
-    draw: ImageDraw.ImageDraw,
-    at: tuple[int, int],
-    text: str,
-    *,
-    width: int,
-    ink: tuple[int, int, int] = _INK,
-) -> None:
-    draw.text(at, _cut(text, width=width), fill=ink, font=_font())

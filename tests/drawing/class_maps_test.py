@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax.drawing import class_maps
+from beit_jax.drawing import class_maps, text
 from beit_jax.drawing.class_maps import overlay, paint, palette, save_class_map, sheet
 
 NAMES = ("sky", "road", "a class whose name goes on and on beyond any reasonable length", "car")
@@ -66,7 +66,7 @@ def test_pictures_fill_their_cells_undistorted(size):
     classes[h // 2 :, : w // 2], classes[h // 2 :, w // 2 :] = 1, 3
     image = np.full((h, w, 3), 200, np.uint8)
     picture = sheet({"image": [image], "label": [classes]}, names=NAMES)
-    gap, line = class_maps._GAP, class_maps._LINE
+    gap, line = class_maps._GAP, text.LINE
     cell = min(max(h, w, 192), 320)  # a little picture is enlarged, a large one reduced
     assert picture.shape[1] == 2 * (cell + gap) + gap
     factor = cell / max(size)
@@ -85,7 +85,7 @@ def test_the_legend_names_what_occurs_in_any_row():
     maps = [np.full((8, 8), c, np.uint8) for c in (0, 2)]
     predictions = [np.full((8, 8), c, np.uint8) for c in (255, 9)]
     picture = sheet({"label": maps, "prediction": predictions}, names=NAMES, titles=("a", "b"))
-    gap, line = class_maps._GAP, class_maps._LINE
+    gap, line = class_maps._GAP, text.LINE
     legend = picture[line + 2 * (line + 192 + gap) :]
     assert swatches(legend) == {tuple(palette()[c].tolist()) for c in (0, 2, 9, 255)}
     # Nothing of a name is beyond the right edge.
@@ -97,14 +97,14 @@ def test_the_legend_wraps_to_hold_every_class(classes):
     every = np.arange(classes, dtype=np.uint8)[None].repeat(2, axis=0)
     names = [f"thing {c}" for c in range(classes)]
     picture = sheet({"label": [every]}, names=names)
-    above = class_maps._LINE + round(2 * 192 / classes) + class_maps._GAP
+    above = text.LINE + round(2 * 192 / classes) + class_maps._GAP
     assert len(swatches(picture[above:])) == classes
 
 
 def test_names_are_one_line_and_cut_where_they_are_long():
-    cut = class_maps._cut(NAMES[2], width=100)
+    cut = text.cut(NAMES[2], width=100)
     assert cut.endswith("…")
     assert NAMES[2].startswith(cut[:-1])
-    assert 80 < class_maps._font().getlength(cut) <= 100
-    assert class_maps._cut("a\n  b", width=100) == "a b"
+    assert 80 < text.width_of(cut) <= 100
+    assert text.cut("a\n  b", width=100) == "a b"
     assert class_maps._name(4, NAMES) == "class 4"
