@@ -49,6 +49,10 @@ COMMANDS = {
         module="beit_jax.segment",
         summary="paint a folder of images with the classes of their pixels",
     ),
+    "pictures": Command(
+        module="beit_jax.pictures.command",
+        summary="draw what a model attends to and what it separates",
+    ),
     "prepare": Command(
         module="beit_jax.data.prepare",
         summary="store a data set as smaller JPEGs, read at random",

@@ -1,8 +1,8 @@
 """A figure: a title, rows of pictures of any shape under captions, and a note. One style for all.
 
-    figure([[image, heat(attention, over=image)]], title="Attention", columns=["image", "head 1"])
+    figure([[image, over(image, heat(attention))]], title="Attention", columns=["image", "head 1"])
 
-Pictures are uint8 `[h, w, 3]`; maps are float `[h, w]`.
+Pictures are uint8 `[h, w, 3]`; `heat.py` makes them of maps.
 """
 
 import dataclasses
@@ -16,12 +16,6 @@ from beit_jax.drawing.text import FAINT, INK, LINE, PAPER, TEXT, width_of, wrap,
 _GAP = 8
 _TITLE = 18  # pixels
 _CELL = 224
-# Viridis (van der Walt and Smith, 2015) at ten evenly spaced places: dark to bright in lightness
-# too, so that it also reads in grey and for people who see colours differently.
-_VIRIDIS = (
-    *((68, 1, 84), (72, 40, 120), (62, 73, 137), (49, 104, 142), (38, 130, 142)),
-    *((31, 158, 137), (53, 183, 121), (110, 206, 88), (181, 222, 43), (253, 231, 37)),
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,47 +32,6 @@ class Box:
     right: int
     bottom: int
     text: str = ""
-
-
-def colours(values: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1] as colours: float `[h, w]` → uint8 `[h, w, 3]`. Beyond, the ends'."""
-    places = np.linspace(0, 1, len(_VIRIDIS))
-    table = np.asarray(_VIRIDIS, np.float64)
-    channels = [np.interp(values, places, table[:, c]) for c in range(3)]
-    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
-
-
-def heat(
-    values: np.ndarray, *, over: np.ndarray | None = None, largest: float | None = None
-) -> np.ndarray:
-    """A map in colours from 0 (dark) to its largest value (bright), on its own or over an image.
-
-    Args:
-      values: float `[h, w]`, not negative.
-      over: uint8 `[k h, k w, 3]` for a whole k; every value covers its k × k pixels, no others.
-      largest: the value of the brightest colour; None takes the map's own.
-
-    Returns:
-      uint8, of the size of the image or of the map. Over an image, half of each.
-    """
-    top = float(values.max()) if largest is None else largest
-    painted = colours(values / top if top > 0 else np.zeros_like(values))
-    if over is None:
-        return painted
-    side = over.shape[0] // values.shape[0]
-    painted = painted.repeat(side, axis=0).repeat(over.shape[1] // values.shape[1], axis=1)
-    return np.rint(0.5 * over + 0.5 * painted).astype(np.uint8)
-
-
-def outlined(image: np.ndarray, *, patch: tuple[int, int], grid: int) -> np.ndarray:
-    """An image `[s, s, 3]` with a frame around one patch (row, column), white in black."""
-    picture = Image.fromarray(image)
-    draw = ImageDraw.Draw(picture)
-    side = image.shape[0] // grid
-    top, left = patch[0] * side, patch[1] * side
-    draw.rectangle((left - 1, top - 1, left + side, top + side), outline=(0, 0, 0))
-    draw.rectangle((left, top, left + side - 1, top + side - 1), outline=(255, 255, 255))
-    return np.asarray(picture)
 
 
 def figure(

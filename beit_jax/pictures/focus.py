@@ -1,4 +1,4 @@
-"""`python -m beit_jax.pictures.focus SOURCE --weights=W`: does attention separate objects?
+"""`python -m beit_jax.pictures focus SOURCE --weights=W`: does attention separate objects?
 
 A number beside the attention pictures: the lift of `evaluation/attention_focus.py`, for every
 block, of images with label maps. Two figures to compare it with come along: the same maps with the
@@ -9,7 +9,6 @@ sizes.
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -19,7 +18,7 @@ from PIL import Image
 from beit_jax.config import ConfigError, check
 from beit_jax.config.segment import IGNORE, SegmentDataConfig
 from beit_jax.evaluation.attention_focus import class_shares, mean_and_error, patch_classes
-from beit_jax.features.command import add_checkpoint_options, reporting
+from beit_jax.features.command import add_checkpoint_options
 from beit_jax.files import write_whole
 from beit_jax.pretrained import PretrainedEncoder, load_encoder
 from beit_jax.progress import Progress
@@ -30,13 +29,11 @@ from beit_jax.types import JsonObject
 TRAINED, ANOTHER, RANDOM = "trained", "another image's", "random weights"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    command = argparse.ArgumentParser(
-        prog="python -m beit_jax.pictures.focus",
-        description="Measures how much of the attention of a patch on an object stays within the"
-        " object's class, over the share of the image that the class has (1: no more than chance).",
-    )
+SUMMARY = "measure how much of the attention stays within an object's class"
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
     option = command.add_argument
     option("source", metavar="SOURCE", help="embedded, pairs:FOLDER or pairs:IMAGES,LABELS")
     option("--weights", required=True, metavar="W", help="whatever the library loads")
@@ -54,13 +51,6 @@ def parser() -> argparse.ArgumentParser:
     option("--seed", type=int, default=0, help="of the random weights (default: 0)")
     option("--output", default="", metavar="FILE", help="writes the figures as JSON, too")
     add_checkpoint_options(command)
-    return command
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code, as `features.command.reporting` says."""
-    options = parser().parse_args(arguments)
-    return reporting(lambda: measure(options), interrupted="nothing was written")
 
 
 def measure(options: argparse.Namespace) -> JsonObject:
@@ -254,7 +244,3 @@ def _print(found: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> None:
         rows.append([str(block), *(f"{mean:.3f} ± {error:.3f}" for mean, error, _ in figures)])
     print("lift of attention within the query's class, mean over images ± standard error")
     print(text_table(rows, header=["block", *found], align="r" * 4))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

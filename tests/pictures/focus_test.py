@@ -10,7 +10,7 @@ from PIL import Image
 
 from beit_jax.models.functional import functional
 from beit_jax.models.vit import Encoder
-from beit_jax.pictures import focus
+from beit_jax.pictures import command, focus
 from beit_jax.pretrained.encoder import encoder_of
 from beit_jax.weights.description import Description
 from tests.tiny import TINY
@@ -56,8 +56,8 @@ def test_a_model_that_looks_left_is_told_from_one_that_looks_nowhere(
     )
     monkeypatch.setattr(focus, "load_encoder", lambda *_, **__: looks_left)
     output = tmp_path / "focus.json"
-    arguments = [pairs, "--weights=w", "--images=6", "--batch-size=4", "--background", "1"]
-    assert focus.main([*arguments, f"--output={output}"]) == 0
+    arguments = ["focus", pairs, "--weights=w", "--images=6", "--batch-size=4", "--background", "1"]
+    assert command.main([*arguments, f"--output={output}"]) == 0
     report = json.loads(output.read_text())
     assert report["images"] == 6
     for block in ("1", "2", "3"):
@@ -80,6 +80,6 @@ def test_a_model_that_looks_left_is_told_from_one_that_looks_nowhere(
     ],
 )
 def test_what_does_not_fit_is_one_line(arguments, message, capsys):
-    assert focus.main(["--weights=w", *arguments]) == 2
+    assert command.main(["focus", "--weights=w", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

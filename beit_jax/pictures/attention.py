@@ -1,0 +1,123 @@
+"""What tokens attend to: overlays and bare maps, of the mean of heads, rollout, and every head.
+
+A row is a query: the class token, then points of the image, whose patch is framed.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+
+from beit_jax.config import check
+from beit_jax.drawing.class_maps import sheet
+from beit_jax.drawing.heat import heat, over
+from beit_jax.evaluation.attention_maps import query_map, rollout, to_pixels
+from beit_jax.pictures import inputs
+from beit_jax.pretrained import PretrainedEncoder
+
+SUMMARY = "what the class token and chosen points attend to"
+POINTS = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75))
+_BRIGHTEST = 99.0  # percentile of a map that has the brightest colour: one patch may outshine all
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Adds the options of this picture."""
+    option = command.add_argument
+    inputs.add_options(command)
+    option(
+        "--at",
+        type=inputs.point,
+        action="append",
+        default=None,
+        metavar="X,Y",
+        help="a point whose patch asks, as shares of the sides; may be repeated (default: three)",
+    )
+    option("--block", type=int, default=-1, help="from 1, or from the last: -1 (default)")
+    option("--per-head", action="store_true", help="adds a map of every head")
+
+
+def draw(encoder: PretrainedEncoder, options: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
+    """A picture for each image: its name and uint8 `[H, W, 3]`.
+
+    Raises:
+      ConfigError: an image can't be read, or there is no such block.
+    """
+    layers = encoder.config.layers
+    check(
+        options.block != 0 and -layers <= options.block <= layers,
+        "--block",
+        f"{options.block}; the encoder has blocks 1 to {layers}",
+    )
+    block = options.block if options.block > 0 else layers + 1 + options.block
+    names, images = inputs.load_inputs(
+        options.images, count=options.count, size=encoder.image_size, resize=options.resize
+    )
+    pictures = []
+    for name, image in zip(names, images, strict=True):
+        # One by one: all blocks of a large encoder have 90 MB for each image.
+        weights = np.asarray(encoder.attention(image[None], range(1, layers + 1)))
+        picture = attention_picture(
+            image,
+            weights[:, 0],
+            block=block,
+            points=options.at or POINTS,
+            per_head=options.per_head,
+            name=name,
+        )
+        pictures.append((name, picture))
+    return pictures
+
+
+def attention_picture(
+    image: np.ndarray,
+    weights: np.ndarray,
+    *,
+    block: int,
+    points: Sequence[tuple[float, float]],
+    per_head: bool,
+    name: str,
+) -> np.ndarray:
+    """Draws one image's attention.
+
+    Args:
+      image: uint8 `[s, s, 3]`.
+      weights: `[l, h, n, n]`, of all blocks.
+      block: from 1, whose attention is shown; the rollout goes through all blocks up to it.
+      points: (x, y) in 0..1.
+      per_head: whether every head has a column.
+      name: of the image.
+
+    Returns:
+      uint8 `[H, W, 3]`.
+    """
+    of_block = weights[block - 1]
+    mean = of_block.mean(axis=0)
+    rolled = rollout(weights[:block, None])[0]
+    grid = query_map(mean, query=None).shape[0]
+    columns: dict[str, list[np.ndarray]] = {}
+    titles = []
+    for at in (None, *points):
+        query = None if at is None else inputs.patch_at(at, grid=grid)
+        asking = image
+        if query is not None:
+            asking = inputs.framed(image, query=query, grid=grid)
+        who = "class token" if at is None else f"the patch at {at[0]:g}, {at[1]:g}"
+        titles.append(f"{name}: {who}")
+        maps = {"mean of heads": mean, "rollout": rolled}
+        if per_head:
+            maps |= {f"head {i}": head for i, head in enumerate(of_block, start=1)}
+        columns.setdefault("query", []).append(asking)
+        for caption, each in maps.items():
+            colours = _colours(query_map(each, query=query), image_size=image.shape[0])
+            if caption == "rollout":
+                caption = f"rollout, blocks 1 to {block}"
+            elif caption == "mean of heads":
+                caption = f"block {block}, mean of heads"
+                columns.setdefault(f"block {block}, bare", []).append(colours)
+            columns.setdefault(caption, []).append(over(image, colours))
+    return sheet(columns, names=(), titles=titles)
+
+
+def _colours(attention: np.ndarray, *, image_size: int) -> np.ndarray:
+    largest = float(np.percentile(attention, _BRIGHTEST))
+    return heat(to_pixels(attention, image_size=image_size), largest=largest)
