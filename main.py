@@ -151,14 +151,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags with absl; a traceback of config_flags becomes a one-line error."""
     try:
         rest = flags.FLAGS(argv)
-    except KeyError as error:  # config_flags: an override of a key that does not exist
-        sys.exit(_fail(config_file.no_such_setting(error, argv)))
-    except AttributeError as error:  # the same, of a section
-        if error.args and isinstance(error.args[0], KeyError):
-            sys.exit(_fail(config_file.no_such_setting(error.args[0], argv)))
-        sys.exit(_fail(config_file.one_line(str(error) or repr(error), argv)))
-    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
-        sys.exit(_fail(config_file.one_line(str(error) or repr(error), argv)))
+    except config_file.ERRORS as error:
+        sys.exit(_fail(config_file.message_of(error, argv)))
     if _WORKDIR.value is not None and not _WORKDIR.value.strip():
         sys.exit(_fail("--workdir: is empty; leave it out for runs/<config name>"))
     _set_up_logging()

@@ -16,6 +16,16 @@ from absl import flags
 if TYPE_CHECKING:  # nothing here may import JAX: main.py sets things up before that
     from beit_jax.types import Json
 
+# What parsing flags raises for a mistake of the user's.
+ERRORS: tuple[type[Exception], ...] = (
+    flags.Error,
+    KeyError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    OSError,
+    SyntaxError,
+)
 _QUOTED = 80  # characters of a name or a value in a message
 
 
@@ -60,18 +70,11 @@ def load(arguments: Sequence[str]) -> ConfigFile:
             rest = values(argv)
             # A file that failed to load says so only when it is read.
             settings = None if holder.value is None else holder.value.to_dict()
-    except KeyError as error:  # an override of a key that does not exist
-        raise ConfigError(no_such_setting(error, arguments)) from None
-    except AttributeError as error:  # the same, of a section
-        cause = error.args[0] if error.args else error
-        if isinstance(cause, KeyError):
-            raise ConfigError(no_such_setting(cause, arguments)) from None
-        raise ConfigError(one_line(str(error) or repr(error), arguments)) from None
     except OSError as error:  # its lines name the places where the file was looked for
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(" ".join(lines)) from None
-    except (flags.Error, TypeError, ValueError, SyntaxError) as error:
-        raise ConfigError(one_line(str(error) or repr(error), arguments)) from None
+    except ERRORS as error:
+        raise ConfigError(message_of(error, arguments)) from None
     if len(rest) > 1:
         raise ConfigError(one_line(f"unexpected arguments: {' '.join(rest[1:])}", arguments))
     if settings is None:
@@ -80,7 +83,16 @@ def load(arguments: Sequence[str]) -> ConfigFile:
     return ConfigFile(name=pathlib.Path(path).stem, values=settings)
 
 
-def no_such_setting(error: KeyError, arguments: Sequence[str]) -> str:
+def message_of(error: Exception, arguments: Sequence[str]) -> str:
+    """What is wrong with a command line, in one line, of one of `ERRORS`."""
+    # Of a key that the file lacks config_flags raises a KeyError, of a section one in another.
+    cause = error.args[0] if isinstance(error, AttributeError) and error.args else error
+    if isinstance(cause, KeyError):
+        return _no_such_setting(cause, arguments)
+    return one_line(str(error) or repr(error), arguments)
+
+
+def _no_such_setting(error: KeyError, arguments: Sequence[str]) -> str:
     """The message for an override of a key that the config file lacks, by its full name."""
     key = str(error.args[0]).strip("'\"")
     names = [argument.split("=")[0].lstrip("-") for argument in arguments]

@@ -5,7 +5,9 @@ import pathlib
 import platform
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+
+from packaging.requirements import Requirement
 
 from beit_jax.doctor.context import Context
 from beit_jax.doctor.finding import Finding, ok, skipped, wrong
@@ -13,9 +15,7 @@ from beit_jax.doctor.finding import Finding, ok, skipped, wrong
 _NAME = "beit-jax"
 _PYTHON = (3, 11)  # pyproject.toml's requires-python
 _FILES = ("library.txt", "train.txt")
-_LINE = re.compile(r"([\w.-]+)(?:\[[^\]]*\])?\s*([^;]*)(?:;(.*))?")
-_BOUND = re.compile(r"(>=|<=|==|!=|<|>)\s*([\w.]+)")
-_MARKER = re.compile(r"(\w+)\s*(>=|<=|==|!=|<|>)\s*['\"]([^'\"]*)['\"]")
+_BEFORE_BOUNDS = re.compile(r"^[\w.-]+\s*(\[[^\]]*\])?")
 
 
 def check_versions(context: Context) -> list[Finding]:
@@ -72,54 +72,21 @@ def misfits(lines: Iterable[str]) -> list[tuple[str, str, str]]:
     """
     found = []
     for line in lines:
-        match = _LINE.match(line)
-        if match is None:
-            continue
-        name, bounds = match[1], match[2].strip().strip("()")
+        requirement = Requirement(line)
+        name = requirement.name
+        # As they are written: the specifier would sort them.
+        bounds = _BEFORE_BOUNDS.sub("", line.partition(";")[0]).strip()
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found.append((name, "", bounds))
             continue
-        if not all(_compare(version, *bound) for bound in _BOUND.findall(bounds)):
+        if not requirement.specifier.contains(version, prereleases=True):
             found.append((name, version, bounds))
     return found
 
 
 def _holds(line: str) -> bool:
     """Whether a requirement's marker is true here; of the extras only [train] counts."""
-    here = {
-        "python_version": f"{sys.version_info[0]}.{sys.version_info[1]}",
-        "platform_machine": platform.machine(),
-        "sys_platform": sys.platform,
-        "extra": "train",
-    }
-    match = _LINE.match(line)
-    markers = _MARKER.findall((match and match[3]) or "")
-    return all(
-        _compare(here[name], operator, value)
-        if name == "python_version"
-        else (here.get(name) == value) == (operator == "==")
-        for name, operator, value in markers
-    )
-
-
-def _compare(version: str, operator: str, bound: str) -> bool:
-    one, other = _numbers(version), _numbers(bound)
-    length = max(len(one), len(other))
-    a = [*one, *[0] * (length - len(one))]
-    b = [*other, *[0] * (length - len(other))]
-    return {
-        ">=": a >= b,
-        "<=": a <= b,
-        "==": a == b,
-        "!=": a != b,
-        "<": a < b,
-        ">": a > b,
-    }[operator]
-
-
-def _numbers(version: str) -> Sequence[int]:
-    """The release of a version: (2, 21, 0) of "2.21.0rc1+cpu"."""
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else (0,)
+    marker = Requirement(line).marker
+    return marker is None or marker.evaluate({"extra": "train"})

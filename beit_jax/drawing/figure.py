@@ -34,6 +34,19 @@ class Box:
     text: str = ""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Figure:
+    """A figure that is drawn.
+
+    Attributes:
+      pixels: uint8 `[H, W, 3]`.
+      boxes: of all texts and pictures; none overlap.
+    """
+
+    pixels: np.ndarray
+    boxes: list[Box]
+
+
 def figure(
     rows: Sequence[Sequence[np.ndarray]],
     *,
@@ -42,7 +55,7 @@ def figure(
     labels: Sequence[str] = (),
     note: str = "",
     cell: int = _CELL,
-) -> np.ndarray:
+) -> Figure:
     """Lays pictures out in rows.
 
     Args:
@@ -52,24 +65,7 @@ def figure(
       labels: what each row shows, such as a file's name; "" for a row without, none by default.
       note: below everything, wrapped.
       cell: the side, in pixels, of the square that each picture is fitted into.
-
-    Returns:
-      uint8 `[H, W, 3]`.
     """
-    picture, _ = lay_out(rows, title=title, columns=columns, labels=labels, note=note, cell=cell)
-    return picture
-
-
-def lay_out(
-    rows: Sequence[Sequence[np.ndarray]],
-    *,
-    title: str,
-    columns: Sequence[str] = (),
-    labels: Sequence[str] = (),
-    note: str = "",
-    cell: int = _CELL,
-) -> tuple[np.ndarray, list[Box]]:
-    """`figure`, and the boxes of all its texts and pictures, none of which overlap."""
     across = max(len(row) for row in rows)
     width = max(across * (cell + _GAP) + _GAP, 2 * _CELL)
     inner = width - 2 * _GAP
@@ -105,13 +101,24 @@ def lay_out(
     for line in wrap(note, width=inner, most=6):
         put(line, _GAP, top, TEXT, FAINT)
         top += LINE
-    whole = Image.new("RGB", (width, top + _GAP), PAPER)
+    return _composed(placed, pasted, size=(width, top + _GAP))
+
+
+def _composed(
+    placed: Sequence[tuple[Box, int, tuple[int, int, int]]],
+    pasted: Sequence[tuple[Box, Image.Image]],
+    *,
+    size: tuple[int, int],
+) -> Figure:
+    """Texts, each with its size and ink, and pictures on one sheet of (width, height) pixels."""
+    whole = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(whole)
-    for box, size, ink in placed:
-        write(draw, (box.left, box.top), box.text, width=width, ink=ink, size=size)
+    for box, text_size, ink in placed:
+        write(draw, (box.left, box.top), box.text, width=size[0], ink=ink, size=text_size)
     for box, each in pasted:
         whole.paste(each, (box.left, box.top))
-    return np.asarray(whole), [*(box for box, *_ in placed), *(box for box, _ in pasted)]
+    boxes = [*(box for box, *_ in placed), *(box for box, _ in pasted)]
+    return Figure(pixels=np.asarray(whole), boxes=boxes)
 
 
 def _fitted(picture: np.ndarray, *, cell: int) -> Image.Image:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beit_jax.config import check
 from beit_jax.drawing.class_maps import sheet
 from beit_jax.drawing.heat import heat, over
 from beit_jax.evaluation.attention_maps import query_map, rollout, to_pixels
@@ -43,12 +42,7 @@ def draw(encoder: PretrainedEncoder, options: argparse.Namespace) -> list[tuple[
       ConfigError: an image can't be read, or there is no such block.
     """
     layers = encoder.config.layers
-    check(
-        options.block != 0 and -layers <= options.block <= layers,
-        "--block",
-        f"{options.block}; the encoder has blocks 1 to {layers}",
-    )
-    block = options.block if options.block > 0 else layers + 1 + options.block
+    block = inputs.chosen_block(options.block, layers=layers)
     names, images = inputs.load_inputs(
         options.images, count=options.count, size=encoder.image_size, resize=options.resize
     )

@@ -64,6 +64,24 @@ def load_inputs(
     return [printable(os.path.basename(path)) for path in chosen], np.stack(images)
 
 
+def chosen_block(number: int, *, layers: int) -> int:
+    """The block that `--block` names, from 1.
+
+    Args:
+      number: from 1, or negative, from the last.
+      layers: of the encoder.
+
+    Raises:
+      ConfigError: there is no such block.
+    """
+    check(
+        number != 0 and -layers <= number <= layers,
+        "--block",
+        f"{number}; the encoder has blocks 1 to {layers}",
+    )
+    return number if number > 0 else layers + 1 + number
+
+
 def point(text: str) -> tuple[float, float]:
     """Reads "X,Y", shares of the width and of the height, 0..1."""
     try:

@@ -55,7 +55,7 @@ def draw(options: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     side = grid * _SIDE
     scale = np.linspace(1, 0, side)[:, None].repeat(side // 8, axis=1)
     rows.append([heat(hidden, largest=1.0), heat(scale, largest=1.0)])
-    picture = figure(
+    drawn = figure(
         rows,
         title=f"Masks of kind {config.kind}, {grid} by {grid} patches",
         labels=[
@@ -68,7 +68,7 @@ def draw(options: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
         f" Settings: {', '.join(f'{k} {v}' for k, v in dataclasses.asdict(config).items())}.",
         cell=side,
     )
-    return [("masks", picture)]
+    return [("masks", drawn.pixels)]
 
 
 def _settings(options: argparse.Namespace) -> tuple[MaskConfig, int]:

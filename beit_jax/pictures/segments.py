@@ -46,17 +46,12 @@ def draw(encoder: PretrainedEncoder, options: argparse.Namespace) -> list[tuple[
     Raises:
       ConfigError: an image can't be read, there is no such block, or the share is none.
     """
-    layers = encoder.config.layers
-    check(
-        options.block != 0 and -layers <= options.block <= layers,
-        "--block",
-        f"{options.block}; the encoder has blocks 1 to {layers}",
-    )
+    block = inputs.chosen_block(options.block, layers=encoder.config.layers)
     check(0 < options.share <= 1, "--share", f"{options.share}; must be above 0 and at most 1")
     names, images = inputs.load_inputs(
         options.images, count=options.count, size=encoder.image_size, resize=options.resize
     )
-    (output,) = encoder.blocks(images, (options.block,))
+    (output,) = encoder.blocks(images, (block,))
     size, side = encoder.image_size, encoder.image_size // encoder.grid
     colours = pca_colours(np.asarray(output.patches))
     colours = colours.repeat(side, axis=1).repeat(side, axis=2)
@@ -68,7 +63,7 @@ def draw(encoder: PretrainedEncoder, options: argparse.Namespace) -> list[tuple[
         f"framed patch, {options.share:.0%}": [],
     }
     for image in images:
-        weights = np.asarray(encoder.attention(image[None], (options.block,)))[0, 0].mean(axis=0)
+        weights = np.asarray(encoder.attention(image[None], (block,)))[0, 0].mean(axis=0)
         masks = [
             threshold_mask(query_map(weights, query=each), share=options.share)
             for each in (None, query)

@@ -18,7 +18,7 @@ def picture(height, width, level=200):
 def test_no_texts_or_pictures_overlap_or_are_cut(cell):
     shapes = [(300, 20), (20, 300), (64, 64)]
     rows = [[picture(*shape) for shape in shapes], [picture(*shape) for shape in shapes[::-1]]]
-    whole, boxes = figure.lay_out(
+    drawn = figure.figure(
         rows,
         title=f"{LONG} {LONG} {LONG}",
         columns=[LONG, "b", "averylongwordwithoutanyspaceatwhichitcouldbebrokenintotwolines"],
@@ -26,6 +26,7 @@ def test_no_texts_or_pictures_overlap_or_are_cut(cell):
         note=LONG * 10,
         cell=cell,
     )
+    whole, boxes = drawn.pixels, drawn.boxes
     height, width, _ = whole.shape
     for box in boxes:
         assert 0 <= box.left < box.right <= width
