@@ -7,8 +7,9 @@
     lines = read("runs/a/metrics.jsonl")
 
 A line is a JSON object with the step and finite numbers or null. Its key is the step and its kind:
-held-out results have names that start with `eval_`, every other line is of training. A key has one
-line. The newest one stays: a step that is done again is logged again.
+held-out results have names that start with `eval_`, what an evaluation between steps found
+(`tasks/online.py`) has names that start with `online_`, every other line is of training. A key has
+one line. The newest one stays: a step that is done again is logged again.
 
 What a kill leaves behind is put right when the file is opened:
 
@@ -36,8 +37,8 @@ from beit_jax.files import write_whole
 from beit_jax.json_text import JsonError, json_object
 from beit_jax.types import JsonObject
 
-TRAINING, HELD_OUT = 0, 1
-HELD_OUT_PREFIX = "eval_"
+TRAINING, HELD_OUT, ONLINE = 0, 1, 2
+HELD_OUT_PREFIX, ONLINE_PREFIX = "eval_", "online_"
 # Object stores know no appending: the whole file is uploaded again, so lines wait for each other.
 UPLOAD_SECONDS = 60.0
 _LARGEST_LINE = 1 << 20  # bytes; a probe of 24 blocks with 13 settings each has 10 kB
@@ -98,8 +99,8 @@ class MetricsFile:
         if kept.joined() != content:
             write_whole(self._path, kept.joined())
         self._last: Key | None = max(lines, default=None)
-        held_out = lines.get((start_step, HELD_OUT))
-        self._held_out = None if held_out is None else _values(held_out)
+        at_start = {kind: lines.get((start_step, kind)) for kind in (HELD_OUT, ONLINE)}
+        self._at_start = {kind: line and _values(line) for kind, line in at_start.items()}
         # On gs://, the file as it should be, and whether it is not yet.
         self._whole = bytearray(kept.joined() if self._remote else b"")
         self._waiting, self._uploaded = False, time.monotonic()
@@ -107,7 +108,12 @@ class MetricsFile:
     @property
     def held_out_at_start(self) -> JsonObject | None:
         """The held-out line of the step that the run starts from; None where it has none yet."""
-        return self._held_out
+        return self._at_start[HELD_OUT] or None
+
+    @property
+    def online_at_start(self) -> JsonObject | None:
+        """The same of the line of an evaluation between steps."""
+        return self._at_start[ONLINE] or None
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Writes the line of a step; one of the same step and kind is replaced.
@@ -251,7 +257,9 @@ def _is_cut_off(part: bytes) -> bool:
 
 
 def _kind(values: Mapping[str, float | None]) -> int:
-    return HELD_OUT if any(name.startswith(HELD_OUT_PREFIX) for name in values) else TRAINING
+    if any(name.startswith(HELD_OUT_PREFIX) for name in values):
+        return HELD_OUT
+    return ONLINE if any(name.startswith(ONLINE_PREFIX) for name in values) else TRAINING
 
 
 def _append(path: str, line: bytes) -> None:

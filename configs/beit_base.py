@@ -103,6 +103,19 @@ def get_config() -> ConfigDict:
     config.data.mask.min_block = 16  # --min_mask_patches_per_block, code default
     config.data.mask.min_aspect = 0.3  # masking_generator.py:29
 
+    config.online = ConfigDict()  # k-NN accuracy and health of the features between steps
+    config.online.every = 0  # steps; 0: never
+    config.online.source = ""  # labelled images; "": the run's own
+    config.online.split = "train"
+    config.online.eval_source = ""
+    config.online.eval_split = "validation"
+    config.online.holdout = 0
+    config.online.bank = 10_000
+    config.online.queries = 2_000
+    config.online.neighbours = 10
+    config.online.block = 0  # at three quarters of the depth
+    config.online.eval_crop = placeholder(float)  # None: as for classification
+
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1.5e-3  # paper table 12; absolute, not scaled
     config.optimizer.schedule = "cosine"

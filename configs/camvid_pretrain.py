@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.run.steps = 1200
     config.run.batch_size = 32
     config.run.eval_every = 300
+    config.online.every = 300  # no k-NN, since the images have no classes
     config.run.picture_every = 0
     config.run.checkpoint_every = 300
     config.model.image_size = camvid_tokenizer.SIZE

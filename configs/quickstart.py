@@ -63,6 +63,10 @@ def get_config() -> ConfigDict:
     second.optimizer.learning_rate = 2e-3
     second.optimizer.warmup_steps = 100
 
+    second.online.every = 200  # its share of the run: bench/online.py
+    second.online.bank = 1000
+    second.online.queries = 256
+
     config.probe = probe_base.get_config()
     small_probe(config.probe)
     config.classify = quickstart_classify.get_config()

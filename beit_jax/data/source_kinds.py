@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from beit_jax.config import ConfigError, SourceConfig, check
+from beit_jax.config.online import OnlineConfig
 from beit_jax.config.parse import shown
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def split_source(text: str, *, setting: str) -> tuple[Kind, str]:
     return KINDS[name], value
 
 
-def check_sources(config: SourceConfig, *, section: str = "data") -> None:
+def check_sources(config: SourceConfig | OnlineConfig, *, section: str = "data") -> None:
     """Checks how the sources of a section are written; opens none. For `__post_init__` of jobs.
 
     Raises:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ from beit_jax.types import HostBatch, Params
 from beit_jax.weights import convert
 from beit_jax.weights.formats.format import Stated
 from beit_jax.weights.report import log_remarks
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Images per device whose block outputs are all held at once: 0.5 GB for base, 1.3 GB for large.
 IMAGES_AT_ONCE = 64
@@ -255,16 +258,38 @@ def on_host(
       `(batch, *rest) -> rows`: takes this host's part of a batch, whose "image" is uint8
       `[b, s, s, 3]`, and returns this host's rows `[b, ...]`. Every process must call it together.
     """
-    compiled = jax.jit(
-        sharding.on_mesh(compute, mesh), out_shardings=NamedSharding(mesh, sharding.BATCH)
-    )
-    placed = sharding.replicate(params, mesh)
+    return functools.partial(row_function(compute, mesh=mesh), sharding.replicate(params, mesh))
 
-    def call(batch: HostBatch, *rest: np.ndarray | np.generic | None) -> np.ndarray:
+
+def row_function(compute: Callable[..., jax.Array], *, mesh: Mesh) -> Callable[..., np.ndarray]:
+    """`on_host` of parameters that change: compiled once, whatever they are.
+
+    Args:
+      compute, mesh: as for `on_host`.
+
+    Returns:
+      `(params, batch, *rest) -> rows`; the parameters are on the mesh's devices, whole or split.
+    """
+    compiled = jax.jit(
+        with_whole_params(compute, mesh), out_shardings=NamedSharding(mesh, sharding.BATCH)
+    )
+
+    def call(params: Params, batch: HostBatch, *rest: np.ndarray | np.generic | None) -> np.ndarray:
         images = sharding.to_devices({"image": batch["image"]}, mesh)["image"]
-        return host_rows(compiled(placed, images, *rest))
+        return host_rows(compiled(params, images, *rest))
 
     return call
+
+
+def with_whole_params(compute: F, mesh: Mesh) -> F:
+    """A pure function of parameters and more, which gathers split parameters first."""
+    whole, on_mesh = NamedSharding(mesh, sharding.REPLICATED), sharding.on_mesh(compute, mesh)
+
+    @functools.wraps(compute)
+    def gathered(params: Params, *rest: Any) -> Any:
+        return on_mesh(jax.lax.with_sharding_constraint(params, whole), *rest)
+
+    return cast(F, gathered)
 
 
 def host_rows(array: jax.Array) -> np.ndarray:

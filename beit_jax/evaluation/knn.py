@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import jax
@@ -36,6 +36,7 @@ from beit_jax.evaluation.features import (
     image_features,
     on_host,
 )
+from beit_jax.models.functional import Functional
 from beit_jax.training import sharding
 from beit_jax.types import Batch, HostBatch, Params, Sums
 
@@ -157,7 +158,6 @@ def block_accuracy(
     Returns:
       Accuracy in 0..1: `{block: {neighbours: accuracy}}`, blocks numbered from 1.
     """
-    began = time.perf_counter()
     mesh = sharding.make_mesh(fsdp=1) if mesh is None else mesh
     blocks = chosen_blocks(
         config.blocks, layers=encoder.model.layers, name="config.neighbours.blocks"
@@ -165,16 +165,56 @@ def block_accuracy(
     spec = FeatureSpec(
         blocks=blocks, kind=kind, normalization=normalization or encoder.normalization
     )
+    return neighbour_accuracy(
+        on_host(unit_features(encoder.functions, spec=spec), encoder.params, mesh=mesh),
+        bank=bank,
+        queries=queries,
+        blocks=blocks,
+        vote=Vote(counts=config.counts, temperature=config.temperature, classes=classes),
+        mesh=mesh,
+    )
 
-    def unit_features(params: Params, images: jax.Array) -> jax.Array:
-        raw = image_features(encoder.functions, params, images, spec=spec)
+
+def unit_features(
+    encoder: Functional, *, spec: FeatureSpec
+) -> Callable[[Params, jax.Array], jax.Array]:
+    """A function of an encoder's parameters and of images: features of length 1, for k-NN.
+
+    Returns:
+      `(params, images) -> features`: uint8 `[b, s, s, 3]` → float16 `[b, l, f]`; pure.
+    """
+
+    def compute(params: Params, images: jax.Array) -> jax.Array:
+        raw = image_features(encoder, params, images, spec=spec)
         return (raw / jnp.linalg.norm(raw, axis=-1, keepdims=True)).astype(STORED)
 
-    extract = on_host(unit_features, encoder.params, mesh=mesh)
+    return compute
 
+
+def neighbour_accuracy(
+    extract: Callable[[HostBatch], np.ndarray],
+    *,
+    bank: Iterable[HostBatch],
+    queries: Iterable[HostBatch],
+    blocks: tuple[int, ...],
+    vote: "Vote",
+    mesh: Mesh,
+) -> dict[int, dict[int, float]]:
+    """`block_accuracy` of features that somebody else computes.
+
+    Args:
+      extract: this host's part of a batch → its features, float `[b, l, f]`, of length 1.
+      bank, queries: as for `block_accuracy`.
+      blocks: what the l are called in the result.
+      vote: neighbours, temperature, classes.
+      mesh: of the devices.
+
+    Returns:
+      `{block: {neighbours: accuracy}}`.
+    """
+    began = time.perf_counter()
     banked = [(extract(batch), _voting_labels(batch)) for batch in _shown(bank, "training")]
     asked = [(extract(batch), _voting_labels(batch)) for batch in _shown(queries, "held-out")]
-    vote = Vote(counts=config.counts, temperature=config.temperature, classes=classes)
     accuracy = {
         block: _vote_accuracy(*_rows(banked, i), *_rows(asked, i), vote=vote, mesh=mesh)
         for i, block in enumerate(blocks)

@@ -232,28 +232,33 @@ def draw_first_batch(feed: Feed, draw: Callable[[HostBatch], np.ndarray], *, wor
     return dataclasses.replace(feed, training=training)
 
 
-def until_valid(batches: Iterable[HostBatch]) -> list[HostBatch]:
-    """This host's held-out batches up to the first with a valid image; all where none has one."""
-    taken = []
-    for batch in batches:
-        taken.append(batch)
-        if batch["valid"].any():
-            break
-    return taken
+def held_out_sample(
+    config: DataConfig, evaluation: "Source", *, grid: int, keys: tuple[str, ...], count: int
+) -> HostBatch:
+    """Held-out images for pictures, evenly spaced over all of them; the same on every host.
 
-
-def first_images(batches: Iterable[HostBatch], *, count: int) -> HostBatch | None:
-    """Valid images of this host's first batch that has any, for pictures.
+    The first few of a sorted folder are often all of one class.
 
     Args:
-      batches: held-out batches, with `valid`.
+      config: the views.
+      evaluation: the held-out images.
+      grid: patches along one side, for the masks.
+      keys: the parts of a batch that are needed.
       count: at most so many images.
 
     Returns:
-      A part of a batch; None where there are no batches, on this host as on all others. A host that
-      has only padding gets an empty one.
+      The `keys`, `[n, ...]` with 1 ≤ n ≤ `count`. What can't be decoded is left out, except where
+      that would leave nothing.
     """
-    for batch in until_valid(batches)[-1:]:
-        valid = batch["valid"].astype(bool)
-        return {name: values[valid][:count] for name, values in batch.items()}
-    return None
+    from beit_jax.data import pipeline, sources, views
+
+    batches = pipeline.eval_batches(
+        sources.spread(evaluation, count=count),
+        config=config,
+        views=views.pretraining_views(config, grid=grid, keys=keys),
+        batch_size=count,
+    )
+    batch = next(batches)
+    good = batch["valid"] & ~batch["replaced"]
+    shown = good if good.any() else batch["valid"]
+    return {name: values[shown] for name, values in batch.items() if name in keys}

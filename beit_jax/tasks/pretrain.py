@@ -8,9 +8,8 @@ patches of the global batch.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from beit_jax.config import (
     fixes,
 )
 from beit_jax.config.bounds import Line, OneOf, check_fields
+from beit_jax.config.online import OnlineConfig
 from beit_jax.config.optimizer import check_warmup
 from beit_jax.config.run import check_needs_source
 from beit_jax.config.unused import Unused
@@ -40,11 +40,11 @@ from beit_jax.preprocessing import normalize
 from beit_jax.tasks import token_cache
 from beit_jax.tasks.feed import (
     draw_first_batch,
-    first_images,
+    held_out_sample,
     image_feed,
     image_sources,
-    until_valid,
 )
+from beit_jax.tasks.online import online_evaluation
 from beit_jax.tasks.reconstruction import PICTURES, first_batch_picture, reconstructions
 from beit_jax.tasks.run_job import run_job
 from beit_jax.tasks.token_feed import known_tokens, local_encoder
@@ -58,10 +58,15 @@ from beit_jax.tokenizers.loading import load_params, open_tokenizer
 from beit_jax.tokenizers.tokenizer import Tokenizer
 from beit_jax.training import device_jitter, same_run
 from beit_jax.training.batch_augment import image_weights
-from beit_jax.training.job import Job, Picture, RunContext, Trained, picture_of
+from beit_jax.training.job import Feed, Job, RunContext, Trained, picture_of
 from beit_jax.training.start import digest
 from beit_jax.training.state import Task
 from beit_jax.types import Batch, JsonObject, Params, PyTree, Sums
+
+if TYPE_CHECKING:
+    from beit_jax.data.sources import Source
+
+VIEWS = ("image", "token_image", "mask")  # the parts of a batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,7 @@ class PretrainConfig:
     """All settings of a pre-training run.
 
     Attributes:
+      online: what the features are worth while they are trained.
       evaluate_only: no training: evaluate the run's newest checkpoint or `run.init_from`.
       reference: what the published run reached; logged at the start.
     """
@@ -85,12 +91,15 @@ class PretrainConfig:
     )
     data: DataConfig
     optimizer: OptimizerConfig
+    online: OnlineConfig = dataclasses.field(default_factory=OnlineConfig)
     evaluate_only: bool = False
     reference: Line = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_sources(self.data)
+        if self.online.source:
+            check_sources(self.online, section="online")
         grid = self.model.grid
         check(
             self.tokenizer.grid == grid,
@@ -133,13 +142,19 @@ def build_job(config: PretrainConfig, context: RunContext) -> Job:
     read = functools.partial(
         image_feed, config.data, run=config.run, grid=config.model.grid, sources=sources
     )
-    feed = read(keys=("image", "token_image", "mask"))
+    feed = read(keys=VIEWS)
+    online = online_evaluation(
+        config.online,
+        data=config.data,
+        run=config.run,
+        model=config.model,
+        vocabulary=tokenizer.vocabulary,
+        sources=sources,
+        mesh=context.mesh,
+    )
     context.timer.done("data")
 
-    held_out = iter(feed.evaluation())
-    first = until_valid(held_out)
-    sample = first_images(first, count=PICTURES)
-    statistics = token_statistics(tokenizer, tokenizer_params, itertools.chain(first, held_out))
+    statistics = token_statistics(tokenizer, tokenizer_params, feed.evaluation())
     log_expectations(statistics, vocabulary=config.tokenizer.vocabulary)
     if config.reference:
         logging.info("published reference: %s", config.reference)
@@ -147,40 +162,71 @@ def build_job(config: PretrainConfig, context: RunContext) -> Job:
 
     feed = draw_first_batch(feed, first_batch_picture, workdir=context.workdir)
     if config.data.augmentation_cycle and not config.evaluate_only:
-        encoding_params = tokenizer.encoding_params(tokenizer_params)
-        cache = token_cache.open_run_cache(
-            token_folder,
-            data=config.data,
-            run=config.run,
-            tokenizer=config.tokenizer,
-            params=encoding_params,
-            source=sources[0],
-        )
-        feed = known_tokens(
+        feed = with_token_cache(
             feed,
             lean=read(keys=("image", "mask")),
-            cache=context.resources.enter_context(cache),
-            encode=local_encoder(tokenizer, encoding_params),
+            config=config,
+            context=context,
+            folder=token_folder,
+            source=sources[0],
+            encoding=(tokenizer, tokenizer.encoding_params(tokenizer_params)),
         )
-    pictures: dict[str, Picture] = {}
-    if sample is not None:
-        draw = functools.partial(
-            reconstructions,
-            model=masked_image_model(config.model, vocabulary=tokenizer.vocabulary),
-            tokenizer=tokenizer,
-            tokenizer_params=tokenizer_params,
-            sample=sample,
-            normalization=config.data.normalization,
-        )
-        pictures["reconstruction"] = picture_of(draw)
+    draw = functools.partial(
+        reconstructions,
+        model=masked_image_model(config.model, vocabulary=tokenizer.vocabulary),
+        tokenizer=tokenizer,
+        tokenizer_params=tokenizer_params,
+        sample=held_out_sample(
+            config.data, sources[1], grid=config.model.grid, keys=VIEWS, count=PICTURES
+        ),
+        normalization=config.data.normalization,
+    )
     return Job(
         task=task,
         feed=feed,
-        pictures=pictures,
+        pictures={"reconstruction": picture_of(draw)},
+        online=online,
         finish=functools.partial(figures, statistics=statistics),
         identity=identity,
         evaluate_only=config.evaluate_only,
         headline=headline,
+    )
+
+
+def with_token_cache(
+    feed: Feed,
+    *,
+    lean: Feed,
+    config: PretrainConfig,
+    context: RunContext,
+    folder: str,
+    source: "Source",
+    encoding: tuple[Tokenizer, Params],
+) -> Feed:
+    """The feed with token ids, from the cache of a run with an augmentation cycle.
+
+    Args:
+      feed: with the tokenizer's view.
+      lean: without it.
+      config, context: of the run; the cache is closed with it.
+      folder: of the cache.
+      source: the training images.
+      encoding: the tokenizer, and what it needs to encode.
+    """
+    tokenizer, params = encoding
+    cache = token_cache.open_run_cache(
+        folder,
+        data=config.data,
+        run=config.run,
+        tokenizer=config.tokenizer,
+        params=params,
+        source=source,
+    )
+    return known_tokens(
+        feed,
+        lean=lean,
+        cache=context.resources.enter_context(cache),
+        encode=local_encoder(tokenizer, params),
     )
 
 

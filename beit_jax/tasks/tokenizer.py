@@ -33,7 +33,7 @@ from beit_jax.data.source_kinds import check_sources
 from beit_jax.drawing import sheets
 from beit_jax.models.flops import matmul_flops
 from beit_jax.models.functional import Functional
-from beit_jax.tasks.feed import first_images, image_feed
+from beit_jax.tasks.feed import held_out_sample, image_feed, image_sources
 from beit_jax.tasks.run_job import run_job
 from beit_jax.tokenizers import dvae
 from beit_jax.tokenizers.kinds import BY_KIND, trainable, training
@@ -41,7 +41,7 @@ from beit_jax.tokenizers.loading import open_tokenizer, save_params
 from beit_jax.tokenizers.tokenizer import join
 from beit_jax.training import device_jitter, sharding
 from beit_jax.training.batch_augment import image_weights
-from beit_jax.training.job import Job, Picture, RunContext, Trained, picture_of
+from beit_jax.training.job import Job, RunContext, Trained, picture_of
 from beit_jax.training.state import Task, TrainState
 from beit_jax.types import Batch, HostBatch, JsonObject, Params, PyTree, Sums, Variables
 
@@ -129,18 +129,14 @@ def run(config: TokenizerTaskConfig, *, workdir: str) -> JsonObject:
 
 def build_job(config: TokenizerTaskConfig, context: RunContext) -> Job:
     """Opens the images and builds the tokenizer."""
-    feed = image_feed(
-        config.data, run=config.run, grid=config.tokenizer.grid, keys=("token_image",)
-    )
-    sample = first_images(feed.evaluation(), count=PICTURES)
-    drawn: dict[str, Picture] = {}
-    if sample is not None:
-        draw = functools.partial(reconstructions, sample=sample, config=config)
-        drawn["reconstruction"] = picture_of(draw, of=all_params)
+    sources = image_sources(config.data)
+    grid, keys = config.tokenizer.grid, ("token_image",)
+    sample = held_out_sample(config.data, sources[1], grid=grid, keys=keys, count=PICTURES)
+    draw = functools.partial(reconstructions, sample=sample, config=config)
     return Job(
         task=tokenizer_task(config),
-        feed=feed,
-        pictures=drawn,
+        feed=image_feed(config.data, run=config.run, grid=grid, keys=keys, sources=sources),
+        pictures={"reconstruction": picture_of(draw, of=all_params)},
         finish=functools.partial(write_tokenizer, config=config, workdir=context.workdir),
         leaves=(FILE,),
     )

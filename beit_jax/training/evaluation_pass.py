@@ -7,11 +7,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from beit_jax import progress
+from beit_jax.config import OptimizerConfig, RunConfig, check
 from beit_jax.distributed import cluster
-from beit_jax.training import sharding, state
-from beit_jax.training.job import Feed
+from beit_jax.files import write_json
+from beit_jax.training import checkpoint, finite, optim, sharding, start, state
+from beit_jax.training.job import Feed, Job
 from beit_jax.training.state import StatefulEvaluate, Sums, Task, TrainState
-from beit_jax.types import Batch, Params, PyTree, Variables
+from beit_jax.types import Batch, JsonObject, Params, PyTree, Variables
 
 # A train state → its metrics; empty without held-out images, None where SIGTERM came.
 Evaluator = Callable[[TrainState], dict[str, float] | None]
@@ -86,3 +88,49 @@ def evaluate_state(
     if averaged is None:
         return None
     return result | {f"ema_{name}": value for name, value in averaged.items()}
+
+
+def evaluate_only(
+    job: Job,
+    *,
+    run: RunConfig,
+    optimizer_config: OptimizerConfig,
+    config: checkpoint.Settings,
+    workdir: str,
+    mesh: Mesh,
+) -> JsonObject:
+    """Evaluates what training would start from; writes and returns `evaluation.json`.
+
+    Args are those of `train`.
+
+    Raises:
+      ConfigError: there is neither a checkpoint in the run's directory nor `run.init_from`, or the
+        checkpoint is another model's.
+      Preempted: SIGTERM arrived.
+      NonFiniteError: a result is NaN or infinite; nothing is written.
+    """
+    optimizer = optim.adamw(optimizer_config)
+    shapes = start.state_shapes(job.task, optimizer, optimizer_config=optimizer_config, mesh=mesh)
+    checkpoints = checkpoint.Checkpoints(
+        workdir, run=run, config=config, identity=job.identity, read_only=True
+    )
+    check(
+        bool(run.init_from) or checkpoints.latest_step() is not None,
+        "config.run.init_from",
+        f"nothing to evaluate: no checkpoint in {workdir} either",
+    )
+    checkpoints.check_config()
+    train_state = start.restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
+    checkpoints.close()
+    frozen = sharding.replicate(job.task.frozen, mesh)
+    evaluation = evaluator(job.task, job.feed, frozen=frozen, mesh=mesh)(train_state)
+    step = int(train_state.step)
+    if evaluation is None:
+        raise cluster.Preempted(step)
+    finite.check_evaluation(evaluation, step=step)
+    summary = {"steps": step, **evaluation}
+    if jax.process_index() == 0:
+        path = f"{workdir}/evaluation.json"
+        write_json(path, summary)
+        print(f"{job.headline(evaluation)}  (step {step})  {path}")
+    return summary

@@ -81,6 +81,20 @@ def picture_of(
     return picture
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Online:
+    """An evaluation of another kind than the held-out loss, now and then between steps.
+
+    Attributes:
+      every: steps; the last step has one too.
+      measure: a train state → numbers by name (`online_*`), which go to the log; None where SIGTERM
+        came. Every process calls it.
+    """
+
+    every: int
+    measure: Callable[[TrainState], dict[str, float] | None]
+
+
 def _evaluation_as_summary(trained: Trained) -> JsonObject:
     return dict(trained.evaluation)
 
@@ -99,6 +113,7 @@ class Job:
       feed: the data.
       pictures: by name; drawn every `run.picture_every` steps for TensorBoard, and at the end into
         `NAME.png` of the run's directory.
+      online: what else is evaluated between steps; None: nothing.
       finish: called by every process with the trained state; writes what the job leaves behind and
         returns its own part of `summary.json`.
       leaves: names of the files in the run's directory that `finish` writes.
@@ -113,6 +128,7 @@ class Job:
     task: Task
     feed: Feed
     pictures: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
+    online: Online | None = None
     finish: Callable[[Trained], JsonObject] = _evaluation_as_summary
     leaves: tuple[str, ...] = ()
     config: Settings | None = None

@@ -22,9 +22,8 @@ from absl import logging
 from jax.sharding import Mesh
 
 from beit_jax import progress
-from beit_jax.config import OptimizerConfig, RunConfig, check
+from beit_jax.config import OptimizerConfig, RunConfig
 from beit_jax.distributed import cluster
-from beit_jax.files import write_json
 from beit_jax.training import (
     checkpoint,
     finite,
@@ -37,6 +36,7 @@ from beit_jax.training import (
     state,
 )
 from beit_jax.training.evaluation_pass import Evaluator, evaluator
+from beit_jax.training.evaluation_pass import evaluate_only as evaluate_only
 from beit_jax.training.evaluation_pass import run_evaluation as run_evaluation
 from beit_jax.training.finite import NonFiniteError as NonFiniteError
 from beit_jax.training.first_batch import FirstBatch
@@ -44,6 +44,7 @@ from beit_jax.training.first_batch import FirstBatch
 # Part of this module's interface: what a job hands to `train`, and what it gets back.
 from beit_jax.training.job import Feed as Feed
 from beit_jax.training.job import Job as Job
+from beit_jax.training.job import Online as Online
 from beit_jax.training.job import Trained as Trained
 from beit_jax.training.job import joined
 from beit_jax.training.start import open_mesh as open_mesh
@@ -106,6 +107,8 @@ def train(
         else:
             under_way.write_config()
         evaluation = under_way.evaluate()
+        if under_way.observes(last=True):
+            under_way.observe()
         finite.check_updates(under_way.state, limit=optimizer_config.max_bad_steps)
         finite.check_evaluation(evaluation, step=under_way.step)
     cluster.barrier("to have the last checkpoint")
@@ -213,7 +216,7 @@ class TrainingRun:
         timer: startup.Startup,
     ):
         self.state = train_state
-        self.step = int(train_state.step)
+        self.step = self._start = int(train_state.step)
         self.speeds: list[float] = []
         self.best: JsonObject | None = None
         self.time_to_first_step: dict[str, float] | None = None
@@ -221,6 +224,10 @@ class TrainingRun:
         self._first = first
         self._optimizer_config, self._optimizer = optimizer_config, optimizer
         self._checkpoints, self._log, self._timer = checkpoints, log, timer
+        # Only process 0 has the log, and an evaluation needs all of them.
+        self._was_observed = cluster.gather(
+            "online results of the first step", log.online_at_start is not None
+        )[0]
         self._frozen = sharding.replicate(job.task.frozen, mesh)
         self._evaluate: Evaluator = evaluator(job.task, job.feed, frozen=self._frozen, mesh=mesh)
         self._clock = metrics.Clock(
@@ -244,6 +251,9 @@ class TrainingRun:
         if self._evaluates(step) and not self._was_evaluated():
             logging.info("step %d was not evaluated before the run ended; that is done now", step)
             self.evaluate()
+            self._timer.done("missed evaluation")
+        if self.observes():
+            self.observe()
             self._timer.done("missed evaluation")
         if step and self._draws(step):
             self.draw()
@@ -337,15 +347,17 @@ class TrainingRun:
         """Logs, evaluates, draws and saves after a step, where it is time to."""
         run, step = self._run, self.step
         logs = step % run.log_every == 0 or step == run.steps
-        evaluates, draws = self._evaluates(step), self._draws(step)
+        evaluates, draws, observes = self._evaluates(step), self._draws(step), self.observes()
         saves = self._checkpoints.due(step, meeting=logs)
-        if not (logs or evaluates or draws or saves):
+        if not (logs or evaluates or observes or draws or saves):
             return
         self._settle(0)
         if logs:
             self.log()
         if evaluates:
             self.evaluate()
+        if observes:
+            self.observe()
         if draws:
             self.draw()
         if saves:
@@ -356,6 +368,19 @@ class TrainingRun:
         """Whether an evaluation between steps is due; the last step's is `train`'s."""
         every = self._run.eval_every
         return bool(every) and 0 < step < self._run.steps and step % every == 0
+
+    def observes(self, *, last: bool = False) -> bool:
+        """Whether the job's own evaluation (`Job.online`) of the newest step is due, and not done.
+
+        Args:
+          last: asks for the run's last step, which has one in any case.
+        """
+        online, step = self._job.online, self.step
+        if online is None or (step == self._run.steps) != last or not step:
+            return False
+        if step == self._start and bool(self._was_observed):
+            return False
+        return last or step % online.every == 0
 
     def _draws(self, step: int) -> bool:
         every = self._run.picture_every
@@ -416,6 +441,20 @@ class TrainingRun:
             best = self._checkpoints.best()
         return best
 
+    def observe(self) -> None:
+        """Does the job's own evaluation, and logs what it finds.
+
+        Raises:
+          Preempted: SIGTERM arrived meanwhile; the checkpoint is complete.
+        """
+        assert self._job.online is not None
+        found = self._job.online.measure(self.state)
+        if found is None:
+            self.leave()
+        if found:
+            self._log.write(self.step, found)
+            logging.info("step %d online: %s", self.step, joined(found))
+
     def draw(self) -> None:
         """Draws the job's pictures for TensorBoard."""
         for name, picture in self._job.pictures.items():
@@ -452,49 +491,3 @@ class TrainingRun:
             self._checkpoints.close()
         finally:
             self._log.close()
-
-
-def evaluate_only(
-    job: Job,
-    *,
-    run: RunConfig,
-    optimizer_config: OptimizerConfig,
-    config: checkpoint.Settings,
-    workdir: str,
-    mesh: Mesh,
-) -> JsonObject:
-    """Evaluates what training would start from; writes and returns `evaluation.json`.
-
-    Args are those of `train`.
-
-    Raises:
-      ConfigError: there is neither a checkpoint in the run's directory nor `run.init_from`, or the
-        checkpoint is another model's.
-      Preempted: SIGTERM arrived.
-      NonFiniteError: a result is NaN or infinite; nothing is written.
-    """
-    optimizer = optim.adamw(optimizer_config)
-    shapes = start.state_shapes(job.task, optimizer, optimizer_config=optimizer_config, mesh=mesh)
-    checkpoints = checkpoint.Checkpoints(
-        workdir, run=run, config=config, identity=job.identity, read_only=True
-    )
-    check(
-        bool(run.init_from) or checkpoints.latest_step() is not None,
-        "config.run.init_from",
-        f"nothing to evaluate: no checkpoint in {workdir} either",
-    )
-    checkpoints.check_config()
-    train_state = restore_or_init(job.task, optimizer, checkpoints, shapes=shapes, run=run)
-    checkpoints.close()
-    frozen = sharding.replicate(job.task.frozen, mesh)
-    evaluation = evaluator(job.task, job.feed, frozen=frozen, mesh=mesh)(train_state)
-    step = int(train_state.step)
-    if evaluation is None:
-        raise cluster.Preempted(step)
-    finite.check_evaluation(evaluation, step=step)
-    summary = {"steps": step, **evaluation}
-    if jax.process_index() == 0:
-        path = f"{workdir}/evaluation.json"
-        write_json(path, summary)
-        print(f"{job.headline(evaluation)}  (step {step})  {path}")
-    return summary

@@ -54,6 +54,11 @@ class MetricsLog:
         """The held-out line of the first step (`MetricsFile`); None on other processes."""
         return None if self._file is None else self._file.held_out_at_start
 
+    @property
+    def online_at_start(self) -> JsonObject | None:
+        """The line that an evaluation between steps left of the first step, in the same way."""
+        return None if self._file is None else self._file.online_at_start
+
     def write(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
         """Writes the numbers of a step; those that are not finite become null in the JSON."""
         if self._file is None:

@@ -112,6 +112,7 @@ def story() -> ConfigDict:
         job.tokenizer.codebook_width = 8
         shrink_data(job.data)
         job.optimizer.warmup_steps = 3
+    config.pretrain.online.every = 0
     config.pretrain.model.layers = 2
     config.pretrain.model.width = 32
     config.pretrain.model.heads = 2

@@ -337,6 +337,39 @@ def test_own_checkpoint_comes_before_init_from(straight, tmp_path):
     same(train(tmp_path, run=run).state.params, first.state.params)
 
 
+def test_a_jobs_own_evaluation_is_logged_and_made_up_for(tmp_path):
+    """At its period and at the end; SIGTERM in the middle leaves a checkpoint and no line."""
+    measured, stop = [], {6}
+
+    def measure(state):
+        measured.append(int(state.step))
+        if measured[-1] in stop:
+            stop.clear()
+            return None
+        return {"online_value": float(state.step), "online_nothing": float("nan")}
+
+    def train():
+        loop.train(
+            loop.Job(task=regression(), feed=feed(), online=loop.Online(every=3, measure=measure)),
+            run=dataclasses.replace(RUN, steps=10, eval_every=0),
+            optimizer_config=OPTIMIZER,
+            config={},
+            workdir=str(tmp_path),
+        )
+
+    with pytest.raises(loop.cluster.Preempted):
+        train()
+    train()
+    assert measured == [3, 6, 6, 9, 10]
+    train()
+    assert measured == [3, 6, 6, 9, 10]
+    lines = metrics.read(str(tmp_path / "metrics.jsonl"))
+    found = [line for line in lines if "online_value" in line]
+    assert [line["step"] for line in found] == [3, 6, 9, 10]
+    assert found[-1] == {"step": 10, "online_value": 10.0, "online_nothing": None}
+    assert [len(line) for line in lines if line["step"] == 10 and "online_value" not in line]
+
+
 def test_pictures_are_drawn_when_asked(tmp_path):
     drawn = []
 

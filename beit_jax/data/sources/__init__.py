@@ -20,9 +20,9 @@ import tensorflow as tf
 from beit_jax.config import SourceConfig
 from beit_jax.data.decode import Window
 from beit_jax.data.source_kinds import KINDS, Kind, split_source
-from beit_jax.data.sources.source import Element, Request, Source
+from beit_jax.data.sources.source import Element, Request, Source, spread
 
-__all__ = ["KINDS", "Element", "Kind", "Request", "Source", "Window", "open_source"]
+__all__ = ["KINDS", "Element", "Kind", "Request", "Source", "Window", "open_source", "spread"]
 
 # TensorFlow only feeds the run here: it must not take the accelerators' memory away from JAX. This
 # has to be set before TensorFlow first runs anything, hence on import.

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import heapq
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -122,6 +123,32 @@ def select_split(size: int, *, identity: Callable[[int], str], request: Request)
     held_out = np.zeros(size, bool)
     held_out[np.array(chosen, np.int64)] = True
     return np.flatnonzero(held_out != request.training)
+
+
+def spread(source: Source, *, count: int) -> Source:
+    """A part of a source, evenly spaced over all of it; the whole one where it has no more.
+
+    Which images come together in a sorted folder says nothing about the others, so that the first
+    few of them stand for nothing.
+
+    Args:
+      source: the images. One that can only be read from front to back is returned whole: whoever
+        reads it takes the first `count`.
+      count: how many, at least 1.
+
+    Returns:
+      A source of which image i is image `floor(i * size / count)` of `source`.
+    """
+    size = len(source)
+    if count >= size or source.sequence is not None:
+        return source
+
+    def load(index: tf.Tensor, **options: Any) -> Element:
+        return source.load(index * size // count, **options)
+
+    return dataclasses.replace(
+        source, size=count, name=lambda index: source.name(index * size // count), load=load
+    )
 
 
 def _stable_hash(text: str) -> bytes:
