@@ -53,6 +53,11 @@ COMMANDS = {
         module="beit_jax.pictures.command",
         summary="draw what a model attends to and what it separates",
     ),
+    "report": Command(
+        module="beit_jax.report.command",
+        summary="write one HTML file about a run, or compare several",
+        extra="report",
+    ),
     "prepare": Command(
         module="beit_jax.data.prepare",
         summary="store a data set as smaller JPEGs, read at random",

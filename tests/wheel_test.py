@@ -153,6 +153,8 @@ def test_features_of_a_folder_in_an_environment_without_training(environment, so
 def test_the_wheel_says_that_it_is_typed_and_holds_the_package_alone(wheel, tmp_path):
     shutil.unpack_archive(wheel, tmp_path, format="zip")
     assert (tmp_path / "beit_jax" / "py.typed").exists()
+    for name in ("page.html", "page.css", "page.js"):
+        assert (tmp_path / "beit_jax" / "report" / name).exists()
     (info,) = tmp_path.glob("*.dist-info")
     assert {path.name for path in tmp_path.iterdir()} == {"beit_jax", info.name}
     assert {path.name for path in (info / "licenses").iterdir()} == {"LICENSE", "NOTICE"}

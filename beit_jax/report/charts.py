@@ -1,0 +1,250 @@
+"""The curves: which metrics share a chart, what is drawn beside them, and the figures themselves.
+
+To give a metric a chart of its own, add a row to CHARTS; those without one come after them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+from plotly import graph_objects
+
+from beit_jax.report import published
+from beit_jax.report.findings import chance
+from beit_jax.report.reading import Run
+from beit_jax.report.series import Series, thinned
+
+_HELD_OUT = "eval_"
+# Not shown: the other names of what is shown, and what is over when the report is read.
+_HIDDEN = ("seconds_left", "images_per_second_per_chip", "skipped_in_row")
+_FEW = 60  # points that are drawn one by one
+MUTED = -1  # the ink of what is there to compare with
+_DASHES = ("dot", "dashdot", "longdash")  # of horizontal lines
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A chart of the page.
+
+    Attributes:
+      metric: its name in `metrics.jsonl`; the held-out one, `eval_` before it, is drawn with it.
+      title: of the chart.
+      unit: of the vertical axis.
+      share: whether the values are shares of one, to be written in percent.
+      read: a sentence on what a healthy curve looks like; "" where there is nothing to say.
+      task: the only one that `read` is true of; "" for all.
+      often_zero: whether the chart is left out where all values are 0.
+    """
+
+    metric: str
+    title: str
+    unit: str
+    share: bool = False
+    read: str = ""
+    task: str = ""
+    often_zero: bool = False
+
+
+CHARTS = (
+    Chart(
+        metric="loss",
+        title="Loss",
+        unit="nats",
+        read="Falls to the token entropy quickly, and below it slowly; held-out and training close"
+        " together.",
+        task="pretrain",
+    ),
+    Chart(
+        metric="mlm_acc",
+        title="Masked-token accuracy",
+        unit="of masked tokens",
+        share=True,
+        read="Above that of naming the most frequent token, and rising. It is low by nature: tokens"
+        " that look alike are different classes.",
+    ),
+    Chart(metric="top1", title="Accuracy", unit="of images", share=True),
+    Chart(metric="top5", title="Accuracy among the first five", unit="of images", share=True),
+    Chart(metric="miou", title="Mean IoU", unit="over classes", share=True),
+    Chart(metric="macc", title="Mean accuracy of classes", unit="over classes", share=True),
+    Chart(metric="pixel_accuracy", title="Pixel accuracy", unit="of labelled pixels", share=True),
+    Chart(metric="reconstruction_mse", title="Reconstruction error", unit="mean square"),
+    Chart(
+        metric="codes_used",
+        title="Codes used",
+        unit="codes",
+        read="Most of the vocabulary, and not falling: a codebook that collapses shows here first.",
+        task="tokenizer",
+    ),
+    Chart(metric="learning_rate", title="Learning rate", unit="largest of all layers"),
+    Chart(
+        metric="grad_norm",
+        title="Gradient norm",
+        unit="before clipping",
+        read="Falls at first, then level, without spikes.",
+    ),
+    Chart(metric="images_per_second", title="Throughput", unit="images per second"),
+    Chart(metric="mfu", title="Use of the chip", unit="of its peak FLOP/s", share=True),
+    Chart(
+        metric="data_wait_share",
+        title="Waiting for data",
+        unit="of the time",
+        share=True,
+        read="Under 10 %: more says that the host is the bottleneck.",
+    ),
+    Chart(metric="skipped", title="Skipped updates", unit="updates so far", often_zero=True),
+    Chart(metric="replaced_images", title="Replaced images", unit="images", often_zero=True),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A line of a chart.
+
+    Attributes:
+      name: in the legend.
+      series: all its points.
+      ink: the number of its colour.
+      held_out: whether it is of held-out images: dashed, with squares.
+    """
+
+    name: str
+    series: Series
+    ink: int
+    held_out: bool
+
+
+def charts_of(runs: Sequence[Run]) -> Iterator[tuple[Chart, list[Curve]]]:
+    """The charts of runs of one task that have something to show, with their curves."""
+    logged = dict.fromkeys(name for run in runs for name in run.metrics)
+    known = {chart.metric: chart for chart in CHARTS}
+    plain = dict.fromkeys(name.removeprefix(_HELD_OUT) for name in logged)
+    # "iou/road": one of each class, and classes may be many. The summary has them.
+    others = [name for name in plain if not (name in known or name in _HIDDEN or "/" in name)]
+    for metric in (*known, *others):
+        curves = list(_curves(runs, metric))
+        chart = known.get(metric) or Chart(metric=metric, title=metric, unit="")
+        nothing = all(value == 0 for curve in curves for value in curve.series.values)
+        if curves and not (nothing and chart.often_zero):
+            yield chart, curves
+
+
+def figure(chart: Chart, curves: Sequence[Curve], runs: Sequence[Run]) -> graph_objects.Figure:
+    """A chart as Plotly draws it; the page's script gives it colours by each trace's `meta`."""
+    drawn = graph_objects.Figure()
+    for curve in curves:
+        shown = thinned(curve.series)
+        drawn.add_scatter(
+            x=list(shown.steps),
+            y=list(shown.values),
+            name=curve.name,
+            mode="lines+markers" if _has_lone_points(shown) else "lines",
+            line={"dash": "dash" if curve.held_out else "solid", "width": 2},
+            marker={"size": 6, "symbol": "square" if curve.held_out else "circle"},
+            meta={"ink": curve.ink},
+        )
+    steps = [step for curve in curves for step in curve.series.steps]
+    for number, (name, value) in enumerate(_levels(chart, runs)):
+        drawn.add_scatter(
+            x=[min(steps), max(steps)],
+            y=[value, value],
+            name=name,
+            mode="lines",
+            line={"dash": _DASHES[number % len(_DASHES)], "width": 1.5},
+            meta={"ink": MUTED},
+        )
+    points = {
+        (step, _of_point(chart, point), point.source)
+        for run in runs
+        for step, point in published.points_for(run)
+    }
+    reached = [each for each in sorted(points, key=str) if each[1] is not None]
+    if reached:
+        drawn.add_scatter(
+            x=[step for step, *_ in reached],
+            y=[value for _, value, _ in reached],
+            name="published",
+            mode="markers",
+            marker={"size": 10, "symbol": "diamond-open"},
+            text=[source for *_, source in reached],
+            meta={"ink": MUTED},
+        )
+    drawn.update_layout(
+        xaxis={"title": {"text": "step"}, "rangemode": "tozero"},
+        yaxis={
+            "title": {"text": chart.unit},
+            "tickformat": ".3~%" if chart.share else ".4~g",
+        },
+    )
+    return drawn
+
+
+def described(chart: Chart, curves: Sequence[Curve]) -> str:
+    """A chart in words, for those who can't see it."""
+    parts = []
+    for curve in curves:
+        numbers = curve.series.finite
+        if numbers:
+            first, last = numbers[0], numbers[-1]
+            parts.append(
+                f"{curve.name} goes from {written(first[1], chart)} at step {first[0]} to"
+                f" {written(last[1], chart)} at step {last[0]}"
+            )
+        else:
+            parts.append(f"{curve.name} has no finite values")
+    return f"{chart.title} over steps: {'; '.join(parts)}."
+
+
+def written(value: float, chart: Chart) -> str:
+    """A value as the page writes it."""
+    return f"{value:.2%}" if chart.share else f"{value:.6g}"
+
+
+def _curves(runs: Sequence[Run], metric: str) -> Iterator[Curve]:
+    for number, run in enumerate(runs):
+        for prefix, what in (("", "training"), (_HELD_OUT, "held-out")):
+            series = run.series(f"{prefix}{metric}")
+            if not series.steps:
+                continue
+            alone = len(runs) == 1
+            name = what if alone else f"{run.name}, {what}"
+            # One run: a colour a curve. Several: a colour a run, and the dashes tell them apart.
+            ink = int(bool(prefix)) if alone else number
+            yield Curve(name=name, series=series, ink=ink, held_out=bool(prefix))
+
+
+def _levels(chart: Chart, runs: Sequence[Run]) -> list[tuple[str, float]]:
+    """What horizontal lines show; those of runs that share them, once."""
+    found: dict[tuple[str, float], list[str]] = {}
+    for run in runs:
+        highest = chance(run)
+        levels: dict[str, float | None] = {}
+        if chart.metric == "loss":
+            levels = {"chance": highest, "token entropy": run.number("token_entropy")}
+        elif chart.metric == "mlm_acc":
+            guessing = None if highest is None else math.exp(-highest)
+            levels = {"chance": guessing, "most frequent token": run.number("majority_accuracy")}
+        elif chart.metric == "data_wait_share":
+            levels = {"10 %": 0.1}
+        for name, value in levels.items():
+            if value is not None:
+                found.setdefault((name, round(value, 6)), []).append(run.name)
+    several = {name for name, _ in found if sum(other == name for other, _ in found) > 1}
+    return [
+        (f"{name} of {', '.join(names)}" if name in several else name, value)
+        for (name, value), names in found.items()
+    ]
+
+
+def _of_point(chart: Chart, point: published.Point) -> float | None:
+    values = {"loss": point.loss, "mlm_acc": point.accuracy, "grad_norm": point.grad_norm}
+    return values.get(chart.metric)
+
+
+def _has_lone_points(series: Series) -> bool:
+    """Whether a line alone would leave points out, or show too few to look like a curve."""
+    values = series.values
+    around = zip((None, *values[:-1]), values, (*values[1:], None), strict=True)
+    lone = any(
+        here is not None and before is None and after is None for before, here, after in around
+    )
+    return lone or len(values) <= _FEW

@@ -1,0 +1,106 @@
+"""Each rule finds what it is for, says what to do, and is silent on a healthy run."""
+
+import pytest
+
+from beit_jax.report import findings
+from beit_jax.report.published import POINTS
+from beit_jax.report.reading import read_runs
+from tests.report.runs import CONFIG, SUMMARY, line, make
+
+STEPS = range(10, 101, 10)
+BASE = CONFIG | {
+    "run": {"steps": 300 * 625, "batch_size": 2048},
+    "model": {"layers": 12, "width": 768, "image_size": 224, "patch_size": 16},
+    "tokenizer": {"kind": "dalle", "vocabulary": 8192},
+    "data": {"source": "tfds:imagenet2012", "mask": {"kind": "block"}},
+}
+
+
+def at_the_end(**values):
+    """Two lines of an ImageNet run at the end of its 300 epochs."""
+    return [line(step, **values) for step in (300 * 625 - 50, 300 * 625)]
+
+
+BROKEN = {
+    "nothing logged": ({"lines": [], "summary": {}}, "Nothing has been logged", "log_every"),
+    "not finite": (
+        {"lines": [*map(line, STEPS[:-1]), line(100, loss=None, grad_norm=None)]},
+        "loss was not finite at 1 of 10 logged steps, first at step 100",
+        "learning_rate",
+    ),
+    "collapsed": ({"summary": SUMMARY | {"majority_accuracy": 0.9}}, "90% of all", "normalization"),
+    "random tokens": (
+        {"summary": SUMMARY | {"token_entropy": 4.84}},
+        "about as frequent",
+        "config.tokenizer.path",
+    ),
+    "few codes": ({"summary": SUMMARY | {"codes_used": 3}}, "3 of 128 codes", "tokenizer"),
+    "at chance": (
+        {"lines": [line(step, loss=4.85) for step in STEPS]},
+        "still that of guessing",
+        "learning_rate",
+    ),
+    "above the entropy": (
+        {"lines": [line(step, loss=4.3) for step in STEPS]},
+        "above the token entropy, 4.100",
+        "first_batch.png",
+    ),
+    "off the band": (
+        {"lines": at_the_end(loss=7.0, mlm_acc=0.0496), "config": BASE, "summary": {}},
+        "loss at epoch 300 is 7; a published run of this recipe had 6.299",
+        "tokenizer's file",
+    ),
+    "starved": (
+        {"lines": [line(step, data_wait_share=0.4) for step in STEPS]},
+        "40% of the time",
+        "prepare",
+    ),
+    "skipped": ({"lines": [line(10), line(20, skipped=3.0)]}, "3 updates", "clip_norm"),
+    "replaced": ({"lines": [line(10, replaced_images=2.0)]}, "2 images", "The log names"),
+    "overfitted": (
+        {
+            "lines": [
+                {"step": step, "eval_loss": loss}
+                for step, loss in ((10, 3.0), (20, 2.5), (30, 2.7))
+            ]
+        },
+        "lowest at step 20 (2.500) and is 2.700 now",
+        "train shorter",
+    ),
+    "features stand still": (
+        {"lines": [line(step, online_knn_accuracy=0.2) for step in STEPS]},
+        "online_knn_accuracy is 20.0%, no better",
+        "labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_wrong_is_said_with_what_to_do(kind, tmp_path):
+    broken, what, do = BROKEN[kind]
+    (run,) = read_runs([str(make(tmp_path / "run", **broken))])
+    found = findings.findings(run)
+    assert [each for each in found if what in each.what and do in each.do], found
+
+
+def test_a_healthy_run_has_no_findings(tmp_path):
+    (run,) = read_runs([str(make(tmp_path / "run"))])
+    assert findings.findings(run) == []
+
+
+def test_a_run_that_reaches_the_published_point_is_not_off_it(tmp_path):
+    point = POINTS[0]
+    lines = at_the_end(loss=point.loss, mlm_acc=point.accuracy)
+    (run,) = read_runs([str(make(tmp_path / "run", lines=lines, config=BASE, summary={}))])
+    assert findings.findings(run) == []
+
+
+def test_files_that_cant_be_read_are_named_and_the_rest_is_shown(tmp_path):
+    folder = make(tmp_path / "run")
+    (folder / "summary.json").write_text("{")
+    (folder / "picture.png").write_bytes(b"no picture")
+    (run,) = read_runs([str(folder)])
+    found = [each.what for each in findings.findings(run)]
+    assert any("summary.json" in what for what in found)
+    assert any("picture.png is no PNG" in what for what in found)
+    assert len(run.lines) == 10
