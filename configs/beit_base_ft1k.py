@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
     config.run.on_corrupt_checkpoint = "fall_back"
     config.run.print_sharding = False
     config.run.compilation_cache = "auto"
+    config.run.wandb = ""  # a project at Weights & Biases
 
     config.model = ConfigDict(ModelConfig.base().sizes)
     config.model.image_size = 224

@@ -156,7 +156,7 @@ def imported(path: Path) -> dict[str, bool]:
 def test_requirements_name_what_is_imported():
     library = required("library")
     training = library | required("train")
-    optional = training | required("hub") | required("parquet") | OPTIONAL
+    optional = training | required("hub") | required("parquet") | required("wandb") | OPTIONAL
     used: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")

@@ -1,11 +1,12 @@
 """Length, batch, devices, logging and checkpoints."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from beit_jax.config.bounds import (
     INT32,
     Count,
+    Matching,
     OneOf,
     ParameterName,
     PathOrNone,
@@ -17,6 +18,13 @@ from beit_jax.config.bounds import (
 )
 from beit_jax.config.facts import FACTS
 from beit_jax.config.parse import check, shown
+
+Project: TypeAlias = Annotated[
+    str,
+    Matching(
+        pattern=r"[\w.-]+( [\w.-]+)*", what="the name of a project at W&B", longest=128, empty=True
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +56,7 @@ class RunConfig:
     # Where compiled programs are kept, see `training.startup.keep_compiled`: "auto", a folder, or
     # "" to leave JAX's settings alone.
     compilation_cache: PathOrNone = "auto"
+    wandb: Project = ""  # of Weights & Biases (the extra [wandb]), which is told all; "": no
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -26,6 +26,7 @@ from beit_jax.tasks import classify, pretrain, probe, tokenizer
 from beit_jax.tasks.summary import read_summary, write_summary
 from beit_jax.text_table import text_table
 from beit_jax.training import run_directory
+from beit_jax.training.writers import check_wandb
 from beit_jax.types import Json, JsonObject
 from beit_jax.weights.native import write_params
 
@@ -107,6 +108,8 @@ def run(config: QuickstartConfig, *, workdir: str) -> JsonObject:
 
 def _run(config: QuickstartConfig, *, workdir: str) -> JsonObject:
     began = time.perf_counter()
+    for name in ("tokenizer", "pretrain", "probe", "classify"):
+        check_wandb(getattr(config, name).run.wandb, name=f"config.{name}.run.wandb")
     logging.info("1 of 4: train a tokenizer")
     first = tokenizer.run(config.tokenizer, workdir=f"{workdir}/tokenizer")
 

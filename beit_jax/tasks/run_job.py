@@ -20,6 +20,7 @@ from beit_jax.tasks.summary import summarize
 from beit_jax.training import loop, run_directory, start
 from beit_jax.training.job import Job, RunContext, Trained
 from beit_jax.training.startup import Startup
+from beit_jax.training.writers import check_wandb
 from beit_jax.types import ConfigDataclass, JsonObject
 
 
@@ -56,6 +57,7 @@ def run_job(config: C, *, build: Callable[[C, RunContext], Job], workdir: str) -
       RunError: the run cannot go on.
     """
     began, timer = time.perf_counter(), Startup()
+    check_wandb(config.run.wandb)
     mesh = loop.open_mesh(run=config.run, accumulate=config.optimizer.accumulate)
     source = start.source_facts(config, run=config.run, workdir=workdir)
     with contextlib.ExitStack() as resources:

@@ -111,7 +111,7 @@ class Job:
     Attributes:
       task: parameters, loss and metrics.
       feed: the data.
-      pictures: by name; drawn every `run.picture_every` steps for TensorBoard, and at the end into
+      pictures: by name; drawn every `run.picture_every` steps for the trackers, and at the end into
         `NAME.png` of the run's directory.
       online: what else is evaluated between steps; None: nothing.
       finish: called by every process with the trained state; writes what the job leaves behind and

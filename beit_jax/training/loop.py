@@ -34,6 +34,7 @@ from beit_jax.training import (
     start,
     startup,
     state,
+    writers,
 )
 from beit_jax.training.evaluation_pass import Evaluator, evaluator
 from beit_jax.training.evaluation_pass import evaluate_only as evaluate_only
@@ -137,6 +138,7 @@ def open_run(
 
     Args are those of `train`.
     """
+    writers.check_wandb(run.wandb)
     optimizer = optim.adamw(optimizer_config)
     shapes = start.state_shapes(job.task, optimizer, optimizer_config=optimizer_config, mesh=mesh)
     start.log_size(shapes, mesh)
@@ -166,7 +168,9 @@ def open_run(
             optimizer=optimizer,
             mesh=mesh,
             checkpoints=checkpoints,
-            log=metrics.MetricsLog(workdir, start_step=int(train_state.step)),
+            log=metrics.MetricsLog(
+                workdir, start_step=int(train_state.step), project=run.wandb, config=config
+            ),
             timer=timer,
         )
         timer.done("state")
@@ -456,7 +460,7 @@ class TrainingRun:
             logging.info("step %d online: %s", self.step, joined(found))
 
     def draw(self) -> None:
-        """Draws the job's pictures for TensorBoard."""
+        """Draws the job's pictures for the trackers."""
         for name, picture in self._job.pictures.items():
             drawn = picture(self.state)
             if drawn is not None:

@@ -1,4 +1,4 @@
-"""Writes metrics to TensorBoard (through clu), to `metrics.jsonl` and to the console."""
+"""Writes metrics to `metrics.jsonl`, to trackers (`writers`) and to the console."""
 
 import time
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from beit_jax.metrics_file import MetricsFile
 
 # Part of this module's interface: the lines of a run.
 from beit_jax.metrics_file import read as read
-from beit_jax.training import tensorboard
+from beit_jax.training import writers
+from beit_jax.training.same_run import Settings
 from beit_jax.types import JsonObject
 
 FILE = "metrics.jsonl"
@@ -26,28 +27,32 @@ WHERE_ANY = ("images_by_pillow",)
 class MetricsLog:
     """Writes scalars and pictures, on process 0 only.
 
-    `metrics.jsonl` has every logged step exactly once (`metrics_file`). TensorBoard's event files
-    can't be changed: a step that was done again is there again.
+    `metrics.jsonl` has every logged step exactly once (`metrics_file`). What TensorBoard and W&B
+    have can't be changed: a step that was done again is there again.
 
     Args:
       workdir: the run's directory.
       start_step: where the run starts. Lines of later steps were written by a run that was cut off
         after its last checkpoint; they are dropped from `metrics.jsonl`, since those steps are
         repeated.
+      project: of W&B; "" for none.
+      config: the settings, for W&B's record.
 
     Raises:
       OSError: `metrics.jsonl` can't be read or written.
     """
 
-    def __init__(self, workdir: str, *, start_step: int):
-        self._writer = None
+    def __init__(
+        self, workdir: str, *, start_step: int, project: str = "", config: Settings | None = None
+    ):
+        self._writers: list[writers.Writer] = []
         self._file: MetricsFile | None = None
         if jax.process_index() != 0:
             return
         folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = MetricsFile(folder / FILE, start_step=start_step)
-        self._writer = tensorboard.open_writer(workdir)
+        self._writers = writers.open_writers(workdir, project=project, config=config or {})
 
     @property
     def held_out_at_start(self) -> JsonObject | None:
@@ -65,27 +70,27 @@ class MetricsLog:
             return
         values = {name: float(value) for name, value in scalars.items()}
         self._file.write(step, values)
-        if self._writer is not None:
-            self._writer.write_scalars(step, values)
+        for writer in self._writers:
+            writer.write_scalars(step, values)
 
     def write_picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Shows a uint8 `[h, w, 3]` picture in TensorBoard."""
-        if self._writer is not None:
-            self._writer.write_images(step, {name: image[None]})
+        """Shows a uint8 `[h, w, 3]` picture in every tracker."""
+        for writer in self._writers:
+            writer.write_images(step, {name: image[None]})
 
     def flush(self) -> None:
         """Brings everything to the disk, before a checkpoint says that its steps are done."""
         if self._file is not None:
             self._file.flush()
-        if self._writer is not None:
-            self._writer.flush()
+        for writer in self._writers:
+            writer.flush()
 
     def close(self) -> None:
         """Flushes everything."""
         if self._file is not None:
             self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for writer in self._writers:
+            writer.close()
 
 
 class Clock:
