@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from beit_jax.config import (
     ConfigError,
@@ -50,6 +49,7 @@ from beit_jax.tasks.run_job import run_job
 from beit_jax.tasks.token_feed import known_tokens, local_encoder
 from beit_jax.tasks.token_statistics import (
     TokenStatistics,
+    baselines,
     log_expectations,
     token_statistics,
 )
@@ -155,9 +155,7 @@ def build_job(config: PretrainConfig, context: RunContext) -> Job:
     context.timer.done("data")
 
     statistics = token_statistics(tokenizer, tokenizer_params, feed.evaluation())
-    log_expectations(statistics, vocabulary=config.tokenizer.vocabulary)
-    if config.reference:
-        logging.info("published reference: %s", config.reference)
+    log_expectations(statistics, vocabulary=config.tokenizer.vocabulary, reference=config.reference)
     context.timer.done("statistics")
 
     feed = draw_first_batch(feed, first_batch_picture, workdir=context.workdir)
@@ -187,6 +185,7 @@ def build_job(config: PretrainConfig, context: RunContext) -> Job:
         pictures={"reconstruction": picture_of(draw)},
         online=online,
         finish=functools.partial(figures, statistics=statistics),
+        known=baselines(statistics),
         identity=identity,
         evaluate_only=config.evaluate_only,
         headline=headline,
@@ -378,10 +377,7 @@ def figures(trained: Trained, *, statistics: TokenStatistics | None) -> JsonObje
     return {
         "loss": trained.evaluation.get("loss"),
         "accuracy": trained.evaluation.get("mlm_acc"),
-        "token_entropy": statistics.entropy if statistics else None,
-        "majority_accuracy": statistics.majority_accuracy if statistics else None,
-        "chance_loss": statistics.chance_loss if statistics else None,
-        "codes_used": statistics.codes_used if statistics else None,
+        **baselines(statistics),
     }
 
 

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from beit_jax import progress
 from beit_jax.tokenizers.tokenizer import Tokenizer
-from beit_jax.types import HostBatch, Params
+from beit_jax.types import HostBatch, JsonObject, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,26 @@ def token_statistics(
     )
 
 
-def log_expectations(statistics: TokenStatistics | None, *, vocabulary: int) -> None:
-    """Logs the losses to compare with, and an error where the tokens look broken."""
+def baselines(statistics: TokenStatistics | None) -> JsonObject:
+    """What to compare loss and accuracy with, as `start.json` and `summary.json` have it."""
+    return {
+        "token_entropy": statistics.entropy if statistics else None,
+        "majority_accuracy": statistics.majority_accuracy if statistics else None,
+        "chance_loss": statistics.chance_loss if statistics else None,
+        "codes_used": statistics.codes_used if statistics else None,
+    }
+
+
+def log_expectations(
+    statistics: TokenStatistics | None, *, vocabulary: int, reference: str = ""
+) -> None:
+    """Logs the losses to compare with, and an error where the tokens look broken.
+
+    Args:
+      statistics: of held-out tokens, where there are any.
+      vocabulary: of the tokenizer.
+      reference: what a published run reached; "" for none.
+    """
     logging.info(
         "chance: loss ln(%d) = %.3f, accuracy %.2g",
         vocabulary,
@@ -98,3 +116,5 @@ def log_expectations(statistics: TokenStatistics | None, *, vocabulary: int) -> 
                 " what it was trained on. There is nothing to learn from these tokens.",
                 100 * statistics.majority_accuracy,
             )
+    if reference:
+        logging.info("published reference: %s", reference)

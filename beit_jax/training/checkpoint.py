@@ -33,12 +33,12 @@ from beit_jax import storage
 from beit_jax.config import ConfigError, RunConfig, to_dict
 from beit_jax.distributed import cluster
 from beit_jax.files import write_json
-from beit_jax.training import same_run
+from beit_jax.training import same_run, start_record
 from beit_jax.training.optim import path_name
 from beit_jax.training.run_directory import BEST, COUNTS, IDENTITY, check_kind
 from beit_jax.training.same_run import Settings as Settings
 from beit_jax.training.state import TrainState
-from beit_jax.types import JsonObject, Params, PyTree, Variables
+from beit_jax.types import Json, JsonObject, Params, PyTree, Variables
 from beit_jax.weights import digests, native
 
 # Part of this module's interface: rule 2 above, and how tools read a checkpoint.
@@ -128,8 +128,11 @@ class Checkpoints:
                 " a disk they share"
             )
 
-    def write_config(self) -> None:
-        """Writes `config.json`, on process 0. To be called once it is known that the run goes on.
+    def write_config(self, *, known: Mapping[str, Json] | None = None) -> None:
+        """Writes `config.json` and `start.json`, on process 0, once the run is known to go on.
+
+        Args:
+          known: what the job knows at its start (`Job.known`).
 
         Raises:
           ConfigError: the checkpoints belong to another run.
@@ -142,6 +145,7 @@ class Checkpoints:
                 for line in same_run.counts_changed(recorded, self._counts):
                     logging.warning("%s", line)
             write_json(self._root / "config.json", self._config)
+            start_record.write(self._root, known=known or {})
         cluster.barrier("to have config.json")
 
     def check_config(self) -> list[str]:

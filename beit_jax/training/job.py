@@ -12,7 +12,7 @@ from beit_jax.training import sharding
 from beit_jax.training.checkpoint import Settings
 from beit_jax.training.startup import Startup
 from beit_jax.training.state import Task, TrainState
-from beit_jax.types import HostBatch, JsonObject, Params
+from beit_jax.types import HostBatch, Json, JsonObject, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +121,7 @@ class Job:
         record; None: as they were parsed.
       identity: what the run depends on and no setting shows, by the setting that it comes from:
         digests of parameters that are not trained, say. A run can't go on with another one.
+      known: numbers for `start.json`, by the names that the summary has for them.
       evaluate_only: no training; evaluates what training would start from.
       headline: an evaluation in one line, for `evaluate_only`.
     """
@@ -133,6 +134,7 @@ class Job:
     leaves: tuple[str, ...] = ()
     config: Settings | None = None
     identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    known: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     evaluate_only: bool = False
     headline: Callable[[Mapping[str, float]], str] = joined
 

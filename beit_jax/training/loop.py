@@ -303,8 +303,8 @@ class TrainingRun:
             self._do_what_is_due()
 
     def write_config(self) -> None:
-        """Records the settings, now that the run is known to go on."""
-        self._checkpoints.write_config()
+        """Records the settings and the start, now that the run is known to go on."""
+        self._checkpoints.write_config(known=self._job.known)
 
     def _compile(self, batch: Batch) -> Step:
         """Compiles the step for these shapes and shardings; it reuses the state's buffers."""

@@ -34,7 +34,7 @@ LOGS = ("metrics.jsonl",)
 # What `files.write_whole` names a file until it is whole. Not `evaluation.json`, which another
 # process may be writing beside the run.
 _UNFINISHED = re.compile(
-    r"(config\.json|summary\.json|metrics\.jsonl|tokenizer\.safetensors|\w+\.png)\.[0-9]+\.tmp"
+    r"((config|summary|start)\.json|metrics\.jsonl|tokenizer\.safetensors|\w+\.png)\.[0-9]+\.tmp"
 )
 TOKENIZER = "tokenizer.safetensors"  # a tokenizer's training ends with it
 MARKS = ("config.json", "metrics.jsonl", "checkpoints")  # of which a run leaves one at least
@@ -62,10 +62,15 @@ def _is_evaluation(value: Mapping[str, object]) -> bool:
     return "steps" in value and all(isinstance(one, int | float) for one in value.values())
 
 
+def _is_start(value: Mapping[str, object]) -> bool:
+    return isinstance(value.get("versions"), Mapping)
+
+
 # JSON files, and how this program's own are recognised.
 OWN: dict[str, Callable[[Mapping[str, object]], bool]] = {
     "config.json": _is_config,
     "summary.json": _is_summary,
+    "start.json": _is_start,
     EVALUATION: _is_evaluation,
 }
 

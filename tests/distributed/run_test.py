@@ -74,7 +74,7 @@ def test_same_curve_and_every_image_read_once(photographs, tmp_path):
 
     # Process 0 writes; of the others only their part of a checkpoint.
     written = {i: set((tmp_path / f"4.{i}.writes").read_text().split()) for i in range(4)}
-    assert {"metrics.jsonl", "summary.json", "config.json"} <= written[0]
+    assert {"metrics.jsonl", "summary.json", "config.json", "start.json"} <= written[0]
     for i in (1, 2, 3):
         assert not [path for path in written[i] if not path.startswith("checkpoints/")]
 

@@ -22,7 +22,15 @@ from tests.tasks import how_to_add_task_test as toy
 STEPS, MORE = 2, 3  # of the run, and of its continuation
 # The newest checkpoint's own record of its settings is one of the run's files, too.
 RECORD = f"checkpoints/{STEPS}/config/metadata"
-FILES = ("config.json", "metrics.jsonl", "summary.json", "evaluation.json", "run.lock", RECORD)
+FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "start.json",
+    "evaluation.json",
+    "run.lock",
+    RECORD,
+)
 CONTENTS = {
     "empty": b"",
     "zeros": b"\0" * 300,

@@ -123,6 +123,9 @@ def finished(tmp_path_factory):
 def test_what_a_run_leaves_behind(finished):
     workdir, _, summary = finished
     assert json.loads((workdir / "summary.json").read_text()) == summary
+    start = json.loads((workdir / "start.json").read_text())
+    assert start["token_entropy"] == summary["token_entropy"]
+    assert {"jax", "beit_jax"} <= set(start["versions"])
     assert summary["steps"] == 8
     assert summary["chance_loss"] == pytest.approx(np.log(64))
     assert 0 < summary["token_entropy"] <= summary["chance_loss"]
