@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parent.parent / "beit_jax"
 # From top to bottom; a package imports from itself and from the rows below it.
 ORDER = [
     ("cli",),
-    ("doctor",),
+    ("doctor", "pictures"),
     ("jobs",),
     ("planning",),
-    ("features", "pictures", "report", "segment"),
+    ("features", "report", "segment"),
     ("tasks",),
     ("evaluation",),
     ("training",),

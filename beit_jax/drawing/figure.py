@@ -53,6 +53,9 @@ def figure(
     title: str,
     columns: Sequence[str] = (),
     labels: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
+    chart: np.ndarray | None = None,
+    legend: np.ndarray | None = None,
     note: str = "",
     cell: int = _CELL,
 ) -> Figure:
@@ -63,45 +66,105 @@ def figure(
       title: above everything.
       columns: a caption for each picture of a row; none by default.
       labels: what each row shows, such as a file's name; "" for a row without, none by default.
+      captions: for each row, a line beneath each picture; "" for a picture without.
+      chart: a picture between the title and the rows, at its own size.
+      legend: the same below the rows, such as `heat.scale`.
       note: below everything, wrapped.
       cell: the side, in pixels, of the square that each picture is fitted into.
     """
-    across = max(len(row) for row in rows)
-    width = max(across * (cell + _GAP) + _GAP, 2 * _CELL)
+    across = max((len(row) for row in rows), default=0)
+    widest = max(0 if each is None else each.shape[1] for each in (chart, legend))
+    width = max(across * (cell + _GAP) + _GAP, 2 * _CELL, widest + 2 * _GAP)
     inner = width - 2 * _GAP
-    placed: list[tuple[Box, int, tuple[int, int, int]]] = []  # texts with their size and ink
-    pasted: list[tuple[Box, Image.Image]] = []
-
-    def put(text: str, left: int, top: int, size: int, ink: tuple[int, int, int]) -> None:
-        right = left + int(np.ceil(width_of(text, size=size)))
-        box = Box(left=left, top=top, right=right, bottom=top + size + 4, text=text)
-        placed.append((box, size, ink))
-
-    top = _GAP
+    page = _Page()
     for line in wrap(title, width=inner, size=_TITLE):
-        put(line, _GAP, top, _TITLE, INK)
-        top += _TITLE + _GAP
-    wrapped = [wrap(caption, width=cell, most=2) for caption in columns]
-    for column, lines in enumerate(wrapped):
-        for i, line in enumerate(lines):
-            put(line, _GAP + column * (cell + _GAP), top + i * LINE, TEXT, INK)
-    top += max((len(lines) for lines in wrapped), default=0) * LINE
+        page.put(line, _GAP, size=_TITLE, ink=INK)
+        page.top += _TITLE + _GAP
+    page.whole(chart)
+    left = [_GAP + column * (cell + _GAP) for column in range(across)]
+    page.across([wrap(each, width=cell, most=2) for each in columns], left=left, ink=INK)
     for number, row in enumerate(rows):
         for line in wrap(labels[number] if labels else "", width=inner, most=1):
-            put(line, _GAP, top, TEXT, FAINT)
-            top += LINE
+            page.put(line, _GAP)
+            page.top += LINE
         fitted = [_fitted(picture, cell=cell) for picture in row]
         tallest = max(each.height for each in fitted)
-        for column, each in enumerate(fitted):
-            left = _GAP + column * (cell + _GAP) + (cell - each.width) // 2
-            y = top + (tallest - each.height) // 2
-            box = Box(left=left, top=y, right=left + each.width, bottom=y + each.height)
-            pasted.append((box, each))
-        top += tallest + _GAP
+        for x, each in zip(left, fitted, strict=False):
+            page.paste(each, x + (cell - each.width) // 2, (tallest - each.height) // 2)
+        page.top += tallest + 2
+        beneath = captions[number] if captions else ()
+        page.across([wrap(each, width=cell, most=1) for each in beneath], left=left, ink=FAINT)
+        page.top += _GAP - 2
+    page.whole(legend)
     for line in wrap(note, width=inner, most=6):
-        put(line, _GAP, top, TEXT, FAINT)
-        top += LINE
-    return _composed(placed, pasted, size=(width, top + _GAP))
+        page.put(line, _GAP)
+        page.top += LINE
+    return _composed(page.texts, page.pictures, size=(width, page.top + _GAP))
+
+
+def shown_side(size: int) -> int:
+    """The cell for square pictures of so many pixels: whole multiples, where they are small."""
+    return size * max(1, _CELL // size) if size <= _CELL else max(_CELL, min(size, 320))
+
+
+class _Page:
+    """Texts and pictures with their places, from the top down to `top`."""
+
+    def __init__(self) -> None:
+        self.texts: list[tuple[Box, int, tuple[int, int, int]]] = []  # with their size and ink
+        self.pictures: list[tuple[Box, Image.Image]] = []
+        self.top = _GAP
+
+    def put(
+        self,
+        text: str,
+        left: int,
+        *,
+        down: int = 0,
+        size: int = TEXT,
+        ink: tuple[int, int, int] = FAINT,
+    ) -> None:
+        """Writes a line, `down` pixels below the top."""
+        right = left + int(np.ceil(width_of(text, size=size)))
+        top = self.top + down
+        box = Box(left=left, top=top, right=right, bottom=top + size + 4, text=text)
+        self.texts.append((box, size, ink))
+
+    def across(
+        self, texts: Sequence[Sequence[str]], *, left: Sequence[int], ink: tuple[int, int, int]
+    ) -> None:
+        """Writes the lines of each text from one of the `left` pixels on."""
+        for x, lines in zip(left, texts, strict=False):
+            for i, line in enumerate(lines):
+                self.put(line, x, down=i * LINE, ink=ink)
+        self.top += max((len(lines) for lines in texts), default=0) * LINE
+
+    def paste(self, picture: Image.Image, left: int, down: int = 0) -> None:
+        """Places a picture, `down` pixels below the top."""
+        top = self.top + down
+        box = Box(left=left, top=top, right=left + picture.width, bottom=top + picture.height)
+        self.pictures.append((box, picture))
+
+    def whole(self, picture: np.ndarray | None) -> None:
+        """Places a picture at its own size in a row of its own, where there is one."""
+        if picture is not None:
+            self.paste(Image.fromarray(picture), _GAP)
+            self.top += picture.shape[0] + _GAP
+
+
+def montage(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Several figures, uint8 `[h, w, 3]`, on one sheet about as wide as it is high."""
+    widest = max(each.shape[1] for each in pictures)
+    area = sum(each.shape[0] for each in pictures) * widest
+    across = min(len(pictures), max(1, round(area**0.5 / widest)))
+    rows = [pictures[i : i + across] for i in range(0, len(pictures), across)]
+    heights = [max(each.shape[0] for each in row) for row in rows]
+    sheet = np.full((sum(heights), across * widest, 3), PAPER, np.uint8)
+    for top, row in zip(np.cumsum([0, *heights[:-1]]), rows, strict=True):
+        for column, each in enumerate(row):
+            height, width = each.shape[:2]
+            sheet[top : top + height, column * widest : column * widest + width] = each
+    return sheet
 
 
 def _composed(

@@ -1,7 +1,11 @@
 """Maps of numbers in colours, from black over violet to pale yellow, bare or over their image."""
 
 import numpy as np
+from PIL import Image, ImageDraw
 
+from beit_jax.drawing.text import LINE, PAPER, width_of, write
+
+_BAR = (224, 12)  # pixels of a scale, without its numbers
 # Evenly spaced; lightness rises throughout, so that they are read in grey and by the colour-blind.
 _ANCHORS = np.array(
     [(0, 0, 8), (60, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)],
@@ -24,6 +28,20 @@ def heat(values: np.ndarray, *, largest: float | None = None) -> np.ndarray:
     at = np.linspace(0, 1, len(_ANCHORS))
     channels = [np.interp(levels, at, _ANCHORS[:, channel]) for channel in range(3)]
     return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def scale(low: str, high: str) -> np.ndarray:
+    """A bar with all colours of `heat`, and what its ends stand for: uint8 `[h, w, 3]`."""
+    length, height = _BAR
+    starts = int(np.ceil(width_of(low))) + 6
+    ends = starts + length + 6
+    whole = Image.new("RGB", (ends + int(np.ceil(width_of(high))) + 1, LINE), PAPER)
+    draw = ImageDraw.Draw(whole)
+    write(draw, (0, 1), low, width=starts)
+    write(draw, (ends, 1), high, width=whole.width)
+    bar = heat(np.linspace(0, 1, length)[None].repeat(height, axis=0), largest=1.0)
+    whole.paste(Image.fromarray(bar), (starts, (LINE - height) // 2))
+    return np.asarray(whole)
 
 
 def over(image: np.ndarray, colours: np.ndarray, *, alpha: float = 0.6) -> np.ndarray:

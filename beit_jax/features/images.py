@@ -80,7 +80,12 @@ def read_image(path: str, *, size: int, resize: str) -> np.ndarray:
     Raises:
       Exception: whatever Pillow raises for a damaged file, which is not only OSError.
     """
-    image = Image.fromarray(decode_image(path))
+    return squared(decode_image(path), size=size, resize=resize)
+
+
+def squared(pixels: np.ndarray, *, size: int, resize: str) -> np.ndarray:
+    """Makes an image, uint8 `[h, w, 3]`, square: uint8 `[size, size, 3]`, as `read_image` says."""
+    image = Image.fromarray(pixels)
     box = None if resize == "squash" else _centre(image.size, size=size)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 

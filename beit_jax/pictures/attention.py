@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beit_jax.drawing.class_maps import sheet
-from beit_jax.drawing.heat import heat, over
+from beit_jax.drawing.figure import figure, shown_side
+from beit_jax.drawing.heat import heat, over, scale
 from beit_jax.evaluation.attention_maps import query_map, rollout, to_pixels
 from beit_jax.pictures import inputs
 from beit_jax.pretrained import PretrainedEncoder
@@ -43,9 +43,7 @@ def draw(encoder: PretrainedEncoder, options: argparse.Namespace) -> list[tuple[
     """
     layers = encoder.config.layers
     block = inputs.chosen_block(options.block, layers=layers)
-    names, images = inputs.load_inputs(
-        options.images, count=options.count, size=encoder.image_size, resize=options.resize
-    )
+    names, images = inputs.load_inputs(options, size=encoder.image_size)
     pictures = []
     for name, image in zip(names, images, strict=True):
         # One by one: all blocks of a large encoder have 90 MB for each image.
@@ -88,30 +86,37 @@ def attention_picture(
     mean = of_block.mean(axis=0)
     rolled = rollout(weights[:block, None])[0]
     grid = query_map(mean, query=None).shape[0]
-    columns: dict[str, list[np.ndarray]] = {}
-    titles = []
+    columns = ["query", f"block {block}, bare", f"block {block}, mean of heads", "rollout"]
+    if per_head:
+        columns += [f"head {i}" for i in range(1, len(of_block) + 1)]
+    rows, labels, captions = [], [], []
     for at in (None, *points):
         query = None if at is None else inputs.patch_at(at, grid=grid)
         asking = image
         if query is not None:
             asking = inputs.framed(image, query=query, grid=grid)
-        who = "class token" if at is None else f"the patch at {at[0]:g}, {at[1]:g}"
-        titles.append(f"{name}: {who}")
-        maps = {"mean of heads": mean, "rollout": rolled}
+        labels.append(
+            "the class token asks" if at is None else f"the patch at {at[0]:g}, {at[1]:g}"
+        )
+        maps = [query_map(each, query=query) for each in (mean, rolled)]
         if per_head:
-            maps |= {f"head {i}": head for i, head in enumerate(of_block, start=1)}
-        columns.setdefault("query", []).append(asking)
-        for caption, each in maps.items():
-            colours = _colours(query_map(each, query=query), image_size=image.shape[0])
-            if caption == "rollout":
-                caption = f"rollout, blocks 1 to {block}"
-            elif caption == "mean of heads":
-                caption = f"block {block}, mean of heads"
-                columns.setdefault(f"block {block}, bare", []).append(colours)
-            columns.setdefault(caption, []).append(over(image, colours))
-    return sheet(columns, names=(), titles=titles)
-
-
-def _colours(attention: np.ndarray, *, image_size: int) -> np.ndarray:
-    largest = float(np.percentile(attention, _BRIGHTEST))
-    return heat(to_pixels(attention, image_size=image_size), largest=largest)
+            maps += [query_map(each, query=query) for each in of_block]
+        tops = [float(np.percentile(each, _BRIGHTEST)) for each in maps]
+        colours = [
+            heat(to_pixels(each, image_size=image.shape[0]), largest=top)
+            for each, top in zip(maps, tops, strict=True)
+        ]
+        rows.append([asking, colours[0], *(over(image, each) for each in colours)])
+        captions.append(["", *(f"up to {top:.2%}" for top in (tops[0], *tops))])
+    drawn = figure(
+        rows,
+        title=f"Attention: {name}",
+        columns=columns,
+        labels=labels,
+        captions=captions,
+        legend=scale("0", "the share below the map, or more"),
+        note=f"How the query's attention is shared out over the patches; an even share is"
+        f" {1 / of_block.shape[-1]:.2%}. The rollout goes through blocks 1 to {block}.",
+        cell=shown_side(image.shape[0]),
+    )
+    return drawn.pixels

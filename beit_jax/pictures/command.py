@@ -4,18 +4,23 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 
+import numpy as np
+
 from beit_jax.config import check
+from beit_jax.drawing.figure import montage
 from beit_jax.drawing.sheets import save_png
 from beit_jax.features.command import add_checkpoint_options, reporting
-from beit_jax.pictures import attention, focus, masks, segments
+from beit_jax.pictures import attention, focus, masks, reconstruct, segments
 from beit_jax.pretrained import load_encoder
 
 # A module has SUMMARY, add_options(parser) and draw(encoder, options) -> [(name, picture)].
 KINDS: dict[str, ModuleType] = {"attention": attention, "segments": segments}
 # Those without an encoder: draw(options) -> [(name, picture)].
-PLAIN: dict[str, ModuleType] = {"masks": masks}
+PLAIN: dict[str, ModuleType] = {"reconstruct": reconstruct, "masks": masks}
+_OUTPUT = "a folder for the PNG files, or one file that ends in .png: all in one"
 FOCUS = "focus"  # the kind that gives numbers instead of a picture
 
 
@@ -29,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     for name, module in (KINDS | PLAIN).items():
         kind = kinds.add_parser(name, help=module.SUMMARY, description=module.__doc__)
         module.add_options(kind)
-        kind.add_argument("--output", required=True, metavar="FOLDER", help="of the PNG files")
+        kind.add_argument("--output", required=True, metavar="PATH", help=_OUTPUT)
         if name in PLAIN:
             continue
         kind.add_argument(
@@ -46,10 +51,22 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit code, as `features.command.reporting` says."""
-    options = parser().parse_args(arguments)
+    options = parsed(arguments)
     if options.kind == FOCUS:
         return reporting(lambda: focus.measure(options), interrupted="nothing was written")
     return reporting(lambda: draw(options), interrupted="some pictures may be missing")
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options; `overrides` are the `--config.key=value` among the arguments."""
+    given = sys.argv[1:] if arguments is None else arguments
+    overrides = [each for each in given if each.startswith("--config.")]
+    whole = parser()
+    options = whole.parse_args([each for each in given if not each.startswith("--config.")])
+    if overrides and not getattr(options, "config", ""):
+        whole.error(f"{overrides[0]}: there is no --config=FILE whose setting this could be")
+    options.overrides = overrides
+    return options
 
 
 def draw(options: argparse.Namespace) -> list[str]:
@@ -58,11 +75,15 @@ def draw(options: argparse.Namespace) -> list[str]:
     Raises:
       ConfigError: something does not fit.
     """
-    check(
-        not os.path.exists(options.output) or os.path.isdir(options.output),
-        "--output",
-        f"{options.output} is no folder",
-    )
+    one_file = options.output.lower().endswith(".png")
+    if one_file:
+        check(not os.path.isdir(options.output), "--output", f"{options.output} is a folder")
+    else:
+        check(
+            not os.path.exists(options.output) or os.path.isdir(options.output),
+            "--output",
+            f"{options.output} is no folder",
+        )
     if options.kind in PLAIN:
         pictures = PLAIN[options.kind].draw(options)
     else:
@@ -74,6 +95,16 @@ def draw(options: argparse.Namespace) -> list[str]:
             weights=options.which,
         )
         pictures = KINDS[options.kind].draw(encoder, options)
+    if one_file:
+        os.makedirs(os.path.dirname(options.output) or ".", exist_ok=True)
+        save_png(options.output, montage([picture for _, picture in pictures]))
+        print(f"wrote {options.output}", file=sys.stderr)
+        return [options.output]
+    return _saved(pictures, options=options)
+
+
+def _saved(pictures: Sequence[tuple[str, np.ndarray]], *, options: argparse.Namespace) -> list[str]:
+    """Writes each picture into the folder `options.output`; returns their paths."""
     os.makedirs(options.output, exist_ok=True)
     paths = []
     for number, (name, picture) in enumerate(pictures, start=1):

@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 
 from beit_jax.config import check
-from beit_jax.drawing.class_maps import sheet
+from beit_jax.drawing.figure import figure, shown_side
 from beit_jax.drawing.heat import shaded
 from beit_jax.evaluation.attention_maps import (
     SHARE,
@@ -48,29 +48,30 @@ def draw(encoder: PretrainedEncoder, options: argparse.Namespace) -> list[tuple[
     """
     block = inputs.chosen_block(options.block, layers=encoder.config.layers)
     check(0 < options.share <= 1, "--share", f"{options.share}; must be above 0 and at most 1")
-    names, images = inputs.load_inputs(
-        options.images, count=options.count, size=encoder.image_size, resize=options.resize
-    )
+    names, images = inputs.load_inputs(options, size=encoder.image_size)
     (output,) = encoder.blocks(images, (block,))
     size, side = encoder.image_size, encoder.image_size // encoder.grid
     colours = pca_colours(np.asarray(output.patches))
     colours = colours.repeat(side, axis=1).repeat(side, axis=2)
     query = inputs.patch_at(options.at, grid=encoder.grid)
-    rows: dict[str, list[np.ndarray]] = {
-        "image": list(images),
-        "patch features": list(colours),
-        f"class token, {options.share:.0%}": [],
-        f"framed patch, {options.share:.0%}": [],
-    }
-    for image in images:
+    rows = []
+    for image, features in zip(images, colours, strict=True):
         weights = np.asarray(encoder.attention(image[None], (block,)))[0, 0].mean(axis=0)
         masks = [
             threshold_mask(query_map(weights, query=each), share=options.share)
             for each in (None, query)
         ]
         of_class, of_patch = (shaded(image, to_pixels(mask, image_size=size)) for mask in masks)
-        rows[f"class token, {options.share:.0%}"].append(of_class)
-        rows[f"framed patch, {options.share:.0%}"].append(
-            inputs.framed(of_patch, query=query, grid=encoder.grid)
-        )
-    return [("segments", sheet(rows, names=(), titles=names))]
+        of_patch = inputs.framed(of_patch, query=query, grid=encoder.grid)
+        rows.append([image, features, of_class, of_patch])
+    drawn = figure(
+        rows,
+        title="What the model separates without labels",
+        columns=("image", "patch features", "class token's attention", "framed patch's attention"),
+        labels=names,
+        note="Patch features: the first three principal components of all these images' patches as"
+        f" red, green and blue. Attention: the patches that together hold {options.share:.0%} of"
+        f" it, mean of heads. Both of block {block} of {encoder.config.layers}.",
+        cell=shown_side(size),
+    )
+    return [("segments", drawn.pixels)]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax.drawing import sheets
+from beit_jax.evaluation.reconstruction import fill_in
 from beit_jax.models.functional import Functional
 from beit_jax.preprocessing import normalize
 from beit_jax.tokenizers.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ def reconstructions(
     Returns:
       uint8 `[h, w, 3]`.
     """
-    grid, side = tokenizer.grid, sample["image"].shape[1]
+    side = sample["image"].shape[1]
     ids = jax.jit(tokenizer.encode)(
         tokenizer.encoding_params(tokenizer_params), sample["token_image"]
     )
@@ -68,8 +69,7 @@ def reconstructions(
         normalize(jnp.asarray(sample["image"]), kind=normalization),
         mask=sample["mask"],
     )
-    predicted = jnp.argmax(logits, axis=-1).reshape(-1, grid, grid).astype(jnp.int32)
-    filled = jnp.where(sample["mask"].astype(bool), predicted, ids)
+    filled = fill_in(logits, ids, jnp.asarray(sample["mask"]))
     columns = {
         "original": sample["image"],
         "masked": sheets.hide_patches(sample["image"], sample["mask"]),

@@ -10,7 +10,7 @@ from PIL import Image
 from beit_jax.drawing.heat import heat, over
 from beit_jax.models.functional import functional
 from beit_jax.models.vit import Encoder
-from beit_jax.pictures import attention, command, inputs
+from beit_jax.pictures import attention, command, inputs, masks
 from beit_jax.pretrained.encoder import encoder_of
 from beit_jax.weights.description import Description
 from tests.tiny import TINY
@@ -70,12 +70,19 @@ def test_points_are_of_the_image_not_of_the_grid():
 def test_what_can_not_be_read_is_named(photos):
     (photos / "3.png").write_bytes(b"no image")
     for wrong in ("3.png", "4.png"):
+        options = command.parsed(["attention", str(photos / wrong), "--weights=w", "--output=o"])
         with pytest.raises(Exception, match=wrong):
-            inputs.load_inputs([str(photos / wrong)], count=1, size=24, resize="crop")
+            inputs.load_inputs(options, size=24)
 
 
 def test_masks(tmp_path):
-    arguments = ["masks", "--mask-kind=random", "--count=4", "--grid=4", f"--output={tmp_path}/m"]
+    arguments = [
+        "masks",
+        "--mask-kind=random",
+        "--mask-count=4",
+        "--grid=4",
+        f"--output={tmp_path}/m",
+    ]
     assert command.main(arguments) == 0
     with Image.open(tmp_path / "m" / "masks.png") as image:
         dark = (np.asarray(image) == 60).all(axis=-1).sum()
@@ -87,9 +94,13 @@ def test_masks(tmp_path):
     ("arguments", "said"),
     [
         (["--mask-kind=none"], "none"),
-        (["--count=300"], "300"),
+        (["--mask-count=300"], "300"),
+        (["--mask-ratio=1.5"], "1.5"),
         (["--config=/no/such.py"], "/no/such.py"),
-        (["--config=configs/beit_base_ft1k.py"], "--config: it has no masks"),
+        (
+            ["--config=configs/beit_base_ft1k.py", "--config.data.source=embedded"],
+            "--config: it has no masks",
+        ),
     ],
 )
 def test_masks_that_fit_no_grid_are_one_line(arguments, said, tmp_path, capsys):
@@ -98,3 +109,21 @@ def test_masks_that_fit_no_grid_are_one_line(arguments, said, tmp_path, capsys):
     assert error.count("\n") == 1
     assert said in error
     assert not (tmp_path / "m").exists()
+
+
+def test_overrides_reach_the_config_wherever_they_stand(capsys):
+    arguments = ["masks", "--config.data.mask.count=9", "--output=o", "--config=f"]
+    assert command.parsed(arguments).overrides == ["--config.data.mask.count=9"]
+    with pytest.raises(SystemExit):
+        command.parsed(["masks", "--config.data.mask.count=9", "--output=o"])
+    assert "--config=FILE" in capsys.readouterr().err
+
+
+def test_masks_scale_with_the_grid_and_a_ratio_is_a_count():
+    options = command.parsed(["masks", "--output=o"])
+    assert masks.mask_config(options, grid=14).count == 75
+    assert masks.mask_config(options, grid=4).count == 6
+    options = command.parsed(["masks", "--output=o", "--mask-kind=random", "--mask-ratio=0.5"])
+    config = masks.mask_config(options, grid=4)
+    assert (config.kind, config.count) == ("random", 8)
+    assert "aspect" not in masks.described(config)
