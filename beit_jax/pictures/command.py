@@ -13,13 +13,18 @@ from beit_jax.config import check
 from beit_jax.drawing.figure import montage
 from beit_jax.drawing.sheets import save_png
 from beit_jax.features.command import add_checkpoint_options, reporting
-from beit_jax.pictures import attention, focus, masks, reconstruct, segments
+from beit_jax.pictures import attention, augment, focus, masks, reconstruct, segments, tokens
 from beit_jax.pretrained import load_encoder
 
 # A module has SUMMARY, add_options(parser) and draw(encoder, options) -> [(name, picture)].
 KINDS: dict[str, ModuleType] = {"attention": attention, "segments": segments}
 # Those without an encoder: draw(options) -> [(name, picture)].
-PLAIN: dict[str, ModuleType] = {"reconstruct": reconstruct, "masks": masks}
+PLAIN: dict[str, ModuleType] = {
+    "reconstruct": reconstruct,
+    "tokens": tokens,
+    "masks": masks,
+    "augment": augment,
+}
 _OUTPUT = "a folder for the PNG files, or one file that ends in .png: all in one"
 FOCUS = "focus"  # the kind that gives numbers instead of a picture
 
