@@ -1,7 +1,7 @@
 """What every process that runs tests does first, before it imports a test.
 
-Every test sees eight simulated devices, and writes nothing to the user's cache directory. PyTorch's
-compiler is loaded before TensorFlow can be, whichever a test imports first.
+Every test sees eight simulated devices, compiles quickly, and writes nothing to the user's cache
+directory. PyTorch's compiler is loaded before TensorFlow can be, whichever a test imports first.
 """
 
 import atexit
@@ -10,13 +10,15 @@ import os
 import shutil
 import tempfile
 
+from tests.compiling import EIGHT_DEVICES
+
 # Set before JAX or TensorFlow is imported. A test that starts a process passes these variables on
 # unless it says otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+        f"{EIGHT_DEVICES} " + os.environ.get("XLA_FLAGS", "")  # of two, XLA takes the last
     ).strip()
 # Runs store compiled programs in the user's cache directory; the tests use their own.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="beit_jax_tests_")

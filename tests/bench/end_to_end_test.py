@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.compiling import QUICKLY
+
 ROOT = Path(__file__).parent.parent.parent
 SETTINGS = [
     *("model.layers=1", "model.width=32", "model.heads=1", "model.mlp_width=64"),
@@ -30,7 +32,7 @@ def test_small(tmp_path):
         Image.fromarray(image).save(images / f"{number}.jpg")
     command = [sys.executable, "bench/end_to_end.py", f"--images={images}", "--batch=2"]
     command += ["--steps=2", "--pairs=1", f"--json={tmp_path}/result", "--set", *SETTINGS]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result").read_text())

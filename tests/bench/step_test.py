@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiling import QUICKLY
+
 ROOT = Path(__file__).parent.parent.parent
 BATCH = 2
 SETTINGS = [
@@ -38,7 +40,7 @@ def test_small(tmp_path):
         "PYTHONPATH": str(blocked),
         "JAX_PLATFORMS": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": QUICKLY,
     }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

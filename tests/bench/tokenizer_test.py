@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.compiling import QUICKLY
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -23,7 +25,7 @@ def test_small(tmp_path):
         picture.save(tmp_path / f"photos/{number}.jpg")
     command = [sys.executable, "bench/tokenizer.py", f"--images={tmp_path}/photos", "--width=16"]
     command += ["--size=32", "--count=4", "--batch=2", "--pairs=1", f"--json={tmp_path}/result"]
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": QUICKLY}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result").read_text())

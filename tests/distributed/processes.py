@@ -15,12 +15,13 @@ import jax
 import numpy as np
 
 from beit_jax.training import metrics
+from tests.compiling import QUICKLY
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 300  # seconds; a busy machine is slow, a hang is longer
 
 ENVIRONMENT = {
-    "XLA_FLAGS": "",  # one device
+    "XLA_FLAGS": QUICKLY,  # one device
     "TF_CPP_MIN_LOG_LEVEL": "3",
     # Most of what the processes compile is the same.
     "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/beit_jax_multihost_{os.getpid()}",

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.compiling import QUICKLY
 from tests.faults.row import Row
 
 ROOT = Path(__file__).parent.parent.parent
@@ -92,7 +93,7 @@ def try_all(cases: list[dict], *, folder: Path) -> Row:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": QUICKLY,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -19,6 +19,7 @@ from beit_jax.training.checkpoint import Checkpoints, restore_params
 from beit_jax.training.state import Task, state_from_params, state_shapes
 from beit_jax.weights import adapt, convert, native, resize
 from beit_jax.weights.description import Description, to_config
+from tests.compiling import EIGHT_DEVICES, QUICKLY
 from tests.weights import examples
 
 PRETRAINED = examples.PRETRAINED["beit+"]
@@ -269,12 +270,12 @@ def run_python(*arguments, **environment) -> None:
 def test_a_checkpoint_of_eight_devices_is_exported_on_one(tmp_path):
     """It was sharded over eight devices with its optimizer; the export reads its folder alone."""
     workdir = tmp_path / "run"
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {"XLA_FLAGS": EIGHT_DEVICES, "JAX_PLATFORMS": "cpu"}
     run_python("-c", MANY_DEVICES, workdir, **environment)
     moved = tmp_path / "moved"
     workdir.rename(moved)
     export = ("export", moved, "--format", "hugging_face", "--output", tmp_path / "hf")
-    run_python("-m", "beit_jax.weights", *export, XLA_FLAGS="", JAX_PLATFORMS="cpu")
+    run_python("-m", "beit_jax.weights", *export, XLA_FLAGS=QUICKLY, JAX_PLATFORMS="cpu")
     params, description, *_ = convert.read_any(str(tmp_path / "hf"))
     expected = examples.random_params(PRETRAINED)
     assert params.keys() == expected.keys()
