@@ -1,4 +1,4 @@
-"""Training a tokenizer of one's own, and the whole story with it."""
+"""Training a tokenizer of one's own."""
 
 import dataclasses
 import logging
@@ -11,9 +11,8 @@ from PIL import Image
 
 from beit_jax import jobs
 from beit_jax.config import ConfigError
-from beit_jax.tasks import quickstart, tokenizer
+from beit_jax.tasks import tokenizer
 from beit_jax.tokenizers.loading import load_params, open_tokenizer
-from beit_jax.weights import native
 from tests.tasks import tiny
 
 
@@ -124,30 +123,3 @@ def test_gradients_reach_encoder_codebook_and_decoder():
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.abs(leaf).max() > 0, path
-
-
-@pytest.mark.slow
-def test_the_whole_story_and_again(tmp_path, capsys):
-    """Tokenizer, pre-training, table, picture; the second call continues and changes nothing."""
-    config = jobs.parse_job(tiny.story().to_dict())
-    first = quickstart.run(config, workdir=str(tmp_path))
-    printed = capsys.readouterr().out
-    assert "held-out masked tokens" in printed
-    assert "k nearest neighbours" in printed
-    scratch, pretrained = (first["classify"][name][0] for name in ("scratch", "pretrained"))
-    assert scratch["steps"] == pretrained["steps"] == 4
-    assert 0 <= scratch["top1"] <= scratch["top5"] <= 1
-    # The untrained weights are those that pre-training started from, not those it ended with.
-    before, after = (first["probe"][name]["knn"]["accuracy"] for name in ("before", "after"))
-    assert before.keys() == after.keys() == {"1", "2"}
-    started = native.read_params(str(tmp_path / "untrained"))
-    ended = native.read_params(str(tmp_path / "pretrain"))
-    assert np.abs(started["lm_head"]["kernel"] - ended["lm_head"]["kernel"]).max() > 1e-4
-    assert (tmp_path / "reconstruction.png").exists()
-    wanted = {"loss", "accuracy", "token_entropy", "majority_accuracy", "chance_loss"}
-    assert wanted | {"images_per_second", "seconds"} <= first.keys()
-    second = quickstart.run(config, workdir=str(tmp_path))
-    for name in ("scratch", "pretrained"):
-        assert second["classify"][name][0]["top1"] == first["classify"][name][0]["top1"]
-    assert all(first[name] == second[name] for name in wanted | {"images_per_second"})
-    assert second["seconds"] > first["seconds"]
