@@ -8,22 +8,18 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not disk.can_mount(), reason="needs a file system of its own"),
 ]
-RUNS = (("pretrain", "save", "full", 60_000),)  # bench/soak.py makes the others
+CASES = (  # bench/soak.py makes the others
+    {"job": "pretrain", "moment": "save", "kind": "full", "left": 60_000},
+    {"command": "export timm", "kind": "read-only", "left": 9_000},
+    {"command": "import", "kind": "full", "left": 9_000},
+)
 
 
-def test_runs(tmp_path):
-    names = ("job", "moment", "kind", "left")
-    row = disk.try_all([dict(zip(names, run, strict=True)) for run in RUNS], folder=tmp_path)
+def test_a_run_and_commands(tmp_path):
+    """In one process: the commands read the run that the other run is compared with."""
+    row = disk.try_all([*CASES], folder=tmp_path)
     assert row.failures == ()
-    assert row.survived == row.tried == len(RUNS)
-
-
-def test_commands(tmp_path):
-    cases = [{"command": name, "kind": "full", "left": 9_000} for name in ("export timm", "import")]
-    cases[0]["kind"] = "read-only"
-    row = disk.try_all(cases, folder=tmp_path)
-    assert row.failures == ()
-    assert row.survived == row.tried == len(cases)
+    assert row.survived == row.tried == len(CASES)
 
 
 def test_an_end_that_was_not_promised_is_a_failure():
