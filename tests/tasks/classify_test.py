@@ -113,11 +113,11 @@ def test_it_learns_and_the_figures_hold(trained, folders):
 
 @pytest.mark.slow
 def test_any_batch_size_and_number_of_devices_evaluate_alike(trained):
-    """29 images: no batch size here divides them but 1."""
+    """29 images: no batch size here divides them but 1. The run's was 8, on 8 devices."""
     values, workdir, summary = trained
     params = native.read_params(str(workdir))
     results = []
-    for batch_size, devices in ((8, 8), (16, 8), (24, 2), (7, 1), (1, 1), (29, 1)):
+    for batch_size, devices in ((16, 8), (24, 2), (7, 1), (29, 1)):
         changed = values | {"run": values["run"] | {"batch_size": batch_size}}
         changed["mixing"] = values["mixing"] | {"groups": 1}
         config = jobs.parse_job(changed)

@@ -124,12 +124,12 @@ def test_it_learns_and_the_figures_hold(trained, folders):
 
 @pytest.mark.slow
 def test_any_batch_size_and_number_of_devices_evaluate_alike(trained):
-    """11 images: no batch size here divides them but 1."""
+    """11 images: no batch size here divides them but 1. The run's was 8, on 8 devices."""
     values, workdir, summary = trained
     params = native.read_params(str(workdir))
     variables = native.read_params(str(workdir), part="variables")
     results = []
-    for batch_size, devices in ((8, 8), (6, 2), (1, 1)):
+    for batch_size, devices in ((6, 2), (1, 1)):
         run = values["run"] | {"batch_size": batch_size}
         config = jobs.parse_job(values | {"run": run, "evaluate_only": True})
         images = segment_images.open_images(config.data, labels=config.labels, classes=0)
