@@ -105,11 +105,12 @@ def over(
 
 
 @contextlib.contextmanager
-def waiting(doing: str, *, shown: bool = True) -> Iterator[None]:
+def waiting(doing: str, *, usually: str = "", shown: bool = True) -> Iterator[None]:
     """Shows how long something has taken that can't be counted, until it ends.
 
     Args:
       doing: what is waited for.
+      usually: how long that takes, where it is known: "usually 40 s".
       shown: False says nothing.
     """
     if not shown:
@@ -123,6 +124,7 @@ def waiting(doing: str, *, shown: bool = True) -> Iterator[None]:
         while not over_now.wait(pause):
             pause = 1.0 if terminal else _LOG_EVERY
             line = f"{doing}: {time.perf_counter() - began:.0f} s so far"
+            line += f", {usually}" if usually else ""
             print(
                 f"\r\033[K{line}" if terminal else line,
                 end="" if terminal else "\n",

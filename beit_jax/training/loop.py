@@ -21,7 +21,6 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from beit_jax import progress
 from beit_jax.config import OptimizerConfig, RunConfig
 from beit_jax.distributed import cluster
 from beit_jax.training import (
@@ -36,6 +35,7 @@ from beit_jax.training import (
     state,
     writers,
 )
+from beit_jax.training.compilation import compile_step
 from beit_jax.training.evaluation_pass import Evaluator, evaluator
 from beit_jax.training.evaluation_pass import evaluate_only as evaluate_only
 from beit_jax.training.evaluation_pass import run_evaluation as run_evaluation
@@ -317,18 +317,7 @@ class TrainingRun:
             seed=self._run.seed,
             mesh=self._mesh,
         )
-        began = time.perf_counter()
-        logging.info("compiling the train step; a large model takes minutes")
-        with startup.cache_hits() as hits:
-            with progress.waiting("compiling the train step", shown=jax.process_index() == 0):
-                compiled = jitted.lower(self.state, self._frozen, batch).compile()
-            cached = hits() > 0
-        logging.info(
-            "compiled the train step in %.1f s%s",
-            time.perf_counter() - began,
-            ", read from the compilation cache" if cached else "",
-        )
-        return compiled
+        return compile_step(jitted, self.state, self._frozen, batch)
 
     def _do_step(self, compiled: Step, batch: Batch) -> None:
         """Dispatches one step; waits only for steps further back than `STEPS_IN_FLIGHT`."""

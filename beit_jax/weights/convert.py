@@ -8,6 +8,7 @@ The report of every conversion lists what became of each name, and a name that i
 over is an error unless it was allowed.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ from absl import logging
 from beit_jax.config import ConfigError, check, one_of
 from beit_jax.config.facts import FACTS
 from beit_jax.models.functional import flatten, unflatten
+from beit_jax.progress import waiting
 from beit_jax.types import FlatParams, JsonObject, Params, PyTree, Variables
 from beit_jax.weights import adapt, foreign, hub, native, opening
 from beit_jax.weights.description import KINDS, Description, describe, to_config
@@ -78,21 +80,20 @@ def export_checkpoint(
     """
     target = _target(format, output=output, push=push, private=private)
     left = tuple(allow_unused)
-    read = read_any(
-        source, sha256=sha256, stated=stated, allow_missing=allow_missing, allow_unused=left
-    )
+    with _reading(source):
+        read = read_any(
+            source, sha256=sha256, stated=stated, allow_missing=allow_missing, allow_unused=left
+        )
     params, unused = _fitting(read, target, source=source, allow_unused=left)
     params, description, copied = _with_tables(params, read.description, per_block=per_block)
     params, description, reshaped = resized(params, description, image_size=image_size)
-    written = target.write(
-        Export(
-            output=output,
-            params=params,
-            description=description,
-            config=read.config,
-            metrics=native.saved_metrics(source),
-            source=source,
-        )
+    written = _write(
+        target,
+        output=output,
+        params=params,
+        description=description,
+        config=read.config,
+        source=source,
     )
     commit = _push(written, output, repository=push, private=private, format=format)
     report = dataclasses.replace(
@@ -105,6 +106,33 @@ def export_checkpoint(
         notes=(*read.report.notes, *written.notes),
     )
     return Exported(output=output, report=report, load=written.load, commit=commit)
+
+
+def _reading(source: str) -> contextlib.AbstractContextManager[None]:
+    """Shows how long reading takes, where it shows nothing itself, as downloads from the hub do."""
+    return waiting(f"reading {source}", shown=not source.startswith(hub.PREFIXES))
+
+
+def _write(
+    target: Format,
+    *,
+    output: str,
+    params: FlatParams,
+    description: Description,
+    config: JsonObject,
+    source: str,
+) -> Written:
+    """Writes an export, and shows how long that takes; the arguments are those of `Export`."""
+    export = Export(
+        output=output,
+        params=params,
+        description=description,
+        config=config,
+        metrics=native.saved_metrics(source),
+        source=source,
+    )
+    with waiting(f"writing {output}"):
+        return target.write(export)
 
 
 def _target(format: str, *, output: str, push: str, private: bool) -> Format:
@@ -184,20 +212,24 @@ def import_checkpoint(
     Raises:
       ConfigError: see `foreign.read`.
     """
-    checkpoint = foreign.read(
-        source,
-        sha256=sha256,
-        stated=stated,
-        allow_missing=allow_missing,
-        allow_unused=allow_unused,
-    )
+    with _reading(source):
+        checkpoint = foreign.read(
+            source,
+            sha256=sha256,
+            stated=stated,
+            allow_missing=allow_missing,
+            allow_unused=allow_unused,
+        )
     params, description, reshaped = _with_tables(
         checkpoint.params, checkpoint.description, per_block=per_block
     )
     params, description, more = resized(params, description, image_size=image_size)
     config = to_config(description) | _imported_from(source, checkpoint)
     trained, variables = description.split(params)
-    native.write_params(output, unflatten(trained), config=config, variables=unflatten(variables))
+    with waiting(f"writing {output}"):
+        native.write_params(
+            output, unflatten(trained), config=config, variables=unflatten(variables)
+        )
     report = dataclasses.replace(checkpoint.report, reshaped=(*reshaped, *more))
     return report, description, checkpoint.sha256
 
