@@ -55,6 +55,7 @@ def config_of(options: argparse.Namespace) -> tuple[dict[str, Json], Json]:
     Raises:
       ConfigError: there is no such file or setting, or a value is wrong; one line.
     """
+    check(bool(options.config), "--config", "is missing; try --config=configs/quickstart.py")
     values = config_file.load([f"--config={options.config}", *options.overrides]).values
     from beit_jax import jobs  # needs what only training installs, as config_file has checked
 

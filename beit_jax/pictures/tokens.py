@@ -13,6 +13,7 @@ import numpy as np
 from beit_jax.drawing.chart import falling
 from beit_jax.drawing.figure import figure
 from beit_jax.drawing.heat import marked
+from beit_jax.drawing.text import PAPER
 from beit_jax.pictures import inputs
 from beit_jax.pretrained import PretrainedTokenizer
 from beit_jax.pretrained import load_tokenizer as load
@@ -138,12 +139,16 @@ def tokens_picture(images: np.ndarray, ids: np.ndarray, *, vocabulary: int) -> n
 def _examples(images: np.ndarray, ids: np.ndarray, *, code: int) -> list[np.ndarray]:
     """Patches that have a token, framed, evenly spread over those that there are."""
     found = np.argwhere(ids == code)
-    chosen = found[np.unique(np.linspace(0, len(found) - 1, _PATCHES).astype(int))]
-    side = images.shape[1] // ids.shape[1]
+    # The middles of equal parts: the first and the last image would show in every row.
+    middles = (np.arange(_PATCHES) + 0.5) * len(found) / _PATCHES
+    chosen = found[np.unique(middles.astype(int))]
+    size = images.shape[1]
+    side = size // ids.shape[1]
     around = _AROUND * side
     patches = []
     for image, row, column in chosen:
-        wide = np.pad(images[image], ((around, around), (around, around), (0, 0)), mode="edge")
+        wide = np.full((size + 2 * around, size + 2 * around, 3), PAPER, np.uint8)
+        wide[around:-around, around:-around] = images[image]
         top, left = row * side, column * side
         part = wide[top : top + side + 2 * around, left : left + side + 2 * around]
         inner = (around - 1, around - 1, around + side + 1, around + side + 1)

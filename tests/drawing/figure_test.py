@@ -23,6 +23,9 @@ def test_no_texts_or_pictures_overlap_or_are_cut(cell):
         title=f"{LONG} {LONG} {LONG}",
         columns=[LONG, "b", "averylongwordwithoutanyspaceatwhichitcouldbebrokenintotwolines"],
         labels=[LONG * 4, ""],
+        captions=[[LONG, "", "c"], ["", LONG, ""]],
+        chart=picture(50, 700),
+        legend=picture(20, 90),
         note=LONG * 10,
         cell=cell,
     )
@@ -34,7 +37,8 @@ def test_no_texts_or_pictures_overlap_or_are_cut(cell):
     for a, b in itertools.combinations(boxes, 2):
         apart = a.right <= b.left or b.right <= a.left or a.bottom <= b.top or b.bottom <= a.top
         assert apart, (a, b)
-    pictures = [box for box in boxes if not box.text]
+    first, *pictures, last = (box for box in boxes if not box.text)
+    assert (first.right - first.left, last.bottom - last.top) == (700, 20)
     for box, shape in zip(pictures, [*shapes, *shapes[::-1]], strict=True):
         ratio = (box.right - box.left) / (box.bottom - box.top)
         assert ratio == pytest.approx(shape[1] / shape[0], rel=0.15)
