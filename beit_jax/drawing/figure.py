@@ -16,6 +16,7 @@ from beit_jax.drawing.text import FAINT, INK, LINE, PAPER, TEXT, width_of, wrap,
 _GAP = 8
 _TITLE = 18  # pixels
 _CELL = 224
+_SMALLEST, _LARGEST = 192, 320  # sides of a cell that texts fit and a screen has room for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,8 @@ def figure(
 
 
 def shown_side(size: int) -> int:
-    """The cell for square pictures of so many pixels: whole multiples, where they are small."""
-    return size * max(1, _CELL // size) if size <= _CELL else max(_CELL, min(size, 320))
+    """The cell for square pictures of so many pixels: a whole multiple where they are small."""
+    return size * -(-_SMALLEST // size) if size < _SMALLEST else min(size, _LARGEST)
 
 
 class _Page:

@@ -148,7 +148,7 @@ def reconstruction_picture(
             [
                 "",
                 f"{int(mask.sum())} of {mask.size} hidden",
-                *(f"{share:.0%} of the hidden ones right" for share in shares),
+                *(f"{share:.0%} of the hidden right" for share in shares),
                 "",
             ]
             for mask, shares in zip(hidden, right, strict=True)

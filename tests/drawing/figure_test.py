@@ -54,3 +54,17 @@ def test_wrapping():
     assert lines[-1].endswith("…")
     assert text.wrap("", width=50) == []
     assert text.wrap("a b", width=500) == ["a b"]
+
+
+def test_what_the_font_lacks_is_replaced():
+    assert text.drawable("façade ± 1…") == "facade ± 1…"
+    assert text.drawable("14 × 14") == "14 x 14"
+    assert text.drawable("写真.jpg") == "??.jpg"
+    assert text.cut("写", width=100) == "?"
+
+
+@pytest.mark.parametrize(
+    ("size", "side"), [(24, 192), (64, 192), (128, 256), (224, 224), (512, 320)]
+)
+def test_small_pictures_are_enlarged_by_a_whole_number(size, side):
+    assert figure.shown_side(size) == side
