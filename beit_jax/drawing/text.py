@@ -7,7 +7,7 @@ from PIL import ImageDraw, ImageFont
 
 TEXT = 13  # pixels
 LINE = 20  # height of a line
-_LIKE = {"×": "x", "–": "-", "—": "-", "→": "->"}  # noqa: RUF001  what the font lacks
+_LIKE = {"×": "x", "–": "-", "—": "-", "→": "->"}  # what the font lacks
 INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
