@@ -150,9 +150,12 @@ def frozen_encoder(model: ModelConfig, params: Params) -> tuple[Functional, Para
       model: its sizes.
       params: its parameters: the subtree "encoder" of a whole model's.
     """
-    functions = functional(functools.partial(_build_encoder, model=model))
-    kept = {name: value for name, value in params.items() if name not in ("mask_token", "norm")}
-    return functions, kept
+    return functional(functools.partial(_build_encoder, model=model)), needed_params(params)
+
+
+def needed_params(params: Params) -> Params:
+    """An encoder's parameters that raw block outputs depend on."""
+    return {name: value for name, value in params.items() if name not in ("mask_token", "norm")}
 
 
 def _build_encoder(rngs: nnx.Rngs, *, model: ModelConfig) -> Encoder:

@@ -45,6 +45,7 @@ from beit_jax.evaluation.features import (
     FeatureSpec,
     frozen_encoder,
     image_features,
+    needed_params,
     row_function,
     with_whole_params,
 )
@@ -299,9 +300,8 @@ def neighbours(
     )
 
     def accuracy(params: Params) -> dict[str, float]:
-        _, encoder = frozen_encoder(model, params["encoder"])
         found = neighbour_accuracy(
-            functools.partial(extract, encoder),
+            functools.partial(extract, needed_params(params["encoder"])),
             bank=labelled.bank(),
             queries=labelled.queries(),
             blocks=spec.blocks,
@@ -365,8 +365,8 @@ def _look(
       Features of whole images, float32 `[b, f]`; which of them are images, bool `[b]`; how often
       each token is predicted for their masked patches, float32 `[v]`.
     """
-    kept_params = {k: v for k, v in params["encoder"].items() if k not in ("mask_token", "norm")}
-    features = image_features(functions, kept_params, batch["image"], spec=spec)[:, 0]
+    encoder = needed_params(params["encoder"])
+    features = image_features(functions, encoder, batch["image"], spec=spec)[:, 0]
     pixels, mask = normalize(batch["image"], kind=spec.normalization), batch["mask"].astype(bool)
     logits = whole.apply(params, pixels, mask=mask)
     valid = batch["valid"].astype(bool)

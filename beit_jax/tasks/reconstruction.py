@@ -1,5 +1,7 @@
 """The pictures of pre-training: the first batch, and what the model fills in."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,21 +63,33 @@ def reconstructions(
       uint8 `[h, w, 3]`.
     """
     side = sample["image"].shape[1]
-    ids = jax.jit(tokenizer.encode)(
-        tokenizer.encoding_params(tokenizer_params), sample["token_image"]
-    )
-    logits = jax.jit(model.apply)(
-        params,
-        normalize(jnp.asarray(sample["image"]), kind=normalization),
-        mask=sample["mask"],
-    )
+    encoding_params = tokenizer.encoding_params(tokenizer_params)
+    ids = _encode(encoding_params, sample["token_image"], tokenizer=tokenizer)
+    images = normalize(jnp.asarray(sample["image"]), kind=normalization)
+    logits = _predict(params, images, sample["mask"], model=model)
     filled = fill_in(logits, ids, jnp.asarray(sample["mask"]))
     columns = {
         "original": sample["image"],
         "masked": sheets.hide_patches(sample["image"], sample["mask"]),
     }
     if tokenizer.paints(tokenizer_params):
-        decode = jax.jit(tokenizer.decode)
-        columns["predicted"] = sheets.to_uint8(decode(tokenizer_params, filled), side=side)
-        columns["tokenizer"] = sheets.to_uint8(decode(tokenizer_params, ids), side=side)
+        for name, shown in (("predicted", filled), ("tokenizer", ids)):
+            decoded = _decode(tokenizer_params, shown, tokenizer=tokenizer)
+            columns[name] = sheets.to_uint8(decoded, side=side)
     return sheets.columns_sheet(columns)
+
+
+# Compiled once for all the pictures of a run; `jax.jit(tokenizer.encode)` would be every time.
+@functools.partial(jax.jit, static_argnames="tokenizer")
+def _encode(params: Params, images: jax.Array, *, tokenizer: Tokenizer) -> jax.Array:
+    return tokenizer.encode(params, images)
+
+
+@functools.partial(jax.jit, static_argnames="tokenizer")
+def _decode(params: Params, ids: jax.Array, *, tokenizer: Tokenizer) -> jax.Array:
+    return tokenizer.decode(params, ids)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _predict(params: Params, images: jax.Array, mask: jax.Array, *, model: Functional) -> jax.Array:
+    return model.apply(params, images, mask=mask)

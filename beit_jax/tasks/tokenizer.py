@@ -281,7 +281,14 @@ def reconstructions(
     params: Params, *, sample: HostBatch, config: TokenizerTaskConfig
 ) -> np.ndarray:
     """Draws originals, and their reconstructions from the tokens: uint8 `[h, w, 3]`."""
-    tokenizer = open_tokenizer(config.tokenizer)
-    ids = jax.jit(tokenizer.encode)(params, sample["token_image"])
-    decoded = sheets.to_uint8(jax.jit(tokenizer.decode)(params, ids))
-    return sheets.columns_sheet({"original": sample["token_image"], "tokenizer": decoded})
+    images = sample["token_image"]
+    decoded = sheets.to_uint8(_through_tokens(params, images, config=config.tokenizer))
+    return sheets.columns_sheet({"original": images, "tokenizer": decoded})
+
+
+# Compiled once for all the pictures of a run.
+@functools.partial(jax.jit, static_argnames="config")
+def _through_tokens(params: Params, images: jax.Array, *, config: TokenizerConfig) -> jax.Array:
+    """Images decoded from their tokens, float32 `[b, s, s, 3]` in [0, 1]."""
+    tokenizer = open_tokenizer(config)
+    return tokenizer.decode(params, tokenizer.encode(params, images))
