@@ -64,8 +64,8 @@ def get_config() -> ConfigDict:
     second.optimizer.warmup_steps = 100
 
     second.online.every = 200  # its share of the run: bench/online.py
-    second.online.bank = 1000
-    second.online.queries = 256
+    second.online.bank = 500
+    second.online.queries = 200
 
     config.probe = probe_base.get_config()
     small_probe(config.probe)
