@@ -8,14 +8,13 @@ from beit_jax.pictures import augment, command
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fidelity", ["official", "fast"])
-def test_both_views_show_the_same_part(fidelity):
+def test_both_views_show_the_same_part():
     config = DataConfig(
         source="embedded",
         holdout=8,
         image_size=32,
         token_image_size=32,
-        augment=AugmentConfig(fidelity=fidelity),
+        augment=AugmentConfig(fidelity="fast"),  # whose jitter is left to the device
         mask=MaskConfig(kind="random", count=4),
     )
     batch, names, originals = augment.training_batch(config, grid=4, seed=3, count=2)

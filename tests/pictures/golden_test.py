@@ -16,7 +16,7 @@ from beit_jax.config import DataConfig, MaskConfig
 from beit_jax.drawing.chart import falling
 from beit_jax.drawing.figure import figure, montage
 from beit_jax.drawing.heat import scale
-from beit_jax.pictures import attention, augment, command, reconstruct, segments, tokens
+from beit_jax.pictures import attention, augment, command, masks, reconstruct, segments, tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 WIDTH = 32
@@ -140,6 +140,15 @@ def some_segments(folder):
     return picture
 
 
+def some_mask_picture():
+    options = command.parsed(["masks", "--mask-kind=random", "--grid=4", "--output=o"])
+    drawn = np.stack([np.arange(16).reshape(4, 4) % 5 == i % 5 for i in range(20)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "draw_masks", lambda *_, **__: drawn)
+        ((_, picture),) = masks.draw(options)
+    return picture
+
+
 PICTURES = {
     "figure": some_figure,
     "montage": some_montage,
@@ -147,6 +156,7 @@ PICTURES = {
     "reconstruct": some_reconstruction,
     "tokens": some_tokens,
     "augment": some_augment,
+    "masks": some_mask_picture,
 }
 
 
