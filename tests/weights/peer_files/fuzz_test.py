@@ -27,7 +27,7 @@ from tests.weights import examples  # noqa: E402
 from tests.weights.peer_files import hugging_face  # noqa: E402
 
 # Examples of each of the tests below in the slow part; a tenth of them in the fast part.
-EXAMPLES = 400
+EXAMPLES = 200
 
 PRETRAINED = examples.PRETRAINED["beit+"]
 # Heads are nowhere in the shapes of a model with absolute positions: only the config has them.
@@ -159,7 +159,7 @@ def run(
 both_parts = pytest.mark.parametrize(
     ("count", "seed"),
     [
-        pytest.param(EXAMPLES // 20, 1, id="fast"),
+        pytest.param(EXAMPLES // 10, 1, id="fast"),
         pytest.param(EXAMPLES, 2, id="slow", marks=pytest.mark.slow),
     ],
 )
