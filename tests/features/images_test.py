@@ -94,6 +94,7 @@ def test_a_crop_equals_resizing_the_whole_image_first(tmp_path, height, width, s
     assert np.abs(cropped - expected).max() <= 1  # Pillow rounds between its two passes
 
 
+@pytest.mark.slow
 def test_a_crop_equals_the_view_of_evaluation_in_training(tmp_path):
     tf = pytest.importorskip("tensorflow", reason="training's view is TensorFlow's")
     from beit_jax.data.classify_views import eval_view

@@ -38,7 +38,10 @@ def tiny_config(**settings):
     ("recipe", "parameters", "encoder", "student"),
     # Counted by hand from the paper's architecture: 2 FLOPs per multiply-add, 75 patches scored,
     # no gradient with respect to pixels.
-    [(beit_base, 91_965_776, 35.13, 107.98), (beit_large, 311_534_016, 123.11, 372.8)],
+    [
+        (beit_base, 91_965_776, 35.13, 107.98),
+        pytest.param(beit_large, 311_534_016, 123.11, 372.8, marks=pytest.mark.slow),
+    ],
 )
 def test_parameters_and_flops_of_the_recipes(recipe, parameters, encoder, student):
     work = workloads.workload(config_of(recipe.get_config()))
@@ -57,6 +60,7 @@ def test_planned_flops_equal_those_of_the_runs_own_mfu():
     assert workloads.workload(config).flops["step"] == logged
 
 
+@pytest.mark.slow
 def test_days_and_input_follow_from_the_speed():
     """BEiT-B's 500k steps at 45 % of peak on 32 v4 chips take 11.5 h without the tokenizer's..."""
     made = plan.make_plan(

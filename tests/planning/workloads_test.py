@@ -36,6 +36,7 @@ def test_a_classifiers_parameters_flops_and_input():
     assert "tokenizer" not in printed
 
 
+@pytest.mark.slow
 def test_a_segmenters_parameters_flops_and_input():
     config = config_of(ade20k_base_512.get_config())
     work = workloads.workload(config)
@@ -120,6 +121,7 @@ def test_held_out_images_are_planned_as_windows():
     assert batch["labels"].shape == (16, 8, 256, 256)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_said():
     config = config_of(tiny.segment(), classes=5, **{"run.batch_size": 64})
     made, other = (

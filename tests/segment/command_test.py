@@ -84,6 +84,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_written(
         assert not output.exists()
 
 
+@pytest.mark.slow
 def test_the_shorter_side_can_be_said(weights, photos, tmp_path, capsys):
     output = tmp_path / "painted"
     arguments = [str(photos / "deep"), f"--weights={weights}", f"--output={output}"]

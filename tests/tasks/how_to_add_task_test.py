@@ -129,6 +129,7 @@ def values(**changes):
     return settings | changes
 
 
+@pytest.mark.slow
 def test_it_trains_resumes_draws_and_evaluates(toy, tmp_path, capsys):
     straight = jobs.run(values(), workdir=str(tmp_path / "straight"))
     lines = metrics.read(str(tmp_path / "straight/metrics.jsonl"))

@@ -105,6 +105,7 @@ def test_logits_match_pytorch(torch, images):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_some_positions_have_the_ids_that_all_have(params):
     rng = np.random.default_rng(2)
     images = rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)

@@ -250,6 +250,7 @@ def test_evaluation_does_not_depend_on_the_batch(straight, tmp_path):
         np.testing.assert_allclose(other.evaluation["loss"], trained.evaluation["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bad_steps_are_skipped_and_too_many_end_the_run(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trained = train(tmp_path / "few", poison={3, 4, 9})
@@ -337,6 +338,7 @@ def test_own_checkpoint_comes_before_init_from(straight, tmp_path):
     same(train(tmp_path, run=run).state.params, first.state.params)
 
 
+@pytest.mark.slow
 def test_a_jobs_own_evaluation_is_logged_and_made_up_for(tmp_path):
     """At its period and at the end; SIGTERM in the middle leaves a checkpoint and no line."""
     measured, stop = [], {6}

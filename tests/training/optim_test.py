@@ -167,6 +167,7 @@ def test_tables_can_be_taken_out_of_decay(positions):
         assert (np.asarray(update) == np.float32(0.05 * without[name])).all(), name
 
 
+@pytest.mark.slow
 def test_a_held_rate_is_pytorchs_cosine_per_epoch():
     """The linear probe's: no warm-up, to zero, stepped once in seven steps."""
     torch = pytest.importorskip("torch", reason="the PyTorch peer is not installed")

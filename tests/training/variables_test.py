@@ -241,6 +241,7 @@ def test_a_run_saves_resumes_and_evaluates_with_its_statistics(tmp_path):
     np.testing.assert_allclose(straight.evaluation["loss"], expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_with_the_current_statistics(tmp_path):
     optimizer = dataclasses.replace(OPTIMIZER, ema_decay=0.5)
     trained = train(tmp_path, optimizer=optimizer)
@@ -250,6 +251,7 @@ def test_the_average_is_evaluated_with_the_current_statistics(tmp_path):
     np.testing.assert_allclose(trained.evaluation["ema_loss"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_warm_start_takes_the_statistics_where_they_fit(tmp_path):
     trained = train(tmp_path / "first")
     warm = train(tmp_path / "warm", init_from=str(tmp_path / "first"), steps=1)
