@@ -36,6 +36,7 @@ _NOTHING = "–"
 _ALTS = {
     "first_batch.png": "The first training images, with their masked patches.",
     "reconstruction.png": "Held-out images, what is hidden of them, and their reconstructions.",
+    "attention.png": "Held-out images, and what the last block attends to in them.",
 }
 _LONGEST_CELL = 400  # characters
 

@@ -32,11 +32,13 @@ from beit_jax.config.run import check_needs_source
 from beit_jax.config.unused import Unused
 from beit_jax.data import masking
 from beit_jax.data.source_kinds import check_sources
+from beit_jax.evaluation.features import frozen_encoder
 from beit_jax.models.flops import matmul_flops, student_flops
 from beit_jax.models.functional import Functional
 from beit_jax.models.heads import masked_image_model, masked_positions
 from beit_jax.preprocessing import normalize
 from beit_jax.tasks import token_cache
+from beit_jax.tasks.attention_picture import attention_picture
 from beit_jax.tasks.feed import (
     draw_first_batch,
     held_out_sample,
@@ -58,10 +60,10 @@ from beit_jax.tokenizers.loading import load_params, open_tokenizer
 from beit_jax.tokenizers.tokenizer import Tokenizer
 from beit_jax.training import device_jitter, same_run
 from beit_jax.training.batch_augment import image_weights
-from beit_jax.training.job import Feed, Job, RunContext, Trained, picture_of
+from beit_jax.training.job import Feed, Job, Picture, RunContext, Trained, picture_of
 from beit_jax.training.start import digest
 from beit_jax.training.state import Task
-from beit_jax.types import Batch, JsonObject, Params, PyTree, Sums
+from beit_jax.types import Batch, HostBatch, JsonObject, Params, PyTree, Sums
 
 if TYPE_CHECKING:
     from beit_jax.data.sources import Source
@@ -127,7 +129,7 @@ class PretrainConfig:
 
 
 def run(config: PretrainConfig, *, workdir: str) -> JsonObject:
-    """Pre-trains; writes `summary.json` and `reconstruction.png` and returns the summary."""
+    """Pre-trains; writes `summary.json` and pictures and returns the summary."""
     return run_job(config, build=build_job, workdir=workdir)
 
 
@@ -169,20 +171,14 @@ def build_job(config: PretrainConfig, context: RunContext) -> Job:
             source=sources[0],
             encoding=(tokenizer, tokenizer.encoding_params(tokenizer_params)),
         )
-    draw = functools.partial(
-        reconstructions,
-        model=masked_image_model(config.model, vocabulary=tokenizer.vocabulary),
-        tokenizer=tokenizer,
-        tokenizer_params=tokenizer_params,
-        sample=held_out_sample(
-            config.data, sources[1], grid=config.model.grid, keys=VIEWS, count=PICTURES
-        ),
-        normalization=config.data.normalization,
+    sample = held_out_sample(
+        config.data, sources[1], grid=config.model.grid, keys=VIEWS, count=PICTURES
     )
+    tokenizing = (tokenizer, tokenizer_params)
     return Job(
         task=task,
         feed=feed,
-        pictures={"reconstruction": picture_of(draw)},
+        pictures=pictures(config, sample=sample, tokenizing=tokenizing),
         online=online,
         finish=functools.partial(figures, statistics=statistics),
         known=baselines(statistics),
@@ -190,6 +186,36 @@ def build_job(config: PretrainConfig, context: RunContext) -> Job:
         evaluate_only=config.evaluate_only,
         headline=headline,
     )
+
+
+def pictures(
+    config: PretrainConfig, *, sample: HostBatch, tokenizing: tuple[Tokenizer, Params]
+) -> dict[str, Picture]:
+    """What the model fills in, and what its last block attends to.
+
+    Args:
+      config: the run's.
+      sample: `VIEWS` of held-out images.
+      tokenizing: the tokenizer and its parameters.
+    """
+    tokenizer, tokenizer_params = tokenizing
+    encoder, _ = frozen_encoder(config.model, {})
+    fill = functools.partial(
+        reconstructions,
+        model=masked_image_model(config.model, vocabulary=tokenizer.vocabulary),
+        tokenizer=tokenizer,
+        tokenizer_params=tokenizer_params,
+        sample=sample,
+        normalization=config.data.normalization,
+    )
+    attend = functools.partial(
+        attention_picture,
+        encoder=encoder,
+        block=config.model.layers,
+        images=sample["image"],
+        normalization=config.data.normalization,
+    )
+    return {"reconstruction": picture_of(fill), "attention": picture_of(attend)}
 
 
 def with_token_cache(

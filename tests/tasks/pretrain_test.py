@@ -138,6 +138,8 @@ def test_what_a_run_leaves_behind(finished):
     picture = np.asarray(Image.open(workdir / "reconstruction.png"))
     assert picture.ndim == 3
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+    attention = np.asarray(Image.open(workdir / "attention.png"))
+    assert len(np.unique(attention.reshape(-1, 3), axis=0)) > 100
     lines = metrics.read(str(workdir / "metrics.jsonl"))
     assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
     assert all(line["replaced_images"] == 0 for line in lines if "replaced_images" in line)
