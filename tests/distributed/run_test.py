@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit_jax.training import metrics
 from tests.distributed.processes import (
     Run,
     assert_same_state,
@@ -43,6 +44,7 @@ def test_same_curve_and_every_image_read_once(photographs, tmp_path):
     config.model.layers = 1
     config.data.source = f"folder:{photographs}"
     config.data.holdout = 13
+    config.online.update(every=5, source="embedded:32", holdout=13)
     for count in (1, 4):
         config.run.fsdp, config.run.picture_every = (2, 5) if count == 4 else (1, 0)
         finish(tmp_path / str(count), config.to_dict(), count=count)
@@ -58,6 +60,16 @@ def test_same_curve_and_every_image_read_once(photographs, tmp_path):
     for name in ("token_entropy", "majority_accuracy", "codes_used", "steps"):
         assert other[name] == summary[name], name
     assert (tmp_path / "4/reconstruction.png").exists()
+    found = [
+        {line["step"]: line for line in metrics.read(tmp_path / name / "metrics.jsonl")}
+        for name in ("1", "4")
+    ]
+    for step in (5, 7):  # the last line of a step is that of the evaluation between steps
+        one, four = (lines[step] for lines in found)
+        assert four["online_rankme"] == pytest.approx(one["online_rankme"], rel=0.01)
+        # Features that nearly tie may change places.
+        for name, of_all in (("online_knn_accuracy", 13), ("online_codes_share", 64)):
+            assert four[name] == pytest.approx(one[name], abs=1.1 / of_all), name
 
     # Step for step, the processes' shares put together are what one process reads.
     def read(count):
