@@ -14,7 +14,7 @@ from beit_jax.report.findings import chance
 from beit_jax.report.reading import Run
 from beit_jax.report.series import Series, thinned
 
-_HELD_OUT = "eval_"
+_HELD_OUT, _ONLINE = "eval_", "online_"
 # Not shown: the other names of what is shown, and what is over when the report is read.
 _HIDDEN = ("seconds_left", "images_per_second_per_chip", "skipped_in_row")
 _FEW = 60  # points that are drawn one by one
@@ -32,7 +32,7 @@ class Chart:
       unit: of the vertical axis.
       share: whether the values are shares of one, to be written in percent.
       read: a sentence on what a healthy curve looks like; "" where there is nothing to say.
-      task: the only one that `read` is true of; "" for all.
+      task: the only one that the row is for; "" for all that no other row of the metric is for.
       often_zero: whether the chart is left out where all values are 0.
     """
 
@@ -62,6 +62,21 @@ CHARTS = (
         read="Above that of naming the most frequent token, and rising. It is low by nature: tokens"
         " that look alike are different classes.",
     ),
+    Chart(
+        metric="loss",
+        title="Loss",
+        unit="of the tokenizer's objective",
+        read="Falls quickly, then slowly; held-out and training close together.",
+        task="tokenizer",
+    ),
+    Chart(metric="loss", title="Loss", unit="nats"),
+    Chart(
+        metric="online_knn_accuracy",
+        title="k-NN accuracy of the features",
+        unit="of labelled images",
+        share=True,
+        read="Rising: the features get better at what nobody has taught them.",
+    ),
     Chart(metric="top1", title="Accuracy", unit="of images", share=True),
     Chart(metric="top5", title="Accuracy among the first five", unit="of images", share=True),
     Chart(metric="miou", title="Mean IoU", unit="over classes", share=True),
@@ -74,6 +89,31 @@ CHARTS = (
         unit="codes",
         read="Most of the vocabulary, and not falling: a codebook that collapses shows here first.",
         task="tokenizer",
+    ),
+    Chart(
+        metric="code_perplexity",
+        title="Code perplexity",
+        unit="codes",
+        read="As many codes as would have the same entropy if all were used alike.",
+        task="tokenizer",
+    ),
+    Chart(
+        metric="online_rankme",
+        title="RankMe",
+        unit="effective rank of the features",
+        read="Near 1, the features have collapsed.",
+    ),
+    Chart(
+        metric="online_codes_share",
+        title="Codes that the model predicts",
+        unit="of the vocabulary",
+        share=True,
+    ),
+    Chart(
+        metric="online_token_entropy",
+        title="Entropy of predicted tokens",
+        unit="nats",
+        read="Near the token entropy, once the model has learnt.",
     ),
     Chart(metric="learning_rate", title="Learning rate", unit="largest of all layers"),
     Chart(
@@ -93,6 +133,7 @@ CHARTS = (
     ),
     Chart(metric="skipped", title="Skipped updates", unit="updates so far", often_zero=True),
     Chart(metric="replaced_images", title="Replaced images", unit="images", often_zero=True),
+    Chart(metric="online_seconds", title="Time of the evaluation between steps", unit="seconds"),
 )
 
 
@@ -116,7 +157,12 @@ class Curve:
 def charts_of(runs: Sequence[Run]) -> Iterator[tuple[Chart, list[Curve]]]:
     """The charts of runs of one task that have something to show, with their curves."""
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
-    known = {chart.metric: chart for chart in CHARTS}
+    # A row for this task comes before one for all, whose place it takes.
+    rows = [chart for chart in CHARTS if chart.task in ("", runs[0].task)]
+    known: dict[str, Chart] = {}
+    for chart in rows:
+        if chart.metric not in known or not known[chart.metric].task:
+            known[chart.metric] = chart
     plain = dict.fromkeys(name.removeprefix(_HELD_OUT) for name in logged)
     # "iou/road": one of each class, and classes may be many. The summary has them.
     others = [name for name in plain if not (name in known or name in _HIDDEN or "/" in name)]
@@ -173,6 +219,7 @@ def figure(chart: Chart, curves: Sequence[Curve], runs: Sequence[Run]) -> graph_
         yaxis={
             "title": {"text": chart.unit},
             "tickformat": ".3~%" if chart.share else ".4~g",
+            "rangemode": "tozero" if chart.share else "normal",
         },
     )
     return drawn
@@ -206,7 +253,8 @@ def _curves(runs: Sequence[Run], metric: str) -> Iterator[Curve]:
             if not series.steps:
                 continue
             alone = len(runs) == 1
-            name = what if alone else f"{run.name}, {what}"
+            kind = "between steps" if metric.startswith(_ONLINE) else what
+            name = kind if alone else f"{run.name}, {kind}"
             # One run: a colour a curve. Several: a colour a run, and the dashes tell them apart.
             ink = int(bool(prefix)) if alone else number
             yield Curve(name=name, series=series, ink=ink, held_out=bool(prefix))
@@ -223,6 +271,8 @@ def _levels(chart: Chart, runs: Sequence[Run]) -> list[tuple[str, float]]:
         elif chart.metric == "mlm_acc":
             guessing = None if highest is None else math.exp(-highest)
             levels = {"chance": guessing, "most frequent token": run.number("majority_accuracy")}
+        elif chart.metric == "online_token_entropy":
+            levels = {"token entropy": run.number("token_entropy")}
         elif chart.metric == "data_wait_share":
             levels = {"10 %": 0.1}
         for name, value in levels.items():

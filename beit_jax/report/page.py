@@ -155,7 +155,7 @@ def _task(runs: Sequence[Run], number: int, figures: list[JsonObject]) -> dict[s
             {
                 "id": name,
                 "title": chart.title,
-                "read": chart.read if chart.task in ("", runs[0].task) else "",
+                "read": chart.read,
                 "described": charts.described(chart, curves),
                 "table": _numbers(chart, curves),
                 "thinned": any(len(curve.series.steps) > MOST for curve in curves),

@@ -136,3 +136,20 @@ def test_mistakes_are_named(arguments, named, tmp_path, capsys, monkeypatch):
     assert main(arguments) == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_task_has_its_own_row_and_online_figures_their_charts(tmp_path):
+    tokenizer = CONFIG | {"task": "tokenizer"}
+    online = {"step": 100, "online_knn_accuracy": 0.3, "online_token_entropy": 4.0}
+    runs = [
+        make(tmp_path / "a", config=tokenizer),
+        make(tmp_path / "b", lines=[line(100), online]),
+    ]
+    page = Page(report(tmp_path, *runs))
+    units = [chart["layout"]["yaxis"]["title"]["text"] for chart in page.charts]
+    assert units.index("of the tokenizer's objective") < units.index("nats")
+    (knn,) = [each for each in page.charts if each["data"][0]["y"] == [0.3]]
+    assert knn["layout"]["yaxis"]["tickformat"].endswith("%")
+    assert knn["data"][0]["name"] == "between steps"
+    (entropy,) = [each for each in page.charts if each["data"][0]["y"] == [4.0]]
+    assert [trace["name"] for trace in entropy["data"]] == ["between steps", "token entropy"]
