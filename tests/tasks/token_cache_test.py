@@ -10,6 +10,7 @@ import os
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from beit_jax import jobs
 from beit_jax.config import ConfigError, DataConfig, MaskConfig, RunConfig
@@ -362,8 +363,29 @@ def train(workdir, **settings):
     return losses(workdir), [line for line in lines if "tokenized_images" in line][-1:]
 
 
+def set_in_jax(settings):
+    """Sets JAX's settings and lets go of the folder that is in use."""
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def compiled_once(tmp_path_factory):
+    """Keeps compiled programs from one run to the next: five runs here have the same."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    set_in_jax(settings)
+    yield
+    set_in_jax(before)
+
+
+@pytest.fixture(scope="module")
+def straight(compiled_once, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
     return workdir, *train(workdir)
 
