@@ -52,10 +52,11 @@ class OnlineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("eval_source", "holdout"):
-            value = getattr(self, name)
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        for name in ("split", "eval_source", "eval_split", "holdout"):
+            value, default = getattr(self, name), fields[name].default
             check(
-                bool(self.source) or not value,
+                bool(self.source) or value == default,
                 name,
-                f"{shown(value)} would have no effect without source; leave it empty",
+                f"{shown(value)} would have no effect without source; leave it {shown(default)}",
             )

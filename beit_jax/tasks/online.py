@@ -111,16 +111,11 @@ def online_evaluation(
       mesh: of all devices.
 
     Raises:
-      ConfigError: there is no such block, there are fewer images than neighbours, or
-        `config.source` has no classes or can't be opened.
+      ConfigError: there are fewer images than neighbours, or `config.source` has no classes or
+        can't be opened.
     """
     if not config.every:
         return None
-    check(
-        config.block <= model.layers,
-        "config.online.block",
-        f"there is no block {config.block}, the encoder has {model.layers}",
-    )
     block = config.block or max(1, round(0.75 * model.layers))
     spec = FeatureSpec(blocks=(block,), normalization=data.normalization)
     labelled = labelled_images(config, data=data, run=run, sources=sources)
@@ -136,7 +131,8 @@ def online_evaluation(
             return None
         return found | {"online_seconds": time.perf_counter() - began}
 
-    return Online(every=config.every, measure=measure)
+    known = {} if labelled is None else {"online_classes": labelled.classes}
+    return Online(every=config.every, measure=measure, known=known)
 
 
 def labelled_images(
@@ -160,11 +156,7 @@ def labelled_images(
 
     settings = labelled_config(config, data=data)
     if config.source:
-        try:
-            training, evaluation = labelled_sources(settings)
-        except ConfigError as error:
-            renamed = str(error).replace("config.data.", "config.online.")
-            raise ConfigError(renamed) from None
+        training, evaluation = named_sources(config, data=data)
     else:
         training, evaluation = sources
         if not training.classes or training.classes != evaluation.classes:
@@ -174,18 +166,36 @@ def labelled_images(
                 data.source,
             )
             return None
-    voting = min(config.bank or len(training), len(training))
-    check(
-        config.neighbours <= voting,
-        "config.online.neighbours",
-        f"{config.neighbours}, but {voting} images vote",
-    )
+        _check_neighbours(config, training=training)
     made = views.classification_views(settings)
     part = functools.partial(_part, settings, run=run, views=made, training=training)
     return Labelled(
         bank=part(training, count=config.bank),
         queries=part(evaluation, count=config.queries),
         classes=len(training.classes),
+    )
+
+
+def named_sources(config: OnlineConfig, *, data: DataConfig) -> tuple["Source", "Source"]:
+    """Opens the images of `config.source`, which isn't empty: those that vote, those that ask.
+
+    Raises:
+      ConfigError: they can't be opened, have no classes, or are fewer than the neighbours.
+    """
+    try:
+        training, evaluation = labelled_sources(labelled_config(config, data=data))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config.data.", "config.online.")) from None
+    _check_neighbours(config, training=training)
+    return training, evaluation
+
+
+def _check_neighbours(config: OnlineConfig, *, training: "Source") -> None:
+    voting = min(config.bank or len(training), len(training))
+    check(
+        config.neighbours <= voting,
+        "config.online.neighbours",
+        f"{config.neighbours}, but {voting} images vote",
     )
 
 

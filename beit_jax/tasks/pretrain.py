@@ -102,6 +102,11 @@ class PretrainConfig:
         check_sources(self.data)
         if self.online.source:
             check_sources(self.online, section="online")
+        check(
+            self.online.block <= self.model.layers,
+            "online.block",
+            f"there is no block {self.online.block}, the encoder has {self.model.layers}",
+        )
         grid = self.model.grid
         check(
             self.tokenizer.grid == grid,

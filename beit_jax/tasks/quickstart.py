@@ -16,13 +16,13 @@ import jax
 from absl import logging
 from etils import epath
 
-from beit_jax.config import RunConfig, check, to_dict
+from beit_jax.config import ConfigError, RunConfig, check, to_dict
 from beit_jax.config.bounds import OneOf, Seed, check_fields
 from beit_jax.config.facts import FACTS, differences
 from beit_jax.config.unused import Unused
 from beit_jax.distributed import cluster
 from beit_jax.models.heads import masked_image_model
-from beit_jax.tasks import classify, pretrain, probe, tokenizer
+from beit_jax.tasks import classify, online, pretrain, probe, tokenizer
 from beit_jax.tasks.summary import read_summary, write_summary
 from beit_jax.text_table import text_table
 from beit_jax.training import run_directory
@@ -110,6 +110,7 @@ def _run(config: QuickstartConfig, *, workdir: str) -> JsonObject:
     began = time.perf_counter()
     for name in ("tokenizer", "pretrain", "probe", "classify"):
         check_wandb(getattr(config, name).run.wandb, name=f"config.{name}.run.wandb")
+    _check_online(config.pretrain)
     logging.info("1 of 4: train a tokenizer")
     first = tokenizer.run(config.tokenizer, workdir=f"{workdir}/tokenizer")
 
@@ -158,6 +159,17 @@ def _run(config: QuickstartConfig, *, workdir: str) -> JsonObject:
     print(report(summary))
     print(f"\npicture: {picture}\nsummary: {path}")
     return summary
+
+
+def _check_online(config: pretrain.PretrainConfig) -> None:
+    """Opens the images for k-NN, so that a mistake is said before the first job, not after it."""
+    if not config.online.every or not config.online.source:
+        return
+    try:
+        online.named_sources(config.online, data=config.data)
+    except ConfigError as error:
+        named = str(error).replace("config.online.", "config.pretrain.online.")
+        raise ConfigError(named) from None
 
 
 C = TypeVar("C", probe.ProbeConfig, classify.ClassifyConfig)

@@ -89,10 +89,12 @@ class Online:
       every: steps; the last step has one too.
       measure: a train state → numbers by name (`online_*`), which go to the log; None where SIGTERM
         came. Every process calls it.
+      known: numbers for `start.json`, beside those of `Job.known`.
     """
 
     every: int
     measure: Callable[[TrainState], dict[str, float] | None]
+    known: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
 
 def _evaluation_as_summary(trained: Trained) -> JsonObject:

@@ -304,7 +304,10 @@ class TrainingRun:
 
     def write_config(self) -> None:
         """Records the settings and the start, now that the run is known to go on."""
-        self._checkpoints.write_config(known=self._job.known)
+        online = self._job.online
+        self._checkpoints.write_config(
+            known={**self._job.known, **(online.known if online else {})}
+        )
 
     def _compile(self, batch: Batch) -> Step:
         """Compiles the step for these shapes and shardings; it reuses the state's buffers."""

@@ -1,6 +1,8 @@
 """Evaluation between steps: it says what a probe says, and health figures by hand."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from beit_jax.tasks import online, pretrain
 from beit_jax.tasks.feed import held_out_sample
 from beit_jax.tasks.probe import ProbeConfig
 from beit_jax.tasks.probe import run as run_probe
-from beit_jax.training import metrics
+from beit_jax.training import metrics, sharding
 from tests.tasks import tiny
 from tests.tasks.probe_test import settings as probe_settings
 
@@ -58,6 +60,7 @@ def test_knn_between_steps_is_that_of_the_probe_job(finished, tmp_path):
     workdir, lines = finished
     found = {line["step"]: line for line in lines if "online_seconds" in line}
     assert list(found) == [4, 6]
+    assert json.loads((Path(workdir) / "start.json").read_text())["online_classes"] == 6
     probed = run_probe(same_images(workdir), workdir=str(tmp_path))["knn"]["accuracy"]
     assert found[6]["online_knn_accuracy"] == probed["2"]["5"]
     assert 0 < found[6]["online_knn_accuracy"] < 1  # 12 images of 6 classes
@@ -100,6 +103,27 @@ def test_another_set_is_named_by_its_own_settings(tmp_path):
         )
     with pytest.raises(ConfigError, match=r"holdout: 2 would have no effect without source"):
         OnlineConfig(holdout=2)
+    with pytest.raises(ConfigError, match=r"^split: 'test' would have no effect without source"):
+        OnlineConfig(split="test")
+
+
+def test_a_block_that_the_encoder_lacks_is_refused_with_the_settings():
+    with pytest.raises(ConfigError, match=r"config\.online\.block: there is no block 9, .* has 2"):
+        config(block=9)
+
+
+def test_the_number_of_classes_is_known_at_the_start():
+    settings = config()
+    found = online.online_evaluation(
+        settings.online,
+        data=settings.data,
+        run=settings.run,
+        model=settings.model,
+        vocabulary=64,
+        sources=tuple(open_source(settings.data, training=part) for part in (True, False)),
+        mesh=sharding.make_mesh(fsdp=1),
+    )
+    assert found.known == {"online_classes": 6}
 
 
 def test_a_part_is_evenly_spaced_and_kept():

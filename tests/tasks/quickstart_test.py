@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from beit_jax import jobs
+from beit_jax.config import ConfigError
 from beit_jax.tasks import quickstart
 from beit_jax.weights import native
 from tests.tasks import tiny
@@ -23,6 +24,16 @@ def story(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("story")
     config = jobs.parse_job(tiny.story().to_dict())
     return workdir, config, quickstart.run(config, workdir=str(workdir))
+
+
+def test_images_for_knn_are_opened_before_the_first_job(tmp_path):
+    values = tiny.story()
+    values.pretrain.online.every = 2
+    values.pretrain.online.source = f"folder:{tmp_path}/none"
+    values.pretrain.online.holdout = 2
+    with pytest.raises(ConfigError, match=r"^config\.pretrain\.online\.source: no such folder"):
+        quickstart.run(jobs.parse_job(values.to_dict()), workdir=str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "tokenizer").exists()
 
 
 @pytest.mark.slow
