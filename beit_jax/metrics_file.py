@@ -216,8 +216,18 @@ def read(path: str | os.PathLike) -> list[JsonObject]:
     Raises:
       OSError: it can't be read.
     """
-    content = epath.Path(path).read_bytes()
-    return [value for line in _parse(content).lines.values() if (value := _values(line))]
+    lines, _ = parsed(epath.Path(path).read_bytes())
+    return lines
+
+
+def parsed(content: bytes) -> tuple[list[JsonObject], tuple[int, ...]]:
+    """What `read` gives of a file's bytes, and the lines that it leaves out, from 1.
+
+    A last line that was cut off is not among them: a run that is writing leaves such.
+    """
+    found = _parse(content)
+    lines = [value for line in found.lines.values() if (value := _values(line))]
+    return lines, found.foreign
 
 
 def _parse(content: bytes) -> _Content:

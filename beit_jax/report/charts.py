@@ -33,6 +33,7 @@ class Chart:
       share: whether the values are shares of one, to be written in percent.
       read: a sentence on what a healthy curve looks like; "" where there is nothing to say.
       task: the only one that the row is for; "" for all that no other row of the metric is for.
+      from_zero: whether the axis starts at 0.
       often_zero: whether the chart is left out where all values are 0.
     """
 
@@ -42,6 +43,7 @@ class Chart:
     share: bool = False
     read: str = ""
     task: str = ""
+    from_zero: bool = False
     often_zero: bool = False
 
 
@@ -75,7 +77,8 @@ CHARTS = (
         title="k-NN accuracy of the features",
         unit="of labelled images",
         share=True,
-        read="Rising: the features get better at what nobody has taught them.",
+        read="Rising: the features get better at what nobody has taught them. Of as many images"
+        " as config.online says: a probe of all images gives another figure.",
     ),
     Chart(metric="top1", title="Accuracy", unit="of images", share=True),
     Chart(metric="top5", title="Accuracy among the first five", unit="of images", share=True),
@@ -83,6 +86,8 @@ CHARTS = (
     Chart(metric="macc", title="Mean accuracy of classes", unit="over classes", share=True),
     Chart(metric="pixel_accuracy", title="Pixel accuracy", unit="of labelled pixels", share=True),
     Chart(metric="reconstruction_mse", title="Reconstruction error", unit="mean square"),
+    Chart(metric="reconstruction_l1", title="Reconstruction error, absolute", unit="mean |Δ|"),
+    Chart(metric="kl", title="KL of the codes to uniform", unit="nats per patch"),
     Chart(
         metric="codes_used",
         title="Codes used",
@@ -108,6 +113,7 @@ CHARTS = (
         title="Codes that the model predicts",
         unit="of the vocabulary",
         share=True,
+        read="Near the share of codes that occur, once the model has learnt.",
     ),
     Chart(
         metric="online_token_entropy",
@@ -115,14 +121,23 @@ CHARTS = (
         unit="nats",
         read="Near the token entropy, once the model has learnt.",
     ),
-    Chart(metric="learning_rate", title="Learning rate", unit="largest of all layers"),
+    Chart(
+        metric="learning_rate", title="Learning rate", unit="largest of all layers", from_zero=True
+    ),
     Chart(
         metric="grad_norm",
         title="Gradient norm",
         unit="before clipping",
+        from_zero=True,
         read="Falls at first, then level, without spikes.",
     ),
-    Chart(metric="images_per_second", title="Throughput", unit="images per second"),
+    Chart(
+        metric="images_per_second",
+        title="Throughput",
+        unit="images per second",
+        read="Level: falling, another job or a disk that slows down.",
+        from_zero=True,
+    ),
     Chart(metric="mfu", title="Use of the chip", unit="of its peak FLOP/s", share=True),
     Chart(
         metric="data_wait_share",
@@ -191,7 +206,7 @@ def figure(chart: Chart, curves: Sequence[Curve], runs: Sequence[Run]) -> graph_
     steps = [step for curve in curves for step in curve.series.steps]
     for number, (name, value) in enumerate(_levels(chart, runs)):
         drawn.add_scatter(
-            x=[min(steps), max(steps)],
+            x=[0, max(steps)],
             y=[value, value],
             name=name,
             mode="lines",
@@ -219,7 +234,7 @@ def figure(chart: Chart, curves: Sequence[Curve], runs: Sequence[Run]) -> graph_
         yaxis={
             "title": {"text": chart.unit},
             "tickformat": ".3~%" if chart.share else ".4~g",
-            "rangemode": "tozero" if chart.share else "normal",
+            "rangemode": "tozero" if chart.share or chart.from_zero else "normal",
         },
     )
     return drawn
@@ -253,7 +268,7 @@ def _curves(runs: Sequence[Run], metric: str) -> Iterator[Curve]:
             if not series.steps:
                 continue
             alone = len(runs) == 1
-            kind = "between steps" if metric.startswith(_ONLINE) else what
+            kind = "online" if metric.startswith(_ONLINE) else what
             name = kind if alone else f"{run.name}, {kind}"
             # One run: a colour a curve. Several: a colour a run, and the dashes tell them apart.
             ink = int(bool(prefix)) if alone else number
@@ -264,17 +279,7 @@ def _levels(chart: Chart, runs: Sequence[Run]) -> list[tuple[str, float]]:
     """What horizontal lines show; those of runs that share them, once."""
     found: dict[tuple[str, float], list[str]] = {}
     for run in runs:
-        highest = chance(run)
-        levels: dict[str, float | None] = {}
-        if chart.metric == "loss":
-            levels = {"chance": highest, "token entropy": run.number("token_entropy")}
-        elif chart.metric == "mlm_acc":
-            guessing = None if highest is None else math.exp(-highest)
-            levels = {"chance": guessing, "most frequent token": run.number("majority_accuracy")}
-        elif chart.metric == "online_token_entropy":
-            levels = {"token entropy": run.number("token_entropy")}
-        elif chart.metric == "data_wait_share":
-            levels = {"10 %": 0.1}
+        levels = _levels_of(run, chart.metric)
         for name, value in levels.items():
             if value is not None:
                 found.setdefault((name, round(value, 6)), []).append(run.name)
@@ -283,6 +288,31 @@ def _levels(chart: Chart, runs: Sequence[Run]) -> list[tuple[str, float]]:
         (f"{name} of {', '.join(names)}" if name in several else name, value)
         for (name, value), names in found.items()
     ]
+
+
+def _levels_of(run: Run, metric: str) -> dict[str, float | None]:
+    """What a metric of a run is compared with, by name."""
+    highest, entropy = chance(run), run.number("token_entropy")
+    classes = run.setting("classes") if run.task == "classify" else run.number("online_classes")
+    known = classes if isinstance(classes, int | float) and classes >= 1 else None
+    of_classes = {
+        "loss": None if known is None else math.log(known),
+        "top1": None if known is None else 1 / known,
+        "top5": None if known is None else min(1.0, 5 / known),
+    }
+    if metric in of_classes and run.task == "classify":
+        return {"chance": of_classes[metric]}
+    if metric == "loss":
+        return {"chance": highest, "token entropy": entropy}
+    if metric == "mlm_acc":
+        guessing = None if highest is None else math.exp(-highest)
+        return {"chance": guessing, "most frequent token": run.number("majority_accuracy")}
+    others: dict[str, dict[str, float | None]] = {
+        "online_knn_accuracy": {"chance": of_classes["top1"]},
+        "online_token_entropy": {"token entropy": entropy},
+        "data_wait_share": {"10 %": 0.1},
+    }
+    return others.get(metric, {})
 
 
 def _of_point(chart: Chart, point: published.Point) -> float | None:

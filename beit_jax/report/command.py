@@ -52,14 +52,17 @@ def write(runs: list[str], output: str) -> None:
             "report",
             f"needs {name}, which is not installed: pip install 'beit-jax[report]'",
         )
+    check("://" not in output, "--output", f"{printable(output)} is no local file")
     folder = os.path.dirname(os.path.abspath(output))
     check(output.endswith((".html", ".htm")), "--output", f"{printable(output)} is no .html file")
     check(not os.path.isdir(output), "--output", f"{printable(output)} is a folder")
     check(os.path.isdir(folder), "--output", f"there is no folder {printable(folder)}")
     # Plotly is imported here, after it is known to be there.
     from beit_jax.report.page import page
-    from beit_jax.report.reading import read_runs
+    from beit_jax.report.reading import read_runs, shown
 
     found = read_runs(runs)
-    write_whole(output, page(found).encode())
+    title = ", ".join(shown(os.path.basename(os.path.abspath(each))) for each in runs[:3])
+    title += f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+    write_whole(output, page(found, title=title).encode())
     print(f"wrote {printable(output)}, about {len(found)} run(s)", file=sys.stderr)

@@ -6,7 +6,7 @@ To add a rule is to write a function that takes a run and gives findings, and to
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from beit_jax.report import published
 from beit_jax.report.reading import Run
@@ -14,9 +14,12 @@ from beit_jax.report.reading import Run
 PROBLEM, WARNING = "problem", "warning"
 _WAITING = 0.1  # the share of time from which on the devices count as starved
 _COLLAPSED = 0.5  # the share of the most frequent token
-_FEW_CODES = 0.1  # of the codebook
+_FEW_CODES = 0.25  # of the codebook; DALL-E's and the quickstart's use more than half
+_LARGEST_CHANCE = 100.0  # nats: ln of more tokens than there are atoms
+_FEW_PREDICTED = 0.25  # of the codes that occur
 _AT_CHANCE = 0.01  # the share by which a loss may be below ln(vocabulary) and count as it
 _OVERFITTED = 1.02  # held-out loss at the end, against its lowest
+_SAME_TOKENS = 1.01  # the ratio of two entropies of the same tokens, of other held-out images
 _RECENT = 10  # a tenth of the points is "the end" of a curve
 
 
@@ -51,6 +54,8 @@ def chance(run: Run) -> float | None:
     """The loss of a model that knows nothing, in nats: ln(vocabulary); None if it has no tokens."""
     stated = run.number("chance_loss")
     vocabulary = run.setting("tokenizer.vocabulary")
+    if stated is not None and not 0 < stated < _LARGEST_CHANCE:  # not written by a run
+        stated = None
     if stated is not None or run.task != "pretrain":
         return stated
     if not isinstance(vocabulary, int) or vocabulary < 1:
@@ -140,10 +145,74 @@ def _broken_tokens(run: Run) -> Iterator[tuple[str, str, str]]:
     if used is not None and isinstance(vocabulary, int) and used < _FEW_CODES * vocabulary:
         yield (
             WARNING,
-            f"{used:.0f} of {vocabulary} codes occur in the held-out images.",
+            f"{used:.0f} of {vocabulary} codes occur in the held-out images"
+            + ("." if majority is None else f", and one is {majority:.0%} of all."),
             "The loss can't be compared with published ones. If the images are varied, the"
             " tokenizer was trained on others or has collapsed in part.",
         )
+
+
+def _collapsing_tokenizer(run: Run) -> Iterator[tuple[str, str, str]]:
+    vocabulary = run.setting("tokenizer.vocabulary")
+    values = run.series("eval_code_perplexity").finite or run.series("code_perplexity").finite
+    if run.task != "tokenizer" or not values or not isinstance(vocabulary, int):
+        return
+    if values[-1][1] < _FEW_CODES * vocabulary:
+        yield (
+            WARNING,
+            f"The code perplexity is {values[-1][1]:.4g} of {vocabulary}: a small part of the"
+            " codebook does all the work.",
+            "Train longer, look at the reconstructions, and lower the vocabulary if they are good.",
+        )
+
+
+def _predicts_few(run: Run) -> Iterator[tuple[str, str, str]]:
+    shares = run.series("online_codes_share").finite
+    used, vocabulary = run.number("codes_used"), run.setting("tokenizer.vocabulary")
+    if not (shares and used and isinstance(vocabulary, int)):
+        return
+    predicted = shares[-1][1] * vocabulary
+    if predicted < _FEW_PREDICTED * used:
+        yield (
+            WARNING,
+            f"The model predicts {predicted:.0f} codes; {used:.0f} occur.",
+            "Early in a run it is so. Later, it has learnt which tokens are frequent and little"
+            " else: train longer.",
+        )
+
+
+def _worse_than_before(run: Run) -> Iterator[tuple[str, str, str]]:
+    values = run.series("online_rankme").finite
+    if len(values) >= 3 and values[-1][1] < 0.5 * max(value for _, value in values):
+        yield (
+            WARNING,
+            f"RankMe is {values[-1][1]:.4g}, less than half of what it was: the features collapse.",
+            "Look at the k-NN accuracy and at an earlier checkpoint.",
+        )
+
+
+def comparisons(runs: Sequence[Run]) -> list[Finding]:
+    """What is to be known before runs of one task are compared."""
+    entropies = {run.name: run.number("token_entropy") for run in runs if run.task == "pretrain"}
+    known = {name: value for name, value in entropies.items() if value}
+    if len(known) < 2 or max(known.values()) <= _SAME_TOKENS * min(known.values()):
+        return []
+    gains = []
+    for run in runs:
+        held_out = run.series("eval_loss").finite or run.series("loss").finite
+        if run.name in known and held_out:
+            gains.append(f"{run.name} {known[run.name] - held_out[-1][1]:.3f}")
+    what = "The tokens of these runs differ: their losses and accuracies can't be compared."
+    if gains:
+        what += f" Nats below the token entropy: {', '.join(gains)}."
+    return [
+        Finding(
+            level=WARNING,
+            run=" and ".join(known) if len(known) == 2 else f"{len(known)} runs",
+            what=what,
+            do="Compare what the features are worth, with the k-NN accuracy or a probe.",
+        )
+    ]
 
 
 def _learns_nothing(run: Run) -> Iterator[tuple[str, str, str]]:
@@ -159,14 +228,14 @@ def _learns_nothing(run: Run) -> Iterator[tuple[str, str, str]]:
     if end > (1 - _AT_CHANCE) * highest:
         yield (
             PROBLEM,
-            f"The loss, {end:.3f}, is still that of guessing, {highest:.3f}.",
+            f"The loss, {end:.4g}, is still that of guessing, {highest:.4g}.",
             "Nothing is updated: check config.optimizer.learning_rate, and the count of skipped"
             " updates.",
         )
     elif entropy is not None and end > entropy:
         yield (
             PROBLEM,
-            f"The loss, {end:.3f}, is above the token entropy, {entropy:.3f}: of the images nothing"
+            f"The loss, {end:.4g}, is above the token entropy, {entropy:.4g}: of the images nothing"
             " has been learnt.",
             "Look at first_batch.png: are the pixels and the masks right? If they are, raise the"
             " learning rate or train longer.",
@@ -203,7 +272,7 @@ def _overfitted(run: Run) -> Iterator[tuple[str, str, str]]:
     if lowest > 0 and last > _OVERFITTED * lowest:
         yield (
             WARNING,
-            f"The held-out loss was lowest at step {step} ({lowest:.3f}) and is {last:.3f} now.",
+            f"The held-out loss was lowest at step {step} ({lowest:.4g}) and is {last:.4g} now.",
             "Too many epochs for so few images: train shorter, add images, or regularise more.",
         )
 
@@ -231,6 +300,9 @@ RULES: tuple[Callable[[Run], Iterator[tuple[str, str, str]]], ...] = (
     _nothing_logged,
     _not_finite,
     _broken_tokens,
+    _collapsing_tokenizer,
+    _predicts_few,
+    _worse_than_before,
     _learns_nothing,
     _off_the_band,
     _starved,

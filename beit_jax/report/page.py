@@ -16,8 +16,9 @@ import jinja2
 import plotly.offline
 
 import beit_jax
+from beit_jax.files import printable
 from beit_jax.report import charts, findings
-from beit_jax.report.reading import Run, flat
+from beit_jax.report.reading import Run, flat, shown
 from beit_jax.report.series import MOST
 from beit_jax.types import Json, JsonObject
 
@@ -32,7 +33,7 @@ _TITLES = {
 }
 _UNTITLED = "Runs"
 _NOTHING = "–"
-# Of a picture by its file's name, for those who can't see it.
+# Of a picture of pre-training by its file's name, for those who can't see it.
 _ALTS = {
     "first_batch.png": "The first training images, with their masked patches.",
     "reconstruction.png": "Held-out images, what is hidden of them, and their reconstructions.",
@@ -56,9 +57,10 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The HTML of a report on runs."""
+def page(runs: Sequence[Run], *, title: str) -> str:
+    """The HTML of a report on runs, which `title` names."""
     found = [each for run in runs for each in findings.findings(run)]
+    found += findings.comparisons(runs)
     tasks = sorted(
         {run.task for run in runs}, key=lambda task: ([*_TITLES, task].index(task), task)
     )
@@ -67,9 +69,15 @@ def page(runs: Sequence[Run]) -> str:
     sections = [_task(group, number, figures) for number, group in enumerate(groups)]
     pictures = list(_pictures(runs))
     settings = [_settings(group) for group in groups if any(run.config for run in group)]
-    machine = _side_by_side("Where the runs were made", runs, [run.start for run in runs])
-    names = ", ".join(run.name for run in runs[:3])
-    names += f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+    recorded = [run for run in runs if run.start]
+    machine = _side_by_side(
+        "What the runs were made with",
+        recorded,
+        [
+            {key: run.start[key] for key in ("versions", "devices") if key in run.start}
+            for run in recorded
+        ],
+    )
     contents = [{"id": "findings", "title": "What to look at"}, *sections]
     for there, name, title in (
         (pictures, "pictures", "Pictures"),
@@ -85,7 +93,7 @@ def page(runs: Sequence[Run]) -> str:
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("page.html").render(
-        title=f"Run report: {names}",
+        title=f"Run report: {title}",
         policy=_policy(plotly_js, script),
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
         verdict=_verdict(found, runs),
@@ -216,7 +224,8 @@ def _numbers(chart: charts.Chart, curves: Sequence[charts.Curve]) -> Table:
 def _settings(runs: Sequence[Run]) -> dict[str, object]:
     rows = _rows([run.config for run in runs])
     columns = ("setting", *(run.name for run in runs))
-    different = [row for row in rows if len(set(row[1:])) > 1]
+    # What only some have recorded, since they are older, say, does not tell them apart.
+    different = [row for row in rows if len(set(row[1:]) - {_NOTHING}) > 1]
     return {
         "title": _TITLES.get(runs[0].task, runs[0].task or _UNTITLED),
         "several": len(runs) > 1,
@@ -239,7 +248,7 @@ def _rows(values: Sequence[JsonObject]) -> list[tuple[str, ...]]:
     leaves = [dict(flat(each)) for each in values]
     names = dict.fromkeys(name for each in leaves for name in each)
     return [
-        (name, *(_cell(each[name]) if name in each else _NOTHING for each in leaves))
+        (shown(name), *(_cell(each[name]) if name in each else _NOTHING for each in leaves))
         for name in names
     ]
 
@@ -247,7 +256,9 @@ def _rows(values: Sequence[JsonObject]) -> list[tuple[str, ...]]:
 def _cell(value: Json) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if value == "":
+        return '""'
+    text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return text if len(text) <= _LONGEST_CELL else f"{text[:_LONGEST_CELL]}…"
 
 
@@ -257,6 +268,12 @@ def _pictures(runs: Sequence[Run]) -> Iterator[dict[str, str]]:
             title = f"{run.name}: {name}" if len(runs) > 1 else name
             yield {
                 "title": title,
-                "alt": _ALTS.get(name, f"{title}, without a description."),
+                "alt": _alt(run, name) or f"{title}, without a description.",
                 "source": f"data:image/png;base64,{base64.b64encode(content).decode()}",
             }
+
+
+def _alt(run: Run, name: str) -> str:
+    if name == "first_batch.png" and run.task != "pretrain":
+        return "The first training images, as the model is given them."
+    return _ALTS.get(name, "")

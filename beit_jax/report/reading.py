@@ -1,6 +1,7 @@
 """Reads what a run has left in its directory: settings, numbers and pictures, whole or not."""
 
 import dataclasses
+import errno
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +10,15 @@ from etils import epath
 
 from beit_jax import metrics_file
 from beit_jax.config import ConfigError
-from beit_jax.files import printable
+from beit_jax.files import open_regular, printable
 from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.report import series
 from beit_jax.types import Json, JsonObject
 
 METRICS, CONFIG, SUMMARY, START = "metrics.jsonl", "config.json", "summary.json", "start.json"
+_LARGEST_NUMBER = 1e100  # of a summary: what is larger was not written by a run
+_LARGEST_LOG = 512 << 20  # bytes; a line has about 500, and of 100,000 steps is 50 MB
+_LONGEST_NAME = 120  # characters
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LARGEST_PICTURE = 8 << 20  # bytes
 _MOST_PICTURES = 12  # of a run
@@ -73,7 +77,7 @@ class Run:
         for source in (self.summary, self.start):
             value = source.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                return float(value)
+                return float(value) if abs(value) < _LARGEST_NUMBER else None
         return None
 
 
@@ -86,10 +90,12 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     Raises:
       ConfigError: there is no such directory, or no run in it.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
     for path in paths:
         for one in _runs_in(path):
-            found.setdefault(os.path.normpath(one) if "://" not in one else one.rstrip("/"), [])
+            # A run that is reached through a link, too, is one run.
+            real = os.path.realpath(one) if "://" not in one else one.rstrip("/")
+            found.setdefault(real, one)
     names = _names(list(found))
     return [_read(path, name=name) for path, name in zip(found, names, strict=True)]
 
@@ -107,7 +113,9 @@ def _runs_in(path: str) -> list[str]:
     root = epath.Path(path)
     if not path.strip() or not root.is_dir():
         raise ConfigError(f"RUN: there is no directory {printable(path)}")
-    if any((root / name).exists() for name in (METRICS, CONFIG)):
+    if "://" not in path and not os.access(path, os.R_OK | os.X_OK):
+        raise ConfigError(f"RUN: {printable(path)} may not be read")
+    if any(_is_there(root / name) for name in (METRICS, CONFIG)):
         return [path]
     inside = sorted(root.iterdir(), key=lambda each: each.name)
     runs = [
@@ -133,19 +141,14 @@ def _names(paths: Sequence[str]) -> list[str]:
         names = ["/".join(each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             break
-    return [printable(name) for name in names]
+    return [shown(name) for name in names]
 
 
 def _read(path: str, *, name: str) -> Run:
     root = epath.Path(path)
     remarks: list[str] = []
     objects = {file: _object(root / file, remarks) for file in (CONFIG, SUMMARY, START)}
-    lines: list[JsonObject] = []
-    if (root / METRICS).exists():
-        try:
-            lines = metrics_file.read(root / METRICS)
-        except OSError as error:
-            remarks.append(f"{METRICS} can't be read: {error.strerror or error}")
+    lines = _lines(root / METRICS, remarks)
     task = objects[CONFIG].get("task", "")
     if not task and ("knn" in objects[SUMMARY] or "linear" in objects[SUMMARY]):
         task = "probe"
@@ -162,8 +165,49 @@ def _read(path: str, *, name: str) -> Run:
     )
 
 
+def _is_there(path: epath.Path) -> bool:
+    """Whether there is something, a link that leads nowhere among it."""
+    return os.path.lexists(path) if "://" not in os.fspath(path) else path.exists()
+
+
+def _content(path: epath.Path, *, largest: int) -> bytes:
+    """A file's bytes; never waits for a pipe's writer, and never fills the memory.
+
+    Raises:
+      OSError: it can't be read, is no regular file, or is larger.
+    """
+    remote = "://" in os.fspath(path)
+    with path.open("rb") if remote else open_regular(os.fspath(path)) as file:
+        content: bytes = file.read(largest + 1)
+    if len(content) > largest:
+        raise OSError(errno.EFBIG, f"larger than {largest >> 20} MiB", os.fspath(path))
+    return content
+
+
+def _lines(path: epath.Path, remarks: list[str]) -> list[JsonObject]:
+    if not _is_there(path):
+        return []
+    try:
+        lines, foreign = metrics_file.parsed(_content(path, largest=_LARGEST_LOG))
+    except OSError as error:
+        remarks.append(f"{METRICS} can't be read: {error.strerror or error}")
+        return []
+    if foreign:
+        remarks.append(
+            f"{len(foreign)} lines of {METRICS} are no metrics and are left out, the first is line"
+            f" {foreign[0]}"
+        )
+    return [{shown(name): value for name, value in line.items()} for line in lines]
+
+
+def shown(name: str) -> str:
+    """A name as the page has it: printable, not empty, and no longer than a line."""
+    plain = printable(name) or '""'
+    return plain if len(plain) <= _LONGEST_NAME else f"{plain[: _LONGEST_NAME - 1]}…"
+
+
 def _object(path: epath.Path, remarks: list[str]) -> JsonObject:
-    if not path.exists():
+    if not _is_there(path):
         return {}
     try:
         return read_json_object(path, finite=False)
@@ -179,14 +223,12 @@ def _pictures(root: epath.Path, remarks: list[str]) -> dict[str, bytes]:
     pictures = {}
     for path in paths[:_MOST_PICTURES]:
         try:
-            large = path.stat().length > _LARGEST_PICTURE
-            content = b"" if large or path.is_dir() else path.read_bytes()
+            content = _content(path, largest=_LARGEST_PICTURE)
         except OSError as error:
-            remarks.append(f"{printable(path.name)} can't be read: {error.strerror or error}")
+            remarks.append(f"{shown(path.name)} can't be read: {error.strerror or error}")
             continue
         if content.startswith(_PNG):
-            pictures[printable(path.name)] = content
+            pictures[shown(path.name)] = content
         else:
-            why = "is too large to show" if large else "is no PNG"
-            remarks.append(f"{printable(path.name)} {why}")
+            remarks.append(f"{shown(path.name)} is no PNG")
     return pictures

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from beit_jax.types import JsonObject
 
 MOST = 2000  # points of a curve: a screen has about as many columns
+_LARGEST = 1e300  # what is larger overflows in a browser's arithmetic, and is as good as infinite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class Series:
 
     Attributes:
       steps: at which it was logged, ascending.
-      values: as many; None where the value was not finite.
+      values: as many; None where the value was not finite, or as good as infinite.
     """
 
     steps: tuple[int, ...]
@@ -32,8 +33,12 @@ def of(lines: Sequence[JsonObject], metric: str) -> Series:
     found = [line for line in lines if metric in line]
     return Series(
         steps=tuple(int(line["step"]) for line in found),
-        values=tuple(None if line[metric] is None else float(line[metric]) for line in found),
+        values=tuple(_finite(line[metric]) for line in found),
     )
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or abs(value) > _LARGEST else float(value)
 
 
 def thinned(series: Series, *, most: int = MOST) -> Series:

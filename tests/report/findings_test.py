@@ -1,5 +1,7 @@
 """Each rule finds what it is for, says what to do, and is silent on a healthy run."""
 
+import os
+
 import pytest
 
 from beit_jax.report import findings
@@ -35,6 +37,29 @@ BROKEN = {
         "config.tokenizer.path",
     ),
     "few codes": ({"summary": SUMMARY | {"codes_used": 3}}, "3 of 128 codes", "tokenizer"),
+    "few codes of a tokenizer": (
+        {
+            "config": CONFIG | {"task": "tokenizer"},
+            "lines": [{"step": 10, "code_perplexity": 6.65}],
+        },
+        "6.65 of 128",
+        "vocabulary",
+    ),
+    "few predicted": (
+        {"lines": [line(100), {"step": 100, "online_codes_share": 3 / 128}]},
+        "predicts 3 codes; 86 occur",
+        "train longer",
+    ),
+    "collapsing features": (
+        {"lines": [{"step": at, "online_rankme": rank} for at, rank in ((1, 9), (2, 9), (3, 2))]},
+        "RankMe is 2",
+        "earlier checkpoint",
+    ),
+    "lines that are none": (
+        {"lines": [line(10), {"step": -5}, "x"]},
+        "2 lines of metrics.jsonl are no metrics and are left out, the first is line 2",
+        "made without it",
+    ),
     "at chance": (
         {"lines": [line(step, loss=4.85) for step in STEPS]},
         "still that of guessing",
@@ -42,7 +67,7 @@ BROKEN = {
     ),
     "above the entropy": (
         {"lines": [line(step, loss=4.3) for step in STEPS]},
-        "above the token entropy, 4.100",
+        "above the token entropy, 4.1:",
         "first_batch.png",
     ),
     "off the band": (
@@ -64,7 +89,7 @@ BROKEN = {
                 for step, loss in ((10, 3.0), (20, 2.5), (30, 2.7))
             ]
         },
-        "lowest at step 20 (2.500) and is 2.700 now",
+        "lowest at step 20 (2.5) and is 2.7 now",
         "train shorter",
     ),
     "features stand still": (
@@ -93,6 +118,37 @@ def test_a_run_that_reaches_the_published_point_is_not_off_it(tmp_path):
     lines = at_the_end(loss=point.loss, mlm_acc=point.accuracy)
     (run,) = read_runs([str(make(tmp_path / "run", lines=lines, config=BASE, summary={}))])
     assert findings.findings(run) == []
+
+
+def test_losses_under_different_tokens_are_not_compared(tmp_path):
+    other = SUMMARY | {"token_entropy": 1.84}
+    paths = [make(tmp_path / "a"), make(tmp_path / "b", summary=other)]
+    runs = read_runs([str(path) for path in paths])
+    (found,) = findings.comparisons(runs)
+    assert "can't be compared" in found.what
+    assert "a 1.300, b -0.960" in found.what
+    assert findings.comparisons(runs[:1]) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "picture.png"])
+@pytest.mark.parametrize("kind", ["pipe", "endless", "loop", "folder", "bytes"])
+def test_whatever_a_file_is_the_rest_is_shown(name, kind, tmp_path):
+    folder = make(tmp_path / "run")
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(name)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(bytes(range(256)) * 9)
+    (run,) = read_runs([str(folder)])
+    assert any(name in each.what for each in findings.findings(run))
+    assert run.config["task"] == "pretrain"
 
 
 def test_files_that_cant_be_read_are_named_and_the_rest_is_shown(tmp_path):

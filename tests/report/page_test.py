@@ -62,7 +62,7 @@ def test_the_curves_and_tables_have_the_numbers_of_the_metrics_file(tmp_path):
         [each["loss"] for each in lines if "loss" in each],
     )
     assert drawn["nats", "held-out"] == ([50, 100], [5 - 50 / 30, 5 - 100 / 30])
-    assert drawn["nats", "token entropy"] == ([10, 100], [SUMMARY["token_entropy"]] * 2)
+    assert drawn["nats", "token entropy"] == ([0, 100], [SUMMARY["token_entropy"]] * 2)
     assert drawn["of masked tokens", "training"][1] == [
         each["mlm_acc"] for each in lines if "mlm_acc" in each
     ]
@@ -95,6 +95,15 @@ def test_texts_are_texts(tmp_path):
     assert not [attributes for _, attributes in page.elements if "onerror" in attributes]
     assert any(HOSTILE in text for text in page.texts)
     assert any(name in text for text in page.texts)
+
+
+def test_numbers_that_no_run_wrote(tmp_path):
+    lines = [line(10), line(10**26, loss=1e308, mlm_acc=-1e308)]
+    summary = SUMMARY | {"chance_loss": -1e308, "token_entropy": 1e308, "codes_used": "all"}
+    page = Page(report(tmp_path, make(tmp_path / "run", lines=lines, summary=summary)))
+    (loss, *levels) = page.charts[0]["data"]
+    assert loss["y"] == [line(10)["loss"], None]
+    assert [each["name"] for each in levels] == ["chance"]  # of the config's vocabulary
 
 
 @pytest.mark.parametrize(
@@ -150,6 +159,6 @@ def test_a_task_has_its_own_row_and_online_figures_their_charts(tmp_path):
     assert units.index("of the tokenizer's objective") < units.index("nats")
     (knn,) = [each for each in page.charts if each["data"][0]["y"] == [0.3]]
     assert knn["layout"]["yaxis"]["tickformat"].endswith("%")
-    assert knn["data"][0]["name"] == "between steps"
+    assert knn["data"][0]["name"] == "online"
     (entropy,) = [each for each in page.charts if each["data"][0]["y"] == [4.0]]
-    assert [trace["name"] for trace in entropy["data"]] == ["between steps", "token entropy"]
+    assert [trace["name"] for trace in entropy["data"]] == ["online", "token entropy"]
