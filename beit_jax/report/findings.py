@@ -142,7 +142,8 @@ def _broken_tokens(run: Run) -> Iterator[tuple[str, str, str]]:
             f" {highest:.2f} nats), as with random weights.",
             "Check config.tokenizer.path, and look at reconstruction.png.",
         )
-    if used is not None and isinstance(vocabulary, int) and used < _FEW_CODES * vocabulary:
+    few = isinstance(vocabulary, int) and used is not None and used < _FEW_CODES * vocabulary
+    if few and run.task == "pretrain":
         yield (
             WARNING,
             f"{used:.0f} of {vocabulary} codes occur in the held-out images"

@@ -79,13 +79,13 @@ def page(runs: Sequence[Run], *, title: str) -> str:
         ],
     )
     contents = [{"id": "findings", "title": "What to look at"}, *sections]
-    for there, name, title in (
+    for there, name, heading in (
         (pictures, "pictures", "Pictures"),
         (settings, "settings", "Settings"),
         (machine, "machine", "Machine and versions"),
     ):
         if there:
-            contents.append({"id": name, "title": title})
+            contents.append({"id": name, "title": heading})
     # One script may not end early, nor open a comment, by what is in it.
     plotly_js = plotly.offline.get_plotlyjs().replace("</script", "<\\/script")
     script = (_HERE / "page.js").read_text(encoding="utf-8")

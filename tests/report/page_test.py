@@ -79,6 +79,7 @@ def test_runs_are_compared_and_what_differs_is_listed(tmp_path):
     assert {"a, training", "b, training"} <= names
     assert "chance" in names  # the same for both, hence once
     different = text.split("What differs")[-1].split("</table>")[0]
+    assert "<title>Run report: a, b</title>" in text
     assert "optimizer.learning_rate" in different
     assert "0.002" in different
     assert "warmup_steps" not in different
