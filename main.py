@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     try:
         values = _CONFIG.value and _CONFIG.value.to_dict()
     except OSError as error:  # config_flags raises a failure to load when the value is read
-        return _fail(" ".join(line.strip() for line in str(error).splitlines()))
+        return _fail(config_file.message_of(error, sys.argv))
     if values is None:
         return _fail("--config is missing; try --config=configs/quickstart.py")
     if _only_cpu():
@@ -151,7 +151,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags with absl; a traceback of config_flags becomes a one-line error."""
     try:
         rest = flags.FLAGS(argv)
-    except config_file.ERRORS as error:
+    except Exception as error:  # the config file is a program: it may raise anything
         sys.exit(_fail(config_file.message_of(error, argv)))
     if _WORKDIR.value is not None and not _WORKDIR.value.strip():
         sys.exit(_fail("--workdir: is empty; leave it out for runs/<config name>"))

@@ -5,8 +5,10 @@ config.values  # nested dict, for `jobs.parse_job`
 """
 
 import dataclasses
+import os
 import pathlib
 import re
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,16 +18,6 @@ from absl import flags
 if TYPE_CHECKING:  # nothing here may import JAX: main.py sets things up before that
     from beit_jax.types import Json
 
-# What parsing flags raises for a mistake of the user's.
-ERRORS: tuple[type[Exception], ...] = (
-    flags.Error,
-    KeyError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    OSError,
-    SyntaxError,
-)
 _QUOTED = 80  # characters of a name or a value in a message
 
 
@@ -70,10 +62,7 @@ def load(arguments: Sequence[str]) -> ConfigFile:
             rest = values(argv)
             # A file that failed to load says so only when it is read.
             settings = None if holder.value is None else holder.value.to_dict()
-    except OSError as error:  # its lines name the places where the file was looked for
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(" ".join(lines)) from None
-    except ERRORS as error:
+    except Exception as error:  # the file is a program: it may raise anything
         raise ConfigError(message_of(error, arguments)) from None
     if len(rest) > 1:
         raise ConfigError(one_line(f"unexpected arguments: {' '.join(rest[1:])}", arguments))
@@ -84,12 +73,58 @@ def load(arguments: Sequence[str]) -> ConfigFile:
 
 
 def message_of(error: Exception, arguments: Sequence[str]) -> str:
-    """What is wrong with a command line, in one line, of one of `ERRORS`."""
+    """What is wrong with a command line or with the config file, in one line.
+
+    Args:
+      error: what parsing the flags raised, or reading the config.
+      arguments: the command line.
+    """
+    path = _path(arguments)
+    if path and not os.path.isfile(path):
+        return one_line(f"--config: there is no file {path}", arguments)
+    if path.endswith(".json"):
+        text = f"--config: {path} is JSON, but a config file is Python, as configs/quickstart.py is"
+        return one_line(text, arguments)
+    raised = _raised_in(path, error)
+    if raised:
+        return one_line(f"--config: {path}, {raised}", arguments)
     # Of a key that the file lacks config_flags raises a KeyError, of a section one in another.
     cause = error.args[0] if isinstance(error, AttributeError) and error.args else error
     if isinstance(cause, KeyError):
         return _no_such_setting(cause, arguments)
     return one_line(str(error) or repr(error), arguments)
+
+
+def _path(arguments: Sequence[str]) -> str:
+    """The config file on a command line, without the argument of its function; "" for none."""
+    path = ""
+    for number, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            path = value if equals else "".join(arguments[number + 1 : number + 2])
+    return path.split(":", 1)[0]
+
+
+def _raised_in(path: str, error: BaseException | None) -> str:
+    """Line, type and text of an exception that came from a file; "" where it came from elsewhere.
+
+    config_flags raises some errors of the file anew, so all that led to this one are looked at.
+    """
+    found = ""
+    while error is not None and path:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if os.path.abspath(frame.filename) == os.path.abspath(path)
+        ]
+        if isinstance(error, SyntaxError) and error.filename:
+            here = os.path.abspath(error.filename) == os.path.abspath(path)
+            lines = [error.lineno or 1] if here else lines
+        if lines:
+            text = error.msg if isinstance(error, SyntaxError) else str(error)
+            found = f"line {lines[-1]}: {type(error).__name__}: {text}"
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def _no_such_setting(error: KeyError, arguments: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ def test_overrides_are_applied():
     ("arguments", "said"),
     [
         ([], "--config is missing"),
-        (["--config=configs/none.py"], "none.py"),
+        (["--config=configs/none.py"], "--config: there is no file configs/none.py"),
         ([QUICKSTART, "--config.no.such=1"], "no such setting"),
         ([QUICKSTART, "--config.nothing=1"], "config.nothing: no such setting"),
         ([QUICKSTART, "more"], "unexpected arguments: more"),
@@ -38,3 +38,30 @@ def test_errors_are_one_line(arguments, said):
         config_file.load(arguments)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import no_such_thing", "line 1: ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
+        ("\ndef get_config():\n    return {}['a']", "line 3: KeyError: 'a'"),
+        ("def get_config():\n    return int('x')", "line 2: ValueError: invalid literal"),
+        ("x = (", "line 1: SyntaxError: "),
+    ],
+)
+def test_what_a_config_file_raises_is_said_with_its_line(tmp_path, text, said):
+    path = tmp_path / "wrong.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config_file.load([f"--config={path}"])
+    assert f"--config: {path}"[:80] in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_settings_of_a_run_are_no_config_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"evaluate_only": false}')
+    with pytest.raises(ConfigError, match=r"is JSON, but a config file is Python"):
+        config_file.load([f"--config={path}"])

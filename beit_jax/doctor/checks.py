@@ -1,6 +1,7 @@
 """The table of checks, in the order in which they are made, and what runs them."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterator
 
 from beit_jax.config import ConfigError, RunError
@@ -9,6 +10,8 @@ from beit_jax.doctor.context import Context
 from beit_jax.doctor.finding import BlockedError, Finding, skipped, wrong
 from beit_jax.doctor.parts import JOBS
 from beit_jax.types import Json
+
+_LONGEST = 600  # characters of an error
 
 
 def _always(config: Json) -> bool:
@@ -116,5 +119,6 @@ def findings_of(name: str, context: Context) -> list[Finding]:
     except Exception as error:
         known = isinstance(error, ConfigError | RunError | OSError | ValueError)
         lines = [line for line in str(error).splitlines() if line.strip()] or ["without a text"]
-        text = lines[0][:400] if known else f"{type(error).__name__}: {lines[0][:400]}"
+        first = textwrap.shorten(lines[0], _LONGEST, placeholder=" …")
+        text = first if known else f"{type(error).__name__}: {first}"
         return [wrong(text.removesuffix(f"; {check.fix}"), check.fix)]

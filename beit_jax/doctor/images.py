@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from beit_jax.config import RunConfig
 from beit_jax.doctor.context import Context
 from beit_jax.doctor.finding import Finding, ok, warning, wrong
 from beit_jax.files import printable
@@ -24,6 +25,10 @@ _CONSTANT = 1.5
 # its negative half, and keeps means under 0.01.
 _DARK, _VERY_DARK = 0.1, 0.04
 _FLAT, _VERY_FLAT = 0.06, 0.025
+
+# More than the longest recipes by far (BEiT: 800 epochs); such a run is a recipe for ImageNet that
+# was given a folder of a few images.
+_EPOCHS = 5_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,10 +123,20 @@ def check_images(context: Context) -> list[Finding]:
                 "set config.data.holdout, or config.data.eval_source",
             )
         )
+    findings += epochs(context.config.run, images=len(training))
     if not findings:
         counts = f"{len(training):,} images to train on, {len(evaluation):,} held out"
         findings.append(ok(f"{counts}; all {seen.tried} that were tried can be decoded"))
     return findings
+
+
+def epochs(run: RunConfig, *, images: int) -> list[Finding]:
+    """A warning where a run goes over its images absurdly often."""
+    times = run.steps * run.batch_size / max(1, images)
+    if times <= _EPOCHS:
+        return []
+    what = f"{run.steps:,} steps of {run.batch_size:,} are {times:,.0f} epochs of {images:,} images"
+    return [warning(what, "set config.run.steps to fewer, or config.data.source to more images")]
 
 
 def bad_share(seen: Photographs, *, allowed: float) -> list[Finding]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from beit_jax import jobs, storage
 from beit_jax.config import to_dict
-from beit_jax.doctor import images, machine, step, tokens, versions
+from beit_jax.doctor import checks, images, machine, step, tokens, versions
 from beit_jax.doctor.checks import CHECKS, findings_of
 from beit_jax.doctor.context import Context
 from beit_jax.models.heads import masked_image_model
@@ -385,3 +385,20 @@ def test_an_error_of_a_check_is_a_finding_and_later_checks_go_on(monkeypatch):
     findings = found("batch", "weights")
     assert_wrong(findings, "RuntimeError: first line")
     assert findings[1].level == "ok"
+
+
+def test_a_run_over_few_images_without_end_is_a_warning(tmp_path):
+    source = folder(tmp_path / "few", noise(12))
+    (finding,) = found("images", **source, run__steps=500_000)
+    assert finding.level == "warning"
+    assert "epochs of 8 images" in finding.what
+    assert "500,000 steps" in finding.what
+
+
+def test_a_long_error_is_cut_at_a_word(monkeypatch):
+    def fail(context):
+        raise ValueError("lengthy " * 200)
+
+    monkeypatch.setitem(checks.CHECKS, "batch", dataclasses.replace(CHECKS["batch"], run=fail))
+    (finding,) = found("batch")
+    assert finding.what.endswith("lengthy …")
