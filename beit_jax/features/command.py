@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -215,7 +216,9 @@ def reporting(run: Callable[[], object], *, interrupted: str) -> int:
         with _few_warnings():
             run()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # The loader's messages name the flag of the conversion command.
+        said = re.sub(r"--weights (ema|model)\b", r"--which=\1", str(error))
+        print(f"error: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted; {interrupted}", file=sys.stderr)

@@ -23,6 +23,8 @@ from beit_jax.types import HostBatch
 
 SUMMARY = "the two views that a config's pre-training makes of its images"
 
+_MOST = 1000  # images are one batch, and rows of one picture
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Adds the options of this picture."""
@@ -37,7 +39,7 @@ def draw(options: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     Raises:
       ConfigError: the config does not pre-train, or its images can't be read.
     """
-    check(options.count >= 1, "--count", f"{options.count}; must be at least 1")
+    check(1 <= options.count <= _MOST, "--count", f"{options.count}; must be 1 to {_MOST}")
     _, job = inputs.config_of(options)
     check(
         isinstance(job.data, DataConfig) and getattr(job, "model", None) is not None,
@@ -60,7 +62,7 @@ def training_batch(
       config: the data.
       grid: patches along a side.
       seed: of order, views and masks.
-      count: b.
+      count: b, or as many as there are.
 
     Returns:
       The batch: `image`, uint8 `[b, s, s, 3]`, `token_image`, uint8 or float32 0..255
@@ -79,7 +81,7 @@ def training_batch(
         config=config,
         views=views.pretraining_views(config, grid=grid, keys=("image", "token_image", "mask")),
         seed=seed,
-        batch_size=count,
+        batch_size=min(count, len(source)),
         cycle=0,
     )
     drawn = next(batches)

@@ -13,7 +13,16 @@ from beit_jax.config import check
 from beit_jax.drawing.figure import montage
 from beit_jax.drawing.sheets import save_png
 from beit_jax.features.command import add_checkpoint_options, reporting
-from beit_jax.pictures import attention, augment, focus, masks, reconstruct, segments, tokens
+from beit_jax.pictures import (
+    attention,
+    augment,
+    bounds,
+    focus,
+    masks,
+    reconstruct,
+    segments,
+    tokens,
+)
 from beit_jax.pretrained import load_encoder
 
 # A module has SUMMARY, add_options(parser) and draw(encoder, options) -> [(name, picture)].
@@ -80,6 +89,7 @@ def draw(options: argparse.Namespace) -> list[str]:
     Raises:
       ConfigError: something does not fit.
     """
+    bounds.check_options(options)
     one_file = options.output.lower().endswith(".png")
     if one_file:
         check(not os.path.isdir(options.output), "--output", f"{options.output} is a folder")
@@ -92,13 +102,14 @@ def draw(options: argparse.Namespace) -> list[str]:
     if options.kind in PLAIN:
         pictures = PLAIN[options.kind].draw(options)
     else:
-        encoder = load_encoder(
-            options.weights,
-            image_size=options.image_size or None,
-            heads=options.heads,
-            layer_norm_epsilon=options.epsilon,
-            weights=options.which,
-        )
+        with bounds.naming("--weights", options.weights):
+            encoder = load_encoder(
+                options.weights,
+                image_size=options.image_size or None,
+                heads=options.heads,
+                layer_norm_epsilon=options.epsilon,
+                weights=options.which,
+            )
         pictures = KINDS[options.kind].draw(encoder, options)
     if one_file:
         os.makedirs(os.path.dirname(options.output) or ".", exist_ok=True)

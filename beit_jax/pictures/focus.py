@@ -9,6 +9,8 @@ sizes.
 import argparse
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -20,6 +22,7 @@ from beit_jax.config.segment import IGNORE, SegmentDataConfig
 from beit_jax.evaluation.attention_focus import class_shares, mean_and_error, patch_classes
 from beit_jax.features.command import add_checkpoint_options
 from beit_jax.files import write_whole
+from beit_jax.pictures import bounds
 from beit_jax.pretrained import PretrainedEncoder, load_encoder
 from beit_jax.progress import Progress
 from beit_jax.text_table import text_table
@@ -37,7 +40,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     option = command.add_argument
     option("source", metavar="SOURCE", help="embedded, pairs:FOLDER or pairs:IMAGES,LABELS")
     option("--weights", required=True, metavar="W", help="whatever the library loads")
-    option("--images", type=int, default=200, metavar="N", help="evenly spread (default: 200)")
+    option(
+        "--count", type=int, default=200, metavar="N", help="images, evenly spread (default: 200)"
+    )
     option("--batch-size", type=int, default=20, metavar="N", help="default: 20")
     option(
         "--background",
@@ -64,20 +69,20 @@ def measure(options: argparse.Namespace) -> JsonObject:
     Raises:
       ConfigError: something does not fit.
     """
-    check(options.images >= 2, "--images", f"{options.images}; must be at least 2")
-    check(options.batch_size >= 1, "--batch-size", f"{options.batch_size}; must be at least 1")
-    encoder = load_encoder(
-        options.weights,
-        heads=options.heads,
-        layer_norm_epsilon=options.epsilon,
-        weights=options.which,
-    )
+    _check(options)
+    with bounds.naming("--weights", options.weights):
+        encoder = load_encoder(
+            options.weights,
+            heads=options.heads,
+            layer_norm_epsilon=options.epsilon,
+            weights=options.which,
+        )
     random = dataclasses.replace(encoder, params=encoder.init(jax.random.key(options.seed)))
     background = options.background
     if background is None:
         background = [0] if options.source.startswith("embedded") else []
     images, labels = labelled_images(
-        options.source, count=options.images, size=encoder.image_size, ignore=options.ignore_label
+        options.source, count=options.count, size=encoder.image_size, ignore=options.ignore_label
     )
     classes = patch_classes(labels, grid=encoder.grid, ignore=options.ignore_label)
     found = {
@@ -112,6 +117,17 @@ def measure(options: argparse.Namespace) -> JsonObject:
     return report
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuses options that could not work, before anything is loaded."""
+    if options.output:
+        bounds.check_options(options, makes_folder=False)
+        check(not os.path.isdir(options.output), "--output", f"{options.output} is a folder")
+    else:
+        bounds.check_numbers(options)
+    check(options.count >= 2, "--count", f"{options.count}; must be at least 2")
+    check(options.batch_size >= 1, "--batch-size", f"{options.batch_size}; must be at least 1")
+
+
 def labelled_images(
     source: str, *, count: int, size: int, ignore: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -140,18 +156,23 @@ def labelled_images(
             f"SOURCE: needs {error.name}, which is not installed: pip install 'beit-jax[train]'"
         ) from None
     embedded = source.startswith("embedded")
-    config = SegmentDataConfig(
-        source=source,
-        eval_source="" if embedded else source,
-        holdout=count,
-        image_size=size,
-        ignore_label=ignore,
-    )
-    opened = open_source(config, training=False)
+    try:
+        config = SegmentDataConfig(
+            source=source,
+            eval_source="" if embedded else source,
+            holdout=count,
+            image_size=size,
+            ignore_label=ignore,
+        )
+        opened = open_source(config, training=False)
+    except ConfigError as error:
+        # The user gave no config: its keys' names would say nothing.
+        said = re.sub(r"^(config\.)?(data\.)?(eval_)?source: ", "", str(error))
+        raise ConfigError(f"SOURCE: {said}") from None
     check("segmentation" in opened.fields, "SOURCE", f"{source} has no label maps")
     found: list[tuple[np.ndarray, np.ndarray]] = []
     progress = Progress(min(count, len(opened)))
-    for _, request in sample(opened, count=count):
+    for _, request in sample(opened, count=min(count, len(opened))):
         try:
             loaded = opened.load(request)
         except tf.errors.OpError:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -127,7 +128,7 @@ def held_out(config: SourceConfig, *, count: int) -> Iterator[tuple[str, np.ndar
         ) from None
     source = open_source(config, training=False)
     seen = 0
-    for index, request in sample(source, count=count):
+    for index, request in sample(source, count=min(count, len(source))):
         try:
             image = source.load(request)["image"].numpy()
         except tf.errors.OpError:
@@ -149,12 +150,22 @@ def _files(inputs: Sequence[str], *, count: int) -> Iterator[tuple[str, np.ndarr
         else:
             paths.append(path)
     check(bool(paths), "IMAGES", f"no images in {', '.join(map(printable, inputs))}")
+    count = min(count, len(paths))
+    named = set(inputs)
+    readable = 0
     chosen = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, count).astype(int))]
     # Few are decoded ahead: photographs are large.
     for path, image in load_images("", chosen, load=decode_image, threads=2, ahead=2):
         if isinstance(image, str):
-            raise ConfigError(f"IMAGES: can't read {printable(path)}: {printable(image)}")
+            said = f"can't read {printable(path)}: {printable(image)}"
+            if path in named:
+                raise ConfigError(f"IMAGES: {said}")
+            # A folder may hold anything; one file of it does not stop the others.
+            print(f"warning: {said}", file=sys.stderr)
+            continue
+        readable += 1
         yield printable(os.path.basename(path)), image
+    check(readable > 0, "IMAGES", f"none of {len(chosen)} images could be read")
 
 
 def chosen_block(number: int, *, layers: int) -> int:

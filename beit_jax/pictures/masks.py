@@ -17,7 +17,7 @@ SUMMARY = "what a masking config hides; needs no weights"
 _DEFAULT = MaskConfig()  # the official masks
 _OFFICIAL_PATCHES = 14 * 14
 _EXAMPLES, _ACROSS = 16, 4
-_DRAWN = 4096  # masks that the map counts
+_DRAWN, _LEAST_DRAWN = 4096, 64  # masks that the map counts; fewer of large grids, which are slow
 _SIDE = 14  # pixels of a patch
 _HIDDEN, _SHOWN, _LINE = (60, 60, 60), (235, 235, 235), (200, 200, 200)
 
@@ -47,7 +47,8 @@ def draw(options: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
       ConfigError: settings that fit no grid, or TensorFlow is not installed.
     """
     config, grid = _of_options(options)
-    masks = draw_masks(config, count=_DRAWN, grid=grid, seed=options.seed)
+    drawn_masks = max(_LEAST_DRAWN, min(_DRAWN, _DRAWN * _OFFICIAL_PATCHES // grid**2))
+    masks = draw_masks(config, count=drawn_masks, grid=grid, seed=options.seed)
     examples = [_painted(mask) for mask in masks[:_EXAMPLES]]
     hidden = masks.mean(axis=0)
     shares = masks.mean(axis=(1, 2))
@@ -59,7 +60,7 @@ def draw(options: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
         labels=[
             "sixteen examples; hidden patches are dark",
             *[""] * (len(rows) - 1),
-            f"how often a patch is hidden, of {_DRAWN:,} masks",
+            f"how often a patch is hidden, of {drawn_masks:,} masks",
         ],
         legend=scale("never", "always"),
         note=f"{shares.mean():.1%} of the patches are hidden on average, {shares.min():.1%} to"
@@ -98,6 +99,7 @@ def mask_config(
         chosen |= {"ratio": ratio, "count": max(1, round(ratio * patches))}
     if options.mask_count is not None:
         count = options.mask_count
+        check(1 <= count < patches, "--mask-count", f"{count}; must be 1 to {patches - 1}")
         share = min(max(count / patches, 0.001), 0.999)
         chosen |= {"count": count, "ratio": share}
     try:

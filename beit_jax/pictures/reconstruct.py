@@ -6,6 +6,7 @@ The tokens of visible patches are the true ones throughout.
 """
 
 import argparse
+import os
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from beit_jax.drawing.figure import figure, shown_side
 from beit_jax.drawing.sheets import hide_patches, to_uint8
 from beit_jax.evaluation.reconstruction import fill_in
 from beit_jax.features.command import add_checkpoint_options
-from beit_jax.pictures import inputs, masks
+from beit_jax.pictures import bounds, inputs, masks
 from beit_jax.pretrained import (
     PretrainedMaskedImageModel,
     PretrainedTokenizer,
@@ -61,13 +62,14 @@ def draw(options: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
       ConfigError: the weights predict no tokens, the tokenizer does not fit them or can't paint, or
         something else does not fit.
     """
-    model = load_masked_image_model(
-        options.weights,
-        image_size=options.image_size or None,
-        heads=options.heads,
-        layer_norm_epsilon=options.epsilon,
-        weights=options.which,
-    )
+    with bounds.naming("--weights", options.weights):
+        model = load_masked_image_model(
+            options.weights,
+            image_size=options.image_size or None,
+            heads=options.heads,
+            layer_norm_epsilon=options.epsilon,
+            weights=options.which,
+        )
     tokenizer = painter(options.tokenizer or options.weights, grid=model.grid)
     check(
         tokenizer.vocabulary == model.vocabulary,
@@ -171,7 +173,12 @@ def painter(source: str, *, grid: int) -> PretrainedTokenizer:
             stride = tokenizer.image_size // tokenizer.grid
             tokenizer = load_tokenizer(source, image_size=grid * stride)
     except FileNotFoundError as error:
-        raise ConfigError(f"--tokenizer: {error}; say where it is now") from None
+        # A quickstart that was moved as a whole has its tokenizer beside the run.
+        beside = os.path.join(os.path.dirname(os.path.abspath(source)), "tokenizer")
+        if os.path.isdir(source) and os.path.isdir(beside) and not os.path.samefile(source, beside):
+            return painter(beside, grid=grid)
+        said = " ".join(str(error).split())
+        raise ConfigError(f"--tokenizer: {said}; add --tokenizer=FILE") from None
     check(tokenizer.paints, "--tokenizer", "it has no decoder, so that it can't paint its tokens")
     return tokenizer
 

@@ -14,7 +14,7 @@ from beit_jax.drawing.chart import falling
 from beit_jax.drawing.figure import figure
 from beit_jax.drawing.heat import marked
 from beit_jax.drawing.text import PAPER
-from beit_jax.pictures import inputs
+from beit_jax.pictures import bounds, inputs
 from beit_jax.pretrained import PretrainedTokenizer
 from beit_jax.pretrained import load_tokenizer as load
 from beit_jax.progress import Progress
@@ -74,7 +74,8 @@ def draw(options: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     Raises:
       ConfigError: there is no such tokenizer, or an image can't be read.
     """
-    tokenizer = load(options.weights, image_size=options.image_size or None)
+    with bounds.naming("--weights", options.weights):
+        tokenizer = load(options.weights, image_size=options.image_size or None)
     stride = tokenizer.image_size // tokenizer.grid
     shown_size = tokenizer.image_size * max(1, -(-_SIDE // stride))
     small, shown = [], []

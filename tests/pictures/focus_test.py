@@ -56,7 +56,7 @@ def test_a_model_that_looks_left_is_told_from_one_that_looks_nowhere(
     )
     monkeypatch.setattr(focus, "load_encoder", lambda *_, **__: looks_left)
     output = tmp_path / "focus.json"
-    arguments = ["focus", pairs, "--weights=w", "--images=6", "--batch-size=4", "--background", "1"]
+    arguments = ["focus", pairs, "--weights=w", "--count=6", "--batch-size=4", "--background", "1"]
     assert command.main([*arguments, f"--output={output}"]) == 0
     report = json.loads(output.read_text())
     assert report["images"] == 6
@@ -74,7 +74,9 @@ def test_a_model_that_looks_left_is_told_from_one_that_looks_nowhere(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["embedded", "--images=1"], "--images: 1; must be at least 2"),
+        (["embedded", "--count=1"], "--count: 1; must be at least 2"),
+        (["embedded", "--seed=-1"], "--seed: -1;"),
+        (["embedded", "--output=/proc/x.json"], "--output: can't write /proc/x.json"),
         (["embedded", "--batch-size=0"], "--batch-size: 0; must be at least 1"),
         (["embedded", "--weights=/nowhere"], "nowhere"),
     ],
