@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ def load(arguments: Sequence[str]) -> ConfigFile:
         raise ConfigError(
             "--config: needs ml_collections, which is not installed: pip install 'beit-jax[train]'"
         ) from None
+    # The file runs as this module: names that an earlier file left there would be this one's, too.
+    sys.modules.pop("config_config", None)
     values = flags.FlagValues()
     argv = ["beit-jax", *arguments]
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -86,6 +89,8 @@ def message_of(error: Exception, arguments: Sequence[str]) -> str:
         text = f"--config: {path} is JSON, but a config file is Python, as configs/quickstart.py is"
         return one_line(text, arguments)
     raised = _raised_in(path, error)
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        raised = "which has no function get_config"
     if raised:
         return one_line(f"--config: {path}, {raised}", arguments)
     # Of a key that the file lacks config_flags raises a KeyError, of a section one in another.

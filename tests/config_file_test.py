@@ -48,6 +48,7 @@ def test_errors_are_one_line(arguments, said):
         ("\ndef get_config():\n    return {}['a']", "line 3: KeyError: 'a'"),
         ("def get_config():\n    return int('x')", "line 2: ValueError: invalid literal"),
         ("x = (", "line 1: SyntaxError: "),
+        ("x = 1", "which has no function get_config"),
     ],
 )
 def test_what_a_config_file_raises_is_said_with_its_line(tmp_path, text, said):

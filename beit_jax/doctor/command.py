@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from absl import logging
 
 from beit_jax import config_file
-from beit_jax.config import ConfigError
+from beit_jax.config import ConfigError, RunError
 from beit_jax.doctor.finding import Finding
 from beit_jax.types import Json, JsonObject
 from beit_jax.verbosity import verbosity
@@ -25,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m beit_jax.doctor",
         description="Checks a config and this machine before a long run: versions, devices,"
         " memory, disk, images, tokens, and a few steps. Nothing is left in the run's directory.",
-        epilog="exit code: 0; 1 where something is wrong, 2 where the config can't be read.\n\n"
+        epilog="exit code: 0; 1 where something is wrong, 2 where the config can't be read or the\n"
+        "run's directory can't be at its path.\n\n"
         "example:\n  python -m beit_jax.doctor --config=configs/quickstart.py"
         " --config.pretrain.run.batch_size=128",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -53,13 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: of the command line; None: the process's own.
 
     Returns:
-      0; 1 where something is wrong, 2 where the config can't be read, with one line on stderr.
+      0; 1 where something is wrong, 2 where the config can't be read or the run's directory
+      can't be at its path, with one line on stderr.
     """
     options, overrides = parser().parse_known_args(arguments)
     # TensorFlow would log lines for every bad image; 1 is what JAX has set when it was imported.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     from beit_jax import jobs
+    from beit_jax.training import run_directory
 
     try:
         if options.steps < 2:
@@ -67,10 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = [f"--config={options.config}"] if options.config else []
         loaded = config_file.load([*given, *overrides])
         config = jobs.parse_job(loaded.values)
-    except ConfigError as error:
+        workdir = options.workdir or f"runs/{loaded.name}"
+        run_directory.check_path(workdir)
+    except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    workdir = options.workdir or f"runs/{loaded.name}"
     found: list[JsonObject] = []
     try:
         with verbosity(logging.FATAL), warnings.catch_warnings():

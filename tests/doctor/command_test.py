@@ -58,6 +58,7 @@ def test_json_has_the_same(capsys):
         ([CONFIG, "--config.run.batch_size=0"], "config.run.batch_size: "),
         ([CONFIG, "--steps=1"], "--steps: 1"),
         ([CONFIG, "--stepz=4"], "stepz"),
+        ([CONFIG, "--workdir=/dev/null/run"], "--workdir: "),
     ],
 )
 def test_a_config_that_cannot_be_read_is_one_line(arguments, message, capsys):
