@@ -55,7 +55,6 @@ def check_output(path: str, *, makes_folder: bool) -> None:
     check(bool(path), "--output", "is empty")
     if "://" in path:
         with naming("--output", path):
-            quiet_import.tensorflow()
             import tensorflow as tf
 
             tf.io.gfile.exists(path)
@@ -83,6 +82,8 @@ def naming(option: str, path: str) -> Iterator[None]:
     Raises:
       ConfigError: in place of TensorFlow's errors, or where it is not installed.
     """
+    if "://" in path:
+        quiet_import.tensorflow()  # or its log comes before the one line
     try:
         yield
     except Exception as error:

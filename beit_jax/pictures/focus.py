@@ -19,6 +19,7 @@ from PIL import Image
 
 from beit_jax.config import ConfigError, check
 from beit_jax.config.segment import IGNORE, SegmentDataConfig
+from beit_jax.data import quiet_import
 from beit_jax.evaluation.attention_focus import class_shares, mean_and_error, patch_classes
 from beit_jax.features.command import add_checkpoint_options
 from beit_jax.files import write_whole
@@ -146,6 +147,7 @@ def labelled_images(
       ConfigError: there is no such set, it has no label maps or fewer than two usable images, or
         TensorFlow is not installed.
     """
+    quiet_import.tensorflow()
     try:
         import tensorflow as tf
 

@@ -168,7 +168,8 @@ def painter(source: str, *, grid: int) -> PretrainedTokenizer:
       ConfigError: there is none, it is gone, or it has no decoder; one line.
     """
     try:
-        tokenizer = load_tokenizer(source)
+        with bounds.naming("--tokenizer", source):
+            tokenizer = load_tokenizer(source)
         if tokenizer.grid != grid:
             stride = tokenizer.image_size // tokenizer.grid
             tokenizer = load_tokenizer(source, image_size=grid * stride)
