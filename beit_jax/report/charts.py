@@ -226,6 +226,7 @@ def figure(chart: Chart, curves: Sequence[Curve], runs: Sequence[Run]) -> graph_
             name="published",
             mode="markers",
             marker={"size": 10, "symbol": "diamond-open"},
+            error_y={"array": [_band(chart, value) for _, value, _ in reached], "width": 8},
             text=[source for *_, source in reached],
             meta={"ink": MUTED},
         )
@@ -318,6 +319,12 @@ def _levels_of(run: Run, metric: str) -> dict[str, float | None]:
 def _of_point(chart: Chart, point: published.Point) -> float | None:
     values = {"loss": point.loss, "mlm_acc": point.accuracy, "grad_norm": point.grad_norm}
     return values.get(chart.metric)
+
+
+def _band(chart: Chart, value: float | None) -> float:
+    """How far a run may be off a published value; 0 where nothing is held against it."""
+    shares = {"mlm_acc": published.ACCURACY_BAND * (value or 0.0)}
+    return {"loss": published.LOSS_BAND, **shares}.get(chart.metric, 0.0)
 
 
 def _has_lone_points(series: Series) -> bool:

@@ -52,6 +52,7 @@
           name: legible(trace.name, width),
           line: { ...trace.line, color: own },
           marker: { ...trace.marker, color: own },
+          error_y: { ...trace.error_y, color: own },
         };
       });
       const layout = {

@@ -4,8 +4,10 @@ import os
 
 import pytest
 
-from beit_jax.report import findings
-from beit_jax.report.published import POINTS
+pytest.importorskip("plotly", reason="the extra [report] is not installed")
+
+from beit_jax.report import charts, findings
+from beit_jax.report.published import LOSS_BAND, POINTS
 from beit_jax.report.reading import read_runs
 from tests.report.runs import CONFIG, SUMMARY, line, make
 
@@ -118,6 +120,10 @@ def test_a_run_that_reaches_the_published_point_is_not_off_it(tmp_path):
     lines = at_the_end(loss=point.loss, mlm_acc=point.accuracy)
     (run,) = read_runs([str(make(tmp_path / "run", lines=lines, config=BASE, summary={}))])
     assert findings.findings(run) == []
+    ((chart, curves), *_) = charts.charts_of([run])
+    drawn = charts.figure(chart, curves, [run]).data[-1]
+    assert (list(drawn.x), list(drawn.y)) == ([round(300 * 1_281_167 / 2048)], [point.loss])
+    assert list(drawn.error_y.array) == [LOSS_BAND]
 
 
 def test_losses_under_different_tokens_are_not_compared(tmp_path):
