@@ -159,15 +159,21 @@ def open_regular(path: str) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def read_regular(path: str) -> bytes:
+def read_regular(path: str, *, largest: int | None = None) -> bytes:
     """A file's bytes, local or gs://; never waits, and never fills the memory.
 
+    Args:
+      path: of the file.
+      largest: bytes that it may have; None: as many as the machine has memory.
+
     Raises:
-      OSError: it can't be opened or read, is no regular file, or does not fit in memory.
+      OSError: it can't be opened or read, is no regular file, is larger, or does not fit in memory.
     """
     remote = "://" in path
     with epath.Path(path).open("rb") if remote else open_regular(path) as file:
         size = epath.Path(path).stat().length if remote else os.fstat(file.fileno()).st_size
+        if largest is not None and size > largest:
+            raise OSError(errno.EFBIG, f"larger than {largest >> 20} MiB", path)
         if size > _memory():
             raise OSError(errno.ENOMEM, f"{size} bytes, more than this machine has memory", path)
         try:

@@ -1,7 +1,6 @@
 """Reads what a run has left in its directory: settings, numbers and pictures, whole or not."""
 
 import dataclasses
-import errno
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from etils import epath
 
 from beit_jax import metrics_file
 from beit_jax.config import ConfigError
-from beit_jax.files import open_regular, printable
+from beit_jax.files import printable, read_regular
 from beit_jax.json_text import JsonError, read_json_object
 from beit_jax.report import series
 from beit_jax.types import Json, JsonObject
@@ -170,25 +169,11 @@ def _is_there(path: epath.Path) -> bool:
     return os.path.lexists(path) if "://" not in os.fspath(path) else path.exists()
 
 
-def _content(path: epath.Path, *, largest: int) -> bytes:
-    """A file's bytes; never waits for a pipe's writer, and never fills the memory.
-
-    Raises:
-      OSError: it can't be read, is no regular file, or is larger.
-    """
-    remote = "://" in os.fspath(path)
-    with path.open("rb") if remote else open_regular(os.fspath(path)) as file:
-        content: bytes = file.read(largest + 1)
-    if len(content) > largest:
-        raise OSError(errno.EFBIG, f"larger than {largest >> 20} MiB", os.fspath(path))
-    return content
-
-
 def _lines(path: epath.Path, remarks: list[str]) -> list[JsonObject]:
     if not _is_there(path):
         return []
     try:
-        lines, foreign = metrics_file.parsed(_content(path, largest=_LARGEST_LOG))
+        lines, foreign = metrics_file.parsed(read_regular(os.fspath(path), largest=_LARGEST_LOG))
     except OSError as error:
         remarks.append(f"{METRICS} can't be read: {error.strerror or error}")
         return []
@@ -223,7 +208,7 @@ def _pictures(root: epath.Path, remarks: list[str]) -> dict[str, bytes]:
     pictures = {}
     for path in paths[:_MOST_PICTURES]:
         try:
-            content = _content(path, largest=_LARGEST_PICTURE)
+            content = read_regular(os.fspath(path), largest=_LARGEST_PICTURE)
         except OSError as error:
             remarks.append(f"{shown(path.name)} can't be read: {error.strerror or error}")
             continue
