@@ -27,7 +27,7 @@ from beit_jax.preprocessing import NORMALIZATIONS
 from beit_jax.pretrained import EncoderOutput, PretrainedEncoder, load_encoder
 from beit_jax.progress import Progress
 from beit_jax.training import sharding
-from beit_jax.types import JsonObject, Params
+from beit_jax.types import Json, JsonObject, Params
 from beit_jax.verbosity import verbosity
 
 POOLS = ("cls", "mean", "patches")
@@ -184,6 +184,15 @@ def add_checkpoint_options(command: argparse.ArgumentParser) -> None:
         help="of a training checkpoint with an average beside the model (default: a foreign file's"
         " average, a run's model)",
     )
+
+
+def checkpoint_facts(options: argparse.Namespace) -> dict[str, Json]:
+    """What the options of `add_checkpoint_options` say, as the loaders' arguments."""
+    return {
+        "heads": options.heads,
+        "layer_norm_epsilon": options.epsilon,
+        "weights": options.which,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from beit_jax.config import check
 from beit_jax.drawing.figure import montage
 from beit_jax.drawing.sheets import save_png
-from beit_jax.features.command import add_checkpoint_options, reporting
+from beit_jax.features.command import add_checkpoint_options, checkpoint_facts, reporting
 from beit_jax.pictures import (
     attention,
     augment,
@@ -106,9 +106,7 @@ def draw(options: argparse.Namespace) -> list[str]:
             encoder = load_encoder(
                 options.weights,
                 image_size=options.image_size or None,
-                heads=options.heads,
-                layer_norm_epsilon=options.epsilon,
-                weights=options.which,
+                **checkpoint_facts(options),
             )
         pictures = KINDS[options.kind].draw(encoder, options)
     if one_file:

@@ -21,7 +21,7 @@ from beit_jax.config import ConfigError, check
 from beit_jax.config.segment import IGNORE, SegmentDataConfig
 from beit_jax.data import quiet_import
 from beit_jax.evaluation.attention_focus import class_shares, mean_and_error, patch_classes
-from beit_jax.features.command import add_checkpoint_options
+from beit_jax.features.command import add_checkpoint_options, checkpoint_facts
 from beit_jax.files import write_whole
 from beit_jax.pictures import bounds
 from beit_jax.pretrained import PretrainedEncoder, load_encoder
@@ -74,9 +74,7 @@ def measure(options: argparse.Namespace) -> JsonObject:
     with bounds.naming("--weights", options.weights):
         encoder = load_encoder(
             options.weights,
-            heads=options.heads,
-            layer_norm_epsilon=options.epsilon,
-            weights=options.which,
+            **checkpoint_facts(options),
         )
     random = dataclasses.replace(encoder, params=encoder.init(jax.random.key(options.seed)))
     background = options.background

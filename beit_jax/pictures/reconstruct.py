@@ -16,7 +16,7 @@ from beit_jax.config import ConfigError, check
 from beit_jax.drawing.figure import figure, shown_side
 from beit_jax.drawing.sheets import hide_patches, to_uint8
 from beit_jax.evaluation.reconstruction import fill_in
-from beit_jax.features.command import add_checkpoint_options
+from beit_jax.features.command import add_checkpoint_options, checkpoint_facts
 from beit_jax.pictures import bounds, inputs, masks
 from beit_jax.pretrained import (
     PretrainedMaskedImageModel,
@@ -66,9 +66,7 @@ def draw(options: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
         model = load_masked_image_model(
             options.weights,
             image_size=options.image_size or None,
-            heads=options.heads,
-            layer_norm_epsilon=options.epsilon,
-            weights=options.which,
+            **checkpoint_facts(options),
         )
     tokenizer = painter(options.tokenizer or options.weights, grid=model.grid)
     check(
